@@ -1,0 +1,128 @@
+"""Every private PyTorch name this package uses, each with the reason, and what would let us drop it. Nothing else imports one.
+
+Ran on torch 2.11 and 2.13. Features are asked for by name, once, here; versions are not compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
+from torch.distributed.tensor import DTensor, Replicate, _dtensor_spec
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.distributed.tensor._op_schema import OpSchema, OutputSharding, RuntimeSchemaInfo
+from torch.distributed.tensor._ops.utils import register_prop_rule
+from torch.distributed.tensor._sharding_prop import LocalLRUCache
+from torch.distributed.tensor.placement_types import _StridedShard
+from typing_extensions import override
+
+__all__ = [
+    "DTensorSpec",
+    "NotDecodableError",
+    "OpSchema",
+    "OutputSharding",
+    "PlacementBase",
+    "install_rule",
+    "register_attention_rule",
+    "replicated",
+    "resolve_group",
+]
+
+Rule = Callable[[OpSchema], OutputSharding | None]
+
+# What `split_factor` of our placements raises. PyTorch's redistribute planner catches just this class and falls back to its
+# greedy path (since 2.12; 2.11 has no such class and raises). Gone once PyTorch has placements by users.
+NotDecodableError: type[Exception] = getattr(_dtensor_spec, "_StridedShardNotDecodableError", ValueError)
+
+# The collectives on flat tensors, under their names since 2.13 or, before, the ones that 2.13 deprecates.
+all_gather_flat: Callable[..., dist.Work | None] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_flat: Callable[..., dist.Work | None] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class PlacementBase(_StridedShard):
+    """The one base class that DTensor lets a foreign layout stand on.
+
+    A subclass of `Shard` counts as `Shard` in most rules and is silently wrong; a bare `Placement` breaks the backward of
+    `to_local`. `_StridedShard` carries through `from_local` and `to_local`, and every rule that would reason about its layout
+    first reads `split_factor`, which raises here. Gone once PyTorch has placements by users (pytorch#169320).
+    """
+
+    def __init__(self, dim: int) -> None:
+        torch._C._distributed.StridedShard.__init__(self, dim, split_factor=1)
+
+    @property
+    @override
+    def split_factor(self) -> int:
+        """Raises: PyTorch has no rule for this layout."""
+        raise NotDecodableError(
+            f"{self!r}: PyTorch has no rule for this layout here. Move tensors with dtensor_ring.distribute_tensor, redistribute "
+            "or full_tensor, or work on x.to_local()"
+        )
+
+    @override
+    def _split_factor_int(self) -> int:
+        return self.split_factor
+
+
+def install_rule(rule: Rule, cares: Callable[[OpSchema], bool]) -> None:
+    """Ask `rule` before PyTorch's own sharding rules for the ops that `cares` is true of; others go on unchanged.
+
+    DTensor has one strategy a generic op (clone, add, ...) and no way to add one for a new placement. Both entry points of the
+    propagator are called on cache misses only, so a warm op of any DTensor costs what it did before. Gone once PyTorch has
+    placements by users.
+    """
+    propagator: Any = DTensor._op_dispatcher.sharding_propagator
+    stock: Callable[[OpSchema], OutputSharding] = propagator.propagate_op_sharding_non_cached
+
+    def propagate(schema: OpSchema) -> OutputSharding:
+        found = rule(schema) if cares(schema) else None
+        return stock(schema) if found is None else found
+
+    propagator.propagate_op_sharding_non_cached = propagate
+    propagator.propagate_op_sharding = LocalLRUCache(propagate)
+
+
+def with_meta(schema: OpSchema, specs: Any) -> Any:  # noqa: ANN401  one spec or a tuple of them
+    """Output specs completed with the shapes, strides and dtypes that the op has on global fake tensors."""
+    propagator: Any = DTensor._op_dispatcher.sharding_propagator
+    metas = propagator._propagate_tensor_meta_non_cached(schema)
+    return propagator._create_output_spec_with_new_tensor_meta(schema.op, specs, metas)
+
+
+def register_attention_rule(op: OpOverload, rule: Callable[[OpSchema], OutputSharding], static_argnum: int) -> None:
+    """Make `rule` the sharding rule of an op of ours; arguments from `static_argnum` on are part of the cache key.
+
+    The public `register_sharding` asks placements whether they can shard a tensor and so trips over ours.
+    """
+    register_prop_rule(op, schema_info=RuntimeSchemaInfo(static_argnum=static_argnum))(rule)
+
+
+def local_of(tensor: DTensor) -> Tensor:
+    """The local tensor without the autograd node of `to_local()`: for use inside autograd functions."""
+    return tensor._local_tensor
+
+
+def _replicated(tensor: Tensor, like: DTensor) -> DTensor:
+    """A small CPU tensor, equal on all ranks, as a DTensor on the mesh of `like`: `from_local` would move it to the GPU."""
+    placements = (Replicate(),) * like.device_mesh.ndim
+    meta = TensorMeta(tensor.shape, tensor.stride(), tensor.dtype)
+    return DTensor(tensor, DTensorSpec(like.device_mesh, placements, tensor_meta=meta), requires_grad=False)
+
+
+replicated: Callable[[Tensor, DTensor], DTensor] = torch.compiler.allow_in_graph(_replicated)  # pyrefly: ignore[bad-assignment]
+
+
+def resolve_group(name: str) -> dist.ProcessGroup:
+    """The process group of a `ProcessGroup.group_name`: ops take strings, not groups."""
+    return _resolve_process_group(GroupName(name))
+
+
+def specs_of(schema: OpSchema) -> Sequence[DTensorSpec]:
+    """Every DTensor spec among the arguments, in lists and keywords too."""
+    leaves = torch.utils._pytree.tree_leaves((schema.args_schema, schema.kwargs_schema))
+    return [leaf for leaf in leaves if isinstance(leaf, DTensorSpec)]

@@ -1,0 +1,201 @@
+"""Where the documents of a packed batch begin and end.
+
+    three documents of 3, 4 and 2 tokens        Documents.from_lengths([3, 4, 2])
+    a a a b b b b c c                           bounds ((0, 3, 7, 9),)
+
+A query attends to keys of its own document only. The bounds are host-side integers: they are worked out once a batch and
+every layer of a model reads the same value, so that no layer waits for a GPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Documents:
+    """Cumulative document bounds, one row for the whole batch or one for each batch row.
+
+    Every row starts at 0, never decreases and ends at the same length; equal neighbours are empty documents. Two values are
+    equal when their bounds are; hashing and comparing read the digest only.
+
+    `packed` is the bounds as one int64 CPU tensor (per row, how many, then the bounds): what operators take, so that compiled
+    graphs and caches do not depend on the values.
+
+    Args:
+        bounds: the rows; a `Documents` of one row counts for every row of a batch.
+
+    Raises:
+        ValueError: a row does not start at 0, decreases, or ends elsewhere than the others.
+    """
+
+    bounds: tuple[tuple[int, ...], ...]
+    digest: str = field(init=False, repr=False)
+    packed: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        rows = tuple(tuple(int(bound) for bound in row) for row in self.bounds)
+        if not rows:
+            raise ValueError("Documents needs at least one row of bounds, found none")
+        for i, row in enumerate(rows):
+            _check_row(i, row, rows[0])
+        flat = _pack(rows)
+        object.__setattr__(self, "bounds", rows)
+        object.__setattr__(self, "digest", hashlib.blake2b(flat, digest_size=16).hexdigest())
+        object.__setattr__(self, "packed", torch.frombuffer(bytearray(flat), dtype=torch.int64))
+
+    @classmethod
+    def from_lengths(cls, lengths: Iterable[int]) -> Documents:
+        """One row from document lengths in tokens: `[3, 4, 2]` has the bounds `(0, 3, 7, 9)`."""
+        row = [0]
+        for length in lengths:
+            row.append(row[-1] + int(length))
+        return cls((tuple(row),))
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: Tensor | Sequence[int]) -> Documents:
+        """One row from cumulative lengths as the flash-attn varlen functions take them; a GPU tensor is copied to the host.
+
+        Raises:
+            TypeError: not one-dimensional integers.
+            ValueError: does not start at 0 or decreases.
+        """
+        if isinstance(cu_seqlens, Tensor):
+            if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool:
+                raise TypeError(f"cu_seqlens must be a 1-D integer tensor, found {cu_seqlens.dim()}-D {cu_seqlens.dtype}")
+            return cls((tuple(cu_seqlens.tolist()),))
+        return cls((tuple(cu_seqlens),))
+
+    @classmethod
+    def from_position_ids(cls, position_ids: Tensor) -> Documents:
+        """Bounds from position ids of shape (S,) or (B, S) that restart at 0 with each document.
+
+        Rows that agree give one row of bounds. A GPU tensor is copied to the host.
+
+        Raises:
+            ValueError: a row does not start at 0, or jumps to anything but the next position or 0.
+        """
+        rows = position_ids if position_ids.dim() == 2 else position_ids[None]
+        if rows.dim() != 2:
+            raise ValueError(f"position_ids must have shape (S,) or (B, S), found {tuple(position_ids.shape)}")
+        found = [_restarts(i, row.tolist()) for i, row in enumerate(rows)]
+        return cls((found[0],) if all(row == found[0] for row in found) else tuple(found))
+
+    @classmethod
+    def of(cls, value: Documents | Tensor | Sequence[int], length: int) -> Documents:
+        """What a caller passed as `documents=`: a `Documents`, or a cu_seqlens, checked to end at `length`.
+
+        Raises:
+            ValueError: the bounds end elsewhere.
+        """
+        documents = value if isinstance(value, Documents) else cls.from_cu_seqlens(value)
+        if documents.length != length:
+            raise ValueError(
+                f"documents end at token {documents.length}, but the sequence has {length} tokens: "
+                "the last bound must be the sequence length (add a document for padding at the end)"
+            )
+        return documents
+
+    @property
+    def length(self) -> int:
+        """Tokens in a row."""
+        return self.bounds[0][-1]
+
+    @property
+    def rows(self) -> int:
+        """Rows of bounds: 1, or the batch size."""
+        return len(self.bounds)
+
+    def select(self, start: int, stop: int) -> Documents:
+        """Rows [start, stop) of a batch; one row for the whole batch stays as it is."""
+        return self if self.rows == 1 else Documents(self.bounds[start:stop])
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document in any row."""
+        return max((b - a for row in self.bounds for a, b in pairwise(row)), default=0)
+
+    def position_ids(self) -> Tensor:
+        """Positions inside the documents, int64 of shape (rows, S): 0 1 2 0 1 2 3 0 1 for lengths 3, 4, 2."""
+        return torch.stack([_positions(row) for row in self.bounds])
+
+    @staticmethod
+    def unpack(packed: Tensor) -> Documents | None:
+        """The documents with this `packed` tensor; an empty one stands for no documents."""
+        return _unpack(packed.numpy().tobytes()) if packed.numel() else None
+
+    @staticmethod
+    def find(bounds: tuple[int, ...], token: int) -> int:
+        """The index of the document in which `token` lies."""
+        return bisect_right(bounds, token) - 1
+
+    def __reduce__(self) -> tuple[type[Documents], tuple[tuple[tuple[int, ...], ...]]]:
+        return Documents, (self.bounds,)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Documents) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __str__(self) -> str:
+        count = sum(len(row) - 1 for row in self.bounds)
+        return f"Documents({count} in {self.rows} row{'s' * (self.rows > 1)} of {self.length} tokens, {self.digest[:8]})"
+
+
+def _check_row(i: int, row: tuple[int, ...], first: tuple[int, ...]) -> None:
+    if not row or row[0] != 0:
+        raise ValueError(f"document bounds must start at 0, row {i} starts with {row[:3]}")
+    for j, (a, b) in enumerate(pairwise(row)):
+        if b < a:
+            raise ValueError(f"document bounds must not decrease, row {i} goes from {a} to {b} at index {j + 1}")
+    if row[-1] != first[-1]:
+        raise ValueError(f"every row of document bounds must end at the same length: row 0 at {first[-1]}, row {i} at {row[-1]}")
+
+
+def _restarts(i: int, positions: list[int]) -> tuple[int, ...]:
+    row = []
+    for token, position in enumerate(positions):
+        if position == 0:
+            row.append(token)
+        elif token == 0 or position != positions[token - 1] + 1:
+            before = "starts" if token == 0 else f"goes from {positions[token - 1]}"
+            raise ValueError(
+                f"position_ids row {i} {before} to {position} at token {token}: positions must count up from 0 in every document"
+            )
+    return (*row, len(positions)) if positions else (0,)
+
+
+def _positions(row: tuple[int, ...]) -> Tensor:
+    bounds = torch.tensor(row, dtype=torch.int64)
+    starts = torch.repeat_interleave(bounds[:-1], bounds.diff())
+    return torch.arange(row[-1]) - starts
+
+
+def _pack(rows: tuple[tuple[int, ...], ...]) -> bytes:
+    flat = array("q")
+    for row in rows:
+        flat.append(len(row))
+        flat.extend(row)
+    return flat.tobytes()
+
+
+@lru_cache(maxsize=256)
+def _unpack(packed: bytes) -> Documents:
+    flat = array("q")
+    flat.frombytes(packed)
+    rows: list[tuple[int, ...]] = []
+    at = 0
+    while at < len(flat):
+        rows.append(tuple(flat[at + 1 : at + 1 + flat[at]]))
+        at += 1 + flat[at]
+    return Documents(tuple(rows))

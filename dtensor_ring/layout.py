@@ -1,0 +1,194 @@
+"""Which tokens of a sequence a rank holds, and in what order it stores them.
+
+    contiguous, 4 ranks, 16 tokens       zigzag                  stripe                stripe, block=2
+    rank 0:  0  1  2  3                  0  1 | 14 15            0  4  8 12             0  1 |  8  9
+    rank 1:  4  5  6  7                  2  3 | 12 13            1  5  9 13             2  3 | 10 11
+    rank 2:  8  9 10 11                  4  5 | 10 11            2  6 10 14             4  5 | 12 13
+    rank 3: 12 13 14 15                  6  7 |  8  9            3  7 11 15             6  7 | 14 15
+
+A layout is a pure map from integers to integers: `Layout.runs(length, world, rank)` lists a rank's tokens in storage order
+as arithmetic runs. It is defined for every length from 0 up and every world size; rank totals differ by at most one token,
+so with fewer tokens than ranks some ranks hold none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from dtensor_ring.documents import Documents
+
+Kind = Literal["contiguous", "zigzag", "stripe"]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """`count` tokens, stored one after the other: `block` neighbours from `start`, then `block` more every `stride` tokens.
+
+    With `block=1`, the usual case, token i of the run is `start + i * stride`. With `block > 1` the count is a whole number
+    of blocks.
+    """
+
+    start: int
+    count: int
+    stride: int = 1
+    block: int = 1
+
+    def token(self, i: int) -> int:
+        """The global index of the run's i-th stored token."""
+        return self.start + i // self.block * self.stride + i % self.block
+
+    def tokens(self) -> list[int]:
+        """All tokens of the run in storage order."""
+        return [self.token(i) for i in range(self.count)]
+
+    def blocks(self) -> Iterator[tuple[int, Run]]:
+        """The run cut into contiguous blocks, each with the storage index of its first token."""
+        for i in range(0, self.count, self.block):
+            yield i, Run(self.token(i), self.block)
+
+    def first_at_or_after(self, position: int) -> int:
+        """Storage index of the first token >= `position` (`count` if there is none)."""
+        past = position - self.start
+        if past <= 0:
+            return 0
+        index = past // self.stride * self.block + min(past % self.stride, self.block)
+        return min(index, self.count)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run inside one document: `offset` is the storage index, on the rank, of its first token."""
+
+    run: Run
+    offset: int
+    document: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a sequence is spread over the ranks of one mesh axis.
+
+    Args:
+        kind: "contiguous" (one chunk a rank), "zigzag" (chunks r and 2W-1-r of 2W) or "stripe" (blocks dealt out in turn).
+        block: tokens dealt at a time; only stripes have more than 1.
+    """
+
+    kind: Kind
+    block: int = 1
+
+    def __str__(self) -> str:
+        """`contiguous`, `zigzag`, `stripe:1`: what `Layout.parse` reads."""
+        return f"stripe:{self.block}" if self.kind == "stripe" else self.kind
+
+    @classmethod
+    @lru_cache(maxsize=64)
+    def parse(cls, text: str) -> Layout:
+        """The layout that `str(layout)` names; `stripe` alone means `stripe:1`.
+
+        Raises:
+            ValueError: the text names no layout.
+        """
+        kind, _, block = text.partition(":")
+        if kind == "stripe" and (not block or block.isdigit()) and block != "0":
+            return cls("stripe", int(block or 1))
+        if not block and kind == "contiguous":
+            return cls("contiguous")
+        if not block and kind == "zigzag":
+            return cls("zigzag")
+        raise ValueError(f"unknown layout {text!r}: use 'contiguous', 'zigzag', 'stripe' or 'stripe:BLOCK'")
+
+    def runs(self, length: int, world: int, rank: int) -> tuple[Run, ...]:
+        """The tokens of `rank` in storage order; empty runs are left out."""
+        if world == 1:
+            found: tuple[Run, ...] = (Run(0, length),)
+        elif self.kind == "contiguous":
+            found = (Run(_before(length, world, rank), _share(length, world, rank)),)
+        elif self.kind == "zigzag":
+            found = _zigzag(length, world, rank)
+        else:
+            found = _stripe(length, world, rank, self.block)
+        return tuple(run for run in found if run.count)
+
+    def local_length(self, length: int, world: int, rank: int) -> int:
+        """How many tokens `rank` holds."""
+        return sum(run.count for run in self.runs(length, world, rank))
+
+    def tokens(self, length: int, world: int, rank: int) -> list[int]:
+        """The global indices of the rank's tokens in storage order."""
+        return [token for run in self.runs(length, world, rank) for token in run.tokens()]
+
+    def pieces(self, length: int, world: int, rank: int, bounds: tuple[int, ...] | None = None) -> tuple[Piece, ...]:
+        """The rank's runs cut at the document `bounds` (cumulative, from 0 to `length`), in storage order."""
+        return cut(self.runs(length, world, rank), bounds)
+
+
+def cut(runs: tuple[Run, ...], bounds: tuple[int, ...] | None) -> tuple[Piece, ...]:
+    """Cut runs, given in storage order, where documents begin; without `bounds` everything is document 0."""
+    found: list[Piece] = []
+    offset = 0
+    for run in runs:
+        if bounds is None:
+            found.append(Piece(run, offset, 0))
+        else:
+            found.extend(_cut_run(run, offset, bounds))
+        offset += run.count
+    return tuple(found)
+
+
+def _cut_run(run: Run, offset: int, bounds: tuple[int, ...]) -> Iterator[Piece]:
+    last = run.token(run.count - 1)
+    document = Documents.find(bounds, run.start)
+    begin = 0
+    while begin < run.count:
+        end = run.first_at_or_after(bounds[document + 1]) if bounds[document + 1] <= last else run.count
+        for low, part in _whole_blocks(run, begin, end):
+            yield Piece(part, offset + low, document)
+        begin = end
+        document += 1
+
+
+def _whole_blocks(run: Run, begin: int, end: int) -> Iterator[tuple[int, Run]]:
+    """Storage range [begin, end) of a run as runs again: a blocked run may give a part of a block at either end."""
+    if run.block == 1:
+        if end > begin:
+            yield begin, Run(run.token(begin), end - begin, run.stride)
+        return
+    head = min(end, -(-begin // run.block) * run.block)
+    tail = max(head, end // run.block * run.block)
+    for low, high in ((begin, head), (head, tail), (tail, end)):
+        if high > low:
+            whole = low == head and high == tail and high - low > run.block
+            yield low, Run(run.token(low), high - low, run.stride, run.block) if whole else Run(run.token(low), high - low)
+
+
+def _share(length: int, world: int, rank: int) -> int:
+    """Tokens of `rank` when `length` is dealt as evenly as possible, the first ranks taking the remainder."""
+    return length // world + (rank < length % world)
+
+
+def _before(length: int, world: int, rank: int) -> int:
+    """Tokens held by the ranks before `rank` under `_share`."""
+    return length // world * rank + min(rank, length % world)
+
+
+def _zigzag(length: int, world: int, rank: int) -> tuple[Run, ...]:
+    """Chunk r and its mirror image; an odd total gives its extra token to the early chunk on even ranks, else to the late one."""
+    early: list[int] = []
+    late: list[int] = []
+    for r in range(rank + 1):
+        total = _share(length, world, r)
+        early.append((total + (r % 2 == 0)) // 2)
+        late.append(total - early[-1])
+    return Run(sum(early[:-1]), early[-1]), Run(length - sum(late), late[-1])
+
+
+def _stripe(length: int, world: int, rank: int, block: int) -> tuple[Run, ...]:
+    """Whole rounds of `block` tokens a rank; the last, partial round is dealt as evenly as possible."""
+    rounds, rest = divmod(length, world * block)
+    if block == 1:
+        return (Run(rank, rounds + (rank < rest), world),)
+    dealt = Run(rank * block, rounds * block, world * block, block) if rounds > 1 else Run(rank * block, rounds * block)
+    return dealt, Run(rounds * world * block + _before(rest, world, rank), _share(rest, world, rank))
