@@ -1,0 +1,282 @@
+"""What may attend to what, as a band, and its share in a block of scores, as a tile.
+
+    causal, q and k of length 4     window (1, 0)        a tile: rows 2..4 x columns 0..4 of the causal band
+    q0: x . . .                     x . . .              q2: x x x .
+    q1: x x . .                     x x . .              q3: x x x x
+    q2: x x x .                     . x x .
+    q3: x x x x                     . . x x
+
+A query at position p may see a key at position t when `lo <= p - t <= hi`. Where queries and keys are stored in arithmetic
+runs of one stride, that is again a band in storage indices, and a box of scores under a band is all a flash kernel needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from dtensor_ring.layout import Piece, Run
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Keys a query may see: `lo <= p - t <= hi`; None leaves a side open."""
+
+    lo: int | None = None
+    hi: int | None = None
+
+    @classmethod
+    @lru_cache(maxsize=256)
+    def parse(cls, text: str) -> Band:
+        """The band of `full`, `causal` or `window:L,R` (flash-attn's window: p-L <= t <= p+R, -1 is unbounded)."""
+        if text == "full":
+            return cls()
+        if text == "causal":
+            return cls(0, None)
+        left, right = (int(side) for side in text.removeprefix("window:").split(","))
+        return cls(None if right < 0 else -right, None if left < 0 else left)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether a query sees a number of keys that does not grow with the length."""
+        return self.lo is not None and self.hi is not None
+
+    def shifted(self, offset: int) -> Band:
+        """The band for queries whose positions count from `offset`: bottom-right alignment is `k_length - q_length`."""
+        return Band(None if self.lo is None else self.lo - offset, None if self.hi is None else self.hi - offset)
+
+
+def mask_text(is_causal: bool, window: tuple[int, int]) -> str:
+    """The mask as the text `Band.parse` reads; causal with a window forces R = 0.
+
+    Raises:
+        ValueError: causal with a window that looks ahead, or a side below -1.
+    """
+    left, right = window
+    if left < -1 or right < -1:
+        raise ValueError(f"window=({left}, {right}): a side is a number of tokens, or -1 for unbounded")
+    if is_causal and right > 0:
+        raise ValueError(
+            f"window=({left}, {right}) looks {right} tokens ahead but is_causal=True: pass is_causal=False or window=({left}, 0)"
+        )
+    if is_causal:
+        return "causal" if left == -1 else f"window:{left},0"
+    return "full" if (left, right) == (-1, -1) else f"window:{left},{right}"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Tile:
+    """A box of scores under a band: rows i in [q0, q1), columns j in [k0, k1), `lo <= i - j <= hi`; None does not cut the box.
+
+    Tiles made by `Tile.trimmed` are tight: every row sees a key, every column is seen, and a bound that cuts nothing is None.
+    """
+
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+    lo: int | None = None
+    hi: int | None = None
+
+    @classmethod
+    def trimmed(cls, q0: int, q1: int, k0: int, k1: int, lo: int | None, hi: int | None) -> Tile | None:
+        """The tight tile of a box and a band, None if nothing is left."""
+        if lo is not None and hi is not None and lo > hi:
+            return None
+        if lo is not None:
+            q0 = max(q0, k0 + lo)
+        if hi is not None:
+            q1 = min(q1, k1 + hi)
+        if lo is not None:
+            k1 = min(k1, q1 - lo)
+        if hi is not None:
+            k0 = max(k0, q0 - hi)
+        if q0 >= q1 or k0 >= k1:
+            return None
+        cuts_low = lo is not None and q0 - (k1 - 1) < lo
+        cuts_high = hi is not None and (q1 - 1) - k0 > hi
+        return cls(q0, q1, k0, k1, lo if cuts_low else None, hi if cuts_high else None)
+
+    @property
+    def rows(self) -> int:
+        """Query rows of the box."""
+        return self.q1 - self.q0
+
+    @property
+    def columns(self) -> int:
+        """Key columns of the box."""
+        return self.k1 - self.k0
+
+    @property
+    def cells(self) -> int:
+        """Scores inside the band."""
+        below = 0 if self.lo is None else self._corner(self.lo - 1 - (self.q0 - self.k1 + 1))
+        above = 0 if self.hi is None else self._corner(self.q1 - 1 - self.k0 - (self.hi + 1))
+        return self.rows * self.columns - below - above
+
+    def _corner(self, m: int) -> int:
+        """Cells of the box within `m` diagonals of one corner."""
+        sides = (m + 1, m + 1 - self.rows, m + 1 - self.columns, m + 1 - self.rows - self.columns)
+        a, b, c, d = (x * (x + 1) // 2 if x > 0 else 0 for x in sides)
+        return a - b - c + d
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """(left, right) of the box as flash-attn aligns a window, bottom-right; -1 where the band does not cut."""
+        shift = self.q1 - self.k1
+        return (-1 if self.hi is None else self.hi - shift), (-1 if self.lo is None else shift - self.lo)
+
+    def fits(self, window: tuple[int, int]) -> bool:
+        """Whether a kernel called on this box with `window` computes exactly this tile."""
+        left, right = window
+        shift = self.q1 - self.k1
+        lo, hi = (None if right < 0 else shift - right), (None if left < 0 else shift + left)
+        return Tile.trimmed(self.q0, self.q1, self.k0, self.k1, lo, hi) == self
+
+    def moved(self, q: int, k: int) -> Tile:
+        """The tile with its rows moved by `q` and its columns by `k`."""
+        d = q - k
+        lo, hi = (None if self.lo is None else self.lo + d), (None if self.hi is None else self.hi + d)
+        return Tile(self.q0 + q, self.q1 + q, self.k0 + k, self.k1 + k, lo, hi)
+
+    def split_long_right(self) -> tuple[Tile, ...]:
+        """Two tiles where one would need a right window of its key count or more, which FlashAttention-2 reads as unbounded."""
+        if self.lo is None or self.window[1] < self.columns:
+            return (self,)
+        first = self.lo + self.k1  # one past the first row that sees the last key
+        parts = (replace(self, q1=first), replace(self, q0=first))
+        found = (Tile.trimmed(p.q0, p.q1, p.k0, p.k1, p.lo, p.hi) for p in parts)
+        return tuple(part for part in found if part is not None)
+
+
+def joined(a: Tile, b: Tile) -> Tile | None:
+    """The one tile that covers exactly the scores of two disjoint tiles, or None."""
+    box = min(a.q0, b.q0), max(a.q1, b.q1), min(a.k0, b.k0), max(a.k1, b.k1)
+    cells = a.cells + b.cells
+    if cells > (box[1] - box[0]) * (box[3] - box[2]):
+        return None
+    for lo in {a.lo, b.lo, None}:
+        for hi in {a.hi, b.hi, None}:
+            whole = Tile.trimmed(*box, lo, hi)
+            if whole is not None and whole.cells == cells and _inside(a, whole) and _inside(b, whole):
+                return whole
+    return None
+
+
+def _inside(part: Tile, whole: Tile) -> bool:
+    """Whether every score of the tight tile `part` belongs to `whole`."""
+    least = part.lo if part.lo is not None else part.q0 - part.k1 + 1
+    most = part.hi if part.hi is not None else part.q1 - 1 - part.k0
+    in_box = whole.q0 <= part.q0 and part.q1 <= whole.q1 and whole.k0 <= part.k0 and part.k1 <= whole.k1
+    return in_box and (whole.lo is None or whole.lo <= least) and (whole.hi is None or most <= whole.hi)
+
+
+def coalesce(tiles: list[Tile], near: int = 4) -> list[Tile]:
+    """Join tiles that are neighbours in storage until no two make one tile any more; `near` bounds how far neighbours lie."""
+    if len(tiles) < 2:
+        return tiles
+    found: list[Tile] = []
+    for tile in sorted(tiles):
+        whole = tile
+        for other in found[: -near - 1 : -1]:
+            union = joined(other, whole)
+            if union is not None:
+                found.remove(other)
+                whole = union
+        found.append(whole)
+    return found if len(found) == len(tiles) else coalesce(found)
+
+
+def tiles_between(q: Piece, k: Piece, band: Band) -> list[Tile]:
+    """The tiles, in storage indices, of the queries of one piece and the keys of another under a band of positions."""
+    if q.run.block == 1 and k.run.block == 1:
+        return _line_tiles(q, k, band)
+    if (q.run.stride, q.run.block) == (k.run.stride, k.run.block):
+        return _block_tiles(q, k, band)
+    return [
+        tile
+        for i, q_block in q.run.blocks()
+        for j, k_block in k.run.blocks()
+        for tile in _line_tiles(Piece(q_block, q.offset + i, q.document), Piece(k_block, k.offset + j, k.document), band)
+    ]
+
+
+def _line_tiles(q: Piece, k: Piece, band: Band) -> list[Tile]:
+    """P - t = d + s * (i - j): dividing the band by the stride gives the band of storage indices."""
+    s = q.run.stride if k.run.count == 1 else k.run.stride
+    assert q.run.count == 1 or k.run.count == 1 or q.run.stride == k.run.stride, "runs of two strides have no common band"
+    if q.run.count == 1 and k.run.count == 1:
+        s = 1
+    d = q.run.start - k.run.start - s * (q.offset - k.offset)
+    lo = None if band.lo is None else -((d - band.lo) // s)
+    hi = None if band.hi is None else (band.hi - d) // s
+    tile = Tile.trimmed(q.offset, q.offset + q.run.count, k.offset, k.offset + k.run.count, lo, hi)
+    return [] if tile is None else [tile]
+
+
+def _block_tiles(q: Piece, k: Piece, band: Band) -> list[Tile]:
+    """Tiles of two blocked runs: one band of storage indices, and for each side of it a diagonal of corners inside blocks.
+
+    With I, J the blocks and i', j' the places inside them, p - t = d + (I - J) * s + (i' - j'). A bound holds for all of a
+    block pair when I - J is far enough from it, for none when it is far on the other side, and for part of the pair on at
+    most one diagonal in between, since s >= 2 * block. Storage indices have i - j = (I - J) * block + (i' - j').
+    """
+    d = q.run.start - k.run.start
+    low = None if band.lo is None else _lower_side(band.lo - d, q.run.stride, q.run.block)
+    high = None if band.hi is None else _lower_side(d - band.hi, q.run.stride, q.run.block).mirrored()
+    base = q.offset - k.offset
+    lo = None if low is None else low.edge + base
+    hi = None if high is None else high.edge + base
+    main = Tile.trimmed(q.offset, q.offset + q.run.count, k.offset, k.offset + k.run.count, lo, hi)
+    tiles = [] if main is None else [main]
+    if low is not None:
+        ceiling = None if band.hi is None else band.hi - d - low.diagonal * q.run.stride
+        tiles += _corner_tiles(q, k, low, None, ceiling)
+    if high is not None:
+        floor = None if low is None else low.edge - high.diagonal * q.run.block
+        tiles += _corner_tiles(q, k, high, floor, None)
+    return tiles
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """One side of a blocked band: storage indices from `edge` on, and corners least <= i' - j' <= most where I - J = diagonal."""
+
+    edge: int
+    diagonal: int
+    least: int
+    most: int
+
+    def mirrored(self) -> _Side:
+        return _Side(-self.edge, -self.diagonal, -self.most, -self.least)
+
+
+def _lower_side(lo: int, stride: int, block: int) -> _Side:
+    """The side of `(I - J) * stride + (i' - j') >= lo`."""
+    whole = -((1 - block - lo) // stride)  # the first diagonal that satisfies it everywhere
+    partial = whole - 1
+    inside = min(lo - partial * stride, block)  # on `partial`, i' - j' >= inside
+    if inside >= 0:
+        return _Side(partial * block + inside, whole, 1 - block, inside - block - 1)
+    return _Side(partial * block, partial, inside, -1)
+
+
+def _corner_tiles(q: Piece, k: Piece, side: _Side, floor: int | None, ceiling: int | None) -> list[Tile]:
+    least = side.least if floor is None else max(side.least, floor)
+    most = side.most if ceiling is None else min(side.most, ceiling)
+    if least > most:
+        return []
+    block = q.run.block
+    tiles: list[Tile] = []
+    for row in range(q.run.count // block):
+        column = row - side.diagonal
+        if 0 <= column < k.run.count // block:
+            i, j = q.offset + row * block, k.offset + column * block
+            tile = Tile.trimmed(i, i + block, j, j + block, i - j + least, i - j + most)
+            tiles += [] if tile is None else [tile]
+    return tiles
+
+
+def whole_sequence(length: int) -> tuple[Run, ...]:
+    """The runs of keys that lie in position order."""
+    return (Run(0, length),) if length else ()

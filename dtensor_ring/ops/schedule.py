@@ -1,0 +1,374 @@
+"""The plan: which keys a rank fetches in each step, what it computes on them, and what it sends to whom.
+
+    zigzag, causal, 4 ranks, 16 tokens: the ring plan of rank 1, which holds 2 3 | 12 13
+    step 0   own keys                   one causal call      2 3 12 13 x 2 3 12 13
+    step 1   rank 0 sends 0 1           one full call        2 3 12 13 x 0 1
+    step 2   rank 3 sends 6 7 8 9       one full call            12 13 x 6 7 8 9
+    step 3   rank 2 sends 4 5 10 11     one full call            12 13 x 4 5 10 11
+
+A plan is a pure function of (layout, band, lengths, documents, strategy, world, rank). Ring, gather and the window's halo
+differ in nothing else: the executor walks the steps of whatever plan it gets. At step s of a ring every rank receives from
+the rank s places before it and sends to the rank s places after it, exactly the rows that have a tile there.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
+
+from dtensor_ring.documents import Documents
+from dtensor_ring.layout import Layout, Piece, Run, cut
+from dtensor_ring.ops.mask import Band, Tile, coalesce, tiles_between, whole_sequence
+
+
+class Rows(NamedTuple):
+    """Rows [start, stop) of a rank's stored keys."""
+
+    source: int
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """How many rows."""
+        return self.stop - self.start
+
+
+class Segment(NamedTuple):
+    """Queries [q0, q1) against keys [k0, k1); `row` is the batch row, 0 when the documents are the same in all rows."""
+
+    row: int
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One kernel call: segments with disjoint, increasing rows and keys under one bottom-right window (left, right)."""
+
+    window: tuple[int, int]
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step computes: the key rows it needs, in buffer order, and the calls on that buffer.
+
+    `sums` tells that some key row takes part in more than one call, so that its gradients are added in float32 before they
+    travel; `cells` counts the scores.
+    """
+
+    keys: tuple[Rows, ...] = ()
+    calls: tuple[Call, ...] = ()
+    cells: int = 0
+    sums: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Key rows in the buffer."""
+        return sum(piece.size for piece in self.keys)
+
+
+class Send(NamedTuple):
+    """Rows of this rank's keys that `rank` needs in a step, and whether their gradients come back summed in float32."""
+
+    rank: int
+    rows: tuple[Rows, ...]
+    sums: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Everything a plan depends on but the rank."""
+
+    layout: Layout
+    band: Band
+    q_length: int
+    k_length: int
+    world: int
+    strategy: str = "ring"
+    documents: Documents | None = None
+
+    @property
+    def position_band(self) -> Band:
+        """The band of positions: queries count from `k_length - q_length`, flash-attn's bottom-right alignment."""
+        return self.band.shifted(self.k_length - self.q_length)
+
+    @property
+    def bounds(self) -> tuple[tuple[int, ...] | None, ...]:
+        """Document bounds, one entry for the batch or one a batch row."""
+        return (None,) if self.documents is None else self.documents.bounds
+
+    def q_rows(self, rank: int) -> int:
+        """Queries on a rank."""
+        return self.layout.local_length(self.q_length, self.world, rank)
+
+    def k_rows(self, rank: int) -> int:
+        """Keys on a rank."""
+        return self.layout.local_length(self.k_length, self.world, rank)
+
+    @property
+    def in_order(self) -> bool:
+        """Whether keys are gathered into position order, which needs local runs of neighbouring tokens."""
+        return self.layout.kind != "stripe" or self.world == 1
+
+    @property
+    def is_halo(self) -> bool:
+        """Whether a window is served by fetching the keys just around each local run, at most twice the local keys."""
+        band, runs = self.band, 2 if self.layout.kind == "zigzag" else 1
+        if band.lo is None or band.hi is None or not self.in_order or self.world == 1:
+            return False
+        return runs * max(0, band.hi - min(band.lo, 0)) * self.world <= 2 * self.k_length
+
+    @property
+    def collective(self) -> bool:
+        """Whether the keys of all ranks are fetched by one all-gather; otherwise exact rows go from rank to rank."""
+        return self.strategy == "gather" and self.world > 1 and self.documents is None and not self.is_halo
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that one rank does in one attention, forward and backward.
+
+    `q_parts` and `k_parts` are the most contributions any query row's output, or any own key row's gradient, is summed from.
+    """
+
+    problem: Problem
+    rank: int
+    steps: tuple[Step, ...]
+    sends: tuple[tuple[Send, ...], ...]
+    q_parts: int
+    k_parts: int
+
+    @property
+    def cells(self) -> int:
+        """Scores this rank computes: its work."""
+        return sum(step.cells for step in self.steps)
+
+    @property
+    def calls(self) -> int:
+        """Kernel calls in a forward pass."""
+        return sum(len(step.calls) for step in self.steps)
+
+    @property
+    def rows_sent(self) -> int:
+        """Key rows this rank sends in a forward pass (an all-gather sends the padded shard to every other rank)."""
+        if self.problem.collective:
+            return (self.problem.world - 1) * max(self.problem.k_rows(r) for r in range(self.problem.world))
+        return sum(rows.size for sends in self.sends for send in sends for rows in send.rows)
+
+    @property
+    def messages(self) -> int:
+        """Ranks this rank sends keys to, summed over the steps."""
+        return self.problem.world - 1 if self.problem.collective else sum(len(sends) for sends in self.sends)
+
+
+@lru_cache(maxsize=128)
+def plan(problem: Problem, rank: int) -> Plan:
+    """The plan of one rank."""
+    steps = tuple(_step(problem, rank, i) for i in range(_step_count(problem)))
+    sends = tuple(tuple(_sends(problem, rank, i)) for i in range(len(steps)))
+    segments = [segment for step in steps for call in step.calls for segment in call.segments]
+    returned = [(rows.start, rows.stop) for sent in sends for send in sent for rows in send.rows]
+    own = [(k0, k1) for step in steps for k0, k1 in _own_key_ranges(step, rank)]
+    rows = {segment.row for segment in segments}
+    q_parts = max((_deepest([(s.q0, s.q1) for s in segments if s.row == row]) for row in rows), default=0)
+    return Plan(problem, rank, steps, sends, q_parts, _deepest(returned + own))
+
+
+def _step_count(problem: Problem) -> int:
+    return problem.world if problem.strategy == "ring" and not problem.is_halo else 1
+
+
+def _sends(problem: Problem, rank: int, index: int) -> Iterable[Send]:
+    """Who needs which of this rank's keys in a step, read off the other ranks' plans."""
+    if problem.collective:
+        return
+    ring = _step_count(problem) > 1
+    others = [(rank + index) % problem.world] if ring else [(rank + i) % problem.world for i in range(problem.world)]
+    for other in others:
+        step = _step(problem, other, index)
+        rows = tuple(piece for piece in step.keys if piece.source == rank)
+        if other != rank and rows:
+            yield Send(other, rows, step.sums)
+
+
+@lru_cache(maxsize=1024)
+def _step(problem: Problem, rank: int, index: int) -> Step:
+    if problem.is_halo:
+        return _halo_step(problem, rank)
+    if problem.strategy == "ring":
+        source = (rank - index) % problem.world
+        keys = [Rows(source, 0, problem.k_rows(source))]
+        return _finish(problem, rank, keys, problem.layout.runs(problem.k_length, problem.world, source))
+    shards = [(r, problem.layout.runs(problem.k_length, problem.world, r)) for r in range(problem.world)]
+    if not problem.in_order:
+        keys = [Rows(r, 0, problem.k_rows(r)) for r, _ in shards]
+        return _finish(problem, rank, keys, *(runs for _, runs in shards))
+    starts = sorted((run.start, run.count, rows) for r, runs in shards for run, rows in _with_rows(r, runs))
+    return _finish(problem, rank, [rows for _, _, rows in starts], whole_sequence(problem.k_length))
+
+
+def _with_rows(rank: int, runs: Sequence[Run]) -> Iterable[tuple[Run, Rows]]:
+    offset = 0
+    for run in runs:
+        yield run, Rows(rank, offset, offset + run.count)
+        offset += run.count
+
+
+def _finish(problem: Problem, rank: int, keys: list[Rows], *shards: tuple[Run, ...]) -> Step:
+    """Tiles of this rank's queries and the keys given, shard after shard in buffer order; keys without a tile are dropped."""
+    runs = problem.layout.runs(problem.q_length, problem.world, rank)
+    tiles: list[tuple[int, Tile]] = []
+    for row, bounds in enumerate(problem.bounds):
+        queries, offset = cut(runs, bounds), 0
+        for shard in shards:
+            found = _document_tiles(queries, cut(shard, bounds), problem.position_band)
+            tiles += [(row, tile.moved(0, offset)) for tile in found]
+            offset += sum(run.count for run in shard)
+    if problem.collective:
+        return _step_of(tuple(keys), tiles)
+    return _step_of(*_keep_needed(keys, tiles))
+
+
+def _document_tiles(queries: Sequence[Piece], keys: Sequence[Piece], band: Band) -> list[Tile]:
+    of_document: dict[int, list[Piece]] = {}
+    for key in keys:
+        of_document.setdefault(key.document, []).append(key)
+    by_document: dict[int, list[Piece]] = {}
+    for query in queries:
+        by_document.setdefault(query.document, []).append(query)
+    found: list[Tile] = []
+    for document, q_pieces in by_document.items():
+        k_pieces = of_document.get(document, [])
+        found += coalesce([tile for q in q_pieces for k in k_pieces for tile in tiles_between(q, k, band)])
+    return [part for tile in found for part in tile.split_long_right()]
+
+
+def _keep_needed(keys: Sequence[Rows], tiles: list[tuple[int, Tile]]) -> tuple[tuple[Rows, ...], list[tuple[int, Tile]]]:
+    """Drop key rows that no tile reads, and renumber the columns of the tiles."""
+    needed = _unions((tile.k0, tile.k1) for _, tile in tiles)
+    lows = [low for low, _ in needed]
+    kept: list[Rows] = []
+    offset = 0
+    for rows in keys:
+        first = max(bisect_right(lows, offset) - 1, 0)
+        for low, high in needed[first : bisect_left(lows, offset + rows.size)]:
+            start, stop = max(low - offset, 0), min(high - offset, rows.size)
+            if start < stop:
+                kept.append(Rows(rows.source, rows.start + start, rows.start + stop))
+        offset += rows.size
+    starts = list(accumulate((high - low for low, high in needed), initial=0))
+    moved = []
+    for row, tile in tiles:
+        at = bisect_right(lows, tile.k0) - 1
+        moved.append((row, tile.moved(0, starts[at] - lows[at])))
+    return tuple(kept), moved
+
+
+def _halo_step(problem: Problem, rank: int) -> Step:
+    """A window's keys around each local run, fetched into position order run by run: one window serves every run."""
+    band = problem.position_band
+    assert band.lo is not None and band.hi is not None, "a halo needs a window"
+    holders = sorted(
+        (run.start, run.start + run.count, rows)
+        for r in range(problem.world)
+        for run, rows in _with_rows(r, problem.layout.runs(problem.k_length, problem.world, r))
+    )
+    keys: list[Rows] = []
+    tiles: list[tuple[int, Tile]] = []
+    for piece in cut(problem.layout.runs(problem.q_length, problem.world, rank), None):
+        run = piece.run
+        low, high = max(0, run.start - band.hi), min(problem.k_length, run.start + run.count - band.lo)
+        if low >= high:
+            continue
+        offset = sum(rows.size for rows in keys)
+        for row, bounds in enumerate(problem.bounds):
+            q_pieces = [Piece(p.run, p.offset + piece.offset, p.document) for p in cut((run,), bounds)]
+            near = [Piece(Run(low, high - low), 0, 0)] if bounds is None else _between(bounds, low, high)
+            tiles += [(row, tile.moved(0, offset)) for tile in _document_tiles(q_pieces, near, band)]
+        keys += [
+            Rows(rows.source, rows.start + max(low, a) - a, rows.start + min(high, b) - a)
+            for a, b, rows in holders
+            if max(low, a) < min(high, b)
+        ]
+    return _step_of(*_keep_needed(keys, tiles))
+
+
+def _between(bounds: tuple[int, ...], low: int, high: int) -> list[Piece]:
+    """Positions [low, high) cut into documents, stored from 0."""
+    found = []
+    for document in range(Documents.find(bounds, low), len(bounds) - 1):
+        a, b = max(low, bounds[document]), min(high, bounds[document + 1])
+        if a < b:
+            found.append(Piece(Run(a, b - a), a - low, document))
+        if b == high:
+            break
+    return found
+
+
+def _step_of(keys: tuple[Rows, ...], tiles: list[tuple[int, Tile]]) -> Step:
+    calls = _group(tiles)
+    sums = any(_deepest([(t.k0, t.k1) for r, t in tiles if r == row]) > 1 for row in {row for row, _ in tiles})
+    sums = sums or (len({row for row, _ in tiles}) > 1 and len(calls) > 1)
+    return Step(keys, calls, sum(tile.cells for _, tile in tiles), sums)
+
+
+def _group(tiles: list[tuple[int, Tile]]) -> tuple[Call, ...]:
+    """Put tiles that one kernel call can serve together: one window, rows and keys both increasing and disjoint."""
+    open_calls: list[tuple[tuple[int, int], list[Segment]]] = []
+    for row, tile in sorted(tiles):
+        segment = Segment(row, tile.q0, tile.q1, tile.k0, tile.k1)
+        for window, segments in open_calls:
+            last = segments[-1]
+            after = last.row < row or (last.row == row and last.q1 <= tile.q0 and last.k1 <= tile.k0)
+            if after and tile.fits(window):
+                segments.append(segment)
+                break
+        else:
+            open_calls.append((tile.window, [segment]))
+    return tuple(Call(window, tuple(segments)) for window, segments in open_calls)
+
+
+def _own_key_ranges(step: Step, rank: int) -> Iterable[tuple[int, int]]:
+    """The own key rows of a step, once for each call that reads them."""
+    offset = 0
+    ranges = [(s.k0, s.k1) for call in step.calls for s in _first_row(call.segments)]
+    for rows in step.keys:
+        if rows.source == rank:
+            for k0, k1 in ranges:
+                low, high = max(k0, offset), min(k1, offset + rows.size)
+                if low < high:
+                    yield rows.start + low - offset, rows.start + high - offset
+        offset += rows.size
+
+
+def _first_row(segments: Sequence[Segment]) -> Sequence[Segment]:
+    rows = {segment.row for segment in segments}
+    if len(rows) == 1:
+        return segments
+    merged = _unions((s.k0, s.k1) for s in segments)  # batch rows differ: every key row counts once a call
+    return [Segment(0, 0, 0, low, high) for low, high in merged]
+
+
+def _unions(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Overlapping or touching ranges joined, in order."""
+    found: list[tuple[int, int]] = []
+    for low, high in sorted(ranges):
+        if found and low <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], high))
+        else:
+            found.append((low, high))
+    return found
+
+
+def _deepest(ranges: list[tuple[int, int]]) -> int:
+    """The most ranges that overlap anywhere."""
+    edges = sorted([(low, 1) for low, _ in ranges] + [(high, -1) for _, high in ranges])
+    return max(accumulate(change for _, change in edges), default=0)
