@@ -1,0 +1,153 @@
+"""Ranks as threads of one process: the executors run on it unchanged, with no process group.
+
+    outs = LoopbackTransport.run(4, lambda wire: forward(plan(problem, wire.rank), wire, ...))
+
+Transfers are as late as the interface allows: what is sent is read when the receiver waits, so a rank that changes a tensor
+under transfer is found out. Fresh buffers are filled with NaN.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from dtensor_ring.comm.transport import Message, Pending, Transport
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class _Parcel:
+    tensor: Tensor
+    taken: threading.Event = field(default_factory=threading.Event)
+
+
+class _Switchboard:
+    """Lines between ranks: the n-th message a rank posts to another meets the n-th the other expects of it."""
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self.failed = threading.Event()
+        self.lines: defaultdict[tuple[int, int, int], SimpleQueue[_Parcel]] = defaultdict(SimpleQueue)
+
+    def take(self, source: int, target: int, number: int) -> _Parcel:
+        waited = 0.0
+        while waited < self.timeout and not self.failed.is_set():
+            try:
+                return self.lines[source, target, number].get(timeout=0.05)
+            except Empty:
+                waited += 0.05
+        why = "another rank failed" if self.failed.is_set() else f"after {self.timeout:.0f} s"
+        raise TimeoutError(f"rank {target} waits for a message of rank {source}, which sent none ({why})")
+
+
+class LoopbackTransport(Transport):
+    """One rank's end of an in-process exchange; `LoopbackTransport.run` starts a thread for each rank.
+
+    Args:
+        rank: this end.
+        world: number of ends.
+        board: what the ends of one run share.
+    """
+
+    def __init__(self, rank: int, world: int, board: _Switchboard) -> None:
+        super().__init__(rank, world)
+        self._board = board
+        self._sent: Counter[int] = Counter()
+        self._expected: Counter[int] = Counter()
+
+    @classmethod
+    def run(cls, world: int, body: Callable[[LoopbackTransport], T], timeout: float = 60.0) -> list[T]:
+        """Call `body` with each rank's transport, a thread a rank; the results in rank order, or the first failure.
+
+        Raises:
+            TimeoutError: a rank waited `timeout` seconds for a message; the text names both ranks.
+        """
+        board = _Switchboard(timeout)
+        results: dict[int, T] = {}
+        failures: list[BaseException] = []
+
+        def work(rank: int) -> None:
+            try:
+                results[rank] = body(cls(rank, world, board))
+            except BaseException as failure:  # noqa: BLE001  handed to the caller below
+                failures.append(failure)
+                board.failed.set()
+
+        threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(world)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failures:
+            raise failures[0]
+        return [results[rank] for rank in range(world)]
+
+    @override
+    def empty(self, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A buffer full of NaN, where the dtype has it."""
+        buffer = super().empty(shape, like, dtype)
+        return buffer.fill_(math.nan) if buffer.is_floating_point() else buffer
+
+    @override
+    def _exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending[None]:
+        parcels = [_Parcel(message.tensor.detach()) for message in sends]
+        for message, parcel in zip(sends, parcels, strict=True):
+            self._board.lines[self.rank, message.rank, self._sent[message.rank]].put(parcel)
+            self._sent[message.rank] += 1
+        numbers = []
+        for message in receives:
+            numbers.append(self._expected[message.rank])
+            self._expected[message.rank] += 1
+
+        def finish() -> None:
+            for message, number in zip(receives, numbers, strict=True):
+                parcel = self._board.take(message.rank, self.rank, number)
+                assert parcel.tensor.shape == message.tensor.shape, (
+                    f"rank {message.rank} sent {tuple(parcel.tensor.shape)}, rank {self.rank} expects {tuple(message.tensor.shape)}"
+                )
+                assert parcel.tensor.dtype == message.tensor.dtype, "both ends of a message agree on the dtype"
+                message.tensor.copy_(parcel.tensor)
+                parcel.taken.set()
+            for message, parcel in zip(sends, parcels, strict=True):
+                if not parcel.taken.wait(self._board.timeout):
+                    raise TimeoutError(f"rank {message.rank} never took what rank {self.rank} sent it")
+
+        return Pending(finish)
+
+    @override
+    def _all_gather(self, tensor: Tensor) -> Pending[Tensor]:
+        gathered = self.empty((self.world, *tensor.shape), tensor)
+        gathered[self.rank] = tensor
+        others = [rank for rank in range(self.world) if rank != self.rank]
+        pending = self._exchange([Message(r, tensor) for r in others], [Message(r, gathered[r]) for r in others])
+        return Pending(lambda: (pending.wait(), gathered)[1])
+
+    @override
+    def _reduce_scatter(self, tensor: Tensor) -> Pending[Tensor]:
+        others = [rank for rank in range(self.world) if rank != self.rank]
+        parts = {rank: torch.empty_like(tensor[self.rank]) for rank in others}
+        pending = self._exchange([Message(r, tensor[r]) for r in others], [Message(r, parts[r]) for r in others])
+
+        def finish() -> Tensor:
+            pending.wait()
+            parts[self.rank] = tensor[self.rank]
+            return torch.stack([parts[rank] for rank in range(self.world)]).sum(0)
+
+        return Pending(finish)
+
+    @override
+    def _all_reduce(self, tensor: Tensor, op: str) -> Tensor:
+        every = self._all_gather(tensor).wait()
+        if op in ("sum", "avg"):
+            return every.sum(0) if op == "sum" else every.sum(0) / self.world
+        return every.prod(0) if op == "product" else every.amax(0) if op == "max" else every.amin(0)

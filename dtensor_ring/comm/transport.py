@@ -1,0 +1,128 @@
+"""The interface that executors and redistribution talk to.
+
+A transfer returns a `Pending` at once; its result is valid after `wait()`, and so is changing what was sent. Every rank of a
+group makes the same calls in the same order. Messages of no elements are left out on both sides.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Message(NamedTuple):
+    """A contiguous tensor to send to `rank` of the group, or to fill with what that rank sends."""
+
+    rank: int
+    tensor: Tensor
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What a rank has sent through one transport: messages and bytes, summed over its life."""
+
+    messages: int = 0
+    bytes: int = 0
+
+    def add(self, messages: int, count: int) -> None:
+        """Count `messages` messages that carry `count` bytes in all."""
+        self.messages += messages
+        self.bytes += count
+
+    def since(self, earlier: Traffic) -> Traffic:
+        """What was sent after `earlier`, a `copy` taken before."""
+        return Traffic(self.messages - earlier.messages, self.bytes - earlier.bytes)
+
+    def copy(self) -> Traffic:
+        """The present count as a value of its own."""
+        return Traffic(self.messages, self.bytes)
+
+
+class Pending(Generic[T]):
+    """The result of a transfer under way; redeem it with `wait()`, once."""
+
+    def __init__(self, finish: Callable[[], T]) -> None:
+        self._finish: Callable[[], T] | None = finish
+
+    @classmethod
+    def ready(cls, value: T) -> Pending[T]:
+        """A result that needed no transfer."""
+        return cls(lambda: value)
+
+    def wait(self) -> T:
+        """The result. On a GPU the current stream waits, the host does not."""
+        finish, self._finish = self._finish, None
+        assert finish is not None, "a pending transfer is redeemed once"
+        return finish()
+
+
+class Transport(ABC):
+    """Data exchange among the `world` ranks of one group, seen from `rank`."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        self.rank = rank
+        self.world = world
+        self.traffic = Traffic()
+
+    def empty(self, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A buffer to receive into, on the device of `like` and of its dtype unless one is given."""
+        return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending[None]:
+        """Send each message of `sends` and fill each tensor of `receives`; both sides agree on sizes and order.
+
+        Sends the bytes of `sends`, nothing else.
+        """
+        sends = [message for message in sends if message.tensor.numel()]
+        receives = [message for message in receives if message.tensor.numel()]
+        for message in (*sends, *receives):
+            assert message.rank != self.rank, "a rank does not send to itself"
+            assert message.tensor.is_contiguous(), "messages are contiguous tensors"
+        self.traffic.add(len(sends), sum(message.tensor.nbytes for message in sends))
+        return self._exchange(sends, receives)
+
+    def all_gather(self, tensor: Tensor) -> Pending[Tensor]:
+        """Tensors of one shape from all ranks, stacked: (world, *shape). Sends the tensor to every other rank."""
+        self.traffic.add(self.world - 1, (self.world - 1) * tensor.nbytes)
+        return self._all_gather(tensor.contiguous())
+
+    def reduce_scatter(self, tensor: Tensor) -> Pending[Tensor]:
+        """The sum over ranks of slice `rank` of (world, *shape) tensors: (*shape). Sends every other rank its slice."""
+        assert tensor.shape[0] == self.world, "reduce_scatter takes one slice a rank"
+        self.traffic.add(self.world - 1, tensor.nbytes // self.world * (self.world - 1))
+        return self._reduce_scatter(tensor.contiguous())
+
+    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        """The sum (or `op`: "sum", "avg", "max", "min", "product") over ranks. Counted as reduce-scatter and all-gather."""
+        self.traffic.add(2 * (self.world - 1), 2 * tensor.nbytes * (self.world - 1) // self.world)
+        return self._all_reduce(tensor.contiguous(), op)
+
+    def gather_values(self, values: Sequence[int]) -> list[list[int]]:
+        """A few integers of every rank, on the host of every rank: for checks once a batch, since the host waits."""
+        if self.world == 1:
+            return [list(values)]
+        mine = torch.tensor(values, dtype=torch.int64, device=self.value_device())
+        return self._all_gather(mine).wait().tolist()
+
+    def value_device(self) -> torch.device:
+        """Where small values must lie to be exchanged."""
+        return torch.device("cpu")
+
+    @abstractmethod
+    def _exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending[None]: ...
+
+    @abstractmethod
+    def _all_gather(self, tensor: Tensor) -> Pending[Tensor]: ...
+
+    @abstractmethod
+    def _reduce_scatter(self, tensor: Tensor) -> Pending[Tensor]: ...
+
+    @abstractmethod
+    def _all_reduce(self, tensor: Tensor, op: str) -> Tensor: ...
