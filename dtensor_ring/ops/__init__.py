@@ -1,0 +1,1 @@
+"""Plans, the executor that walks them, kernels, and the operators with their sharding rules."""

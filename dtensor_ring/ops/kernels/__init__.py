@@ -1,0 +1,33 @@
+"""The kernels, and how one is chosen: the first that does not refuse, in this order."""
+
+from __future__ import annotations
+
+from dtensor_ring.ops.kernels.base import Kernel, Need, Options, Packing, Span
+from dtensor_ring.ops.kernels.math import MathKernel
+from dtensor_ring.ops.kernels.torch_cpu import TorchCpuKernel
+from dtensor_ring.ops.kernels.torch_flash import TorchFlashKernel
+
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (TorchFlashKernel(), TorchCpuKernel(), MathKernel())}
+
+
+def choose_kernel(name: str | None, need: Need) -> Kernel:
+    """The kernel called `name`, or with None the first in `KERNELS` that does not refuse.
+
+    Raises:
+        ValueError: no kernel has that name.
+        NotImplementedError: the kernel, or with None every kernel, refuses; the text lists each with its reason.
+    """
+    if name is not None and name not in KERNELS:
+        raise ValueError(f"unknown kernel {name!r}: choose one of {', '.join(KERNELS)}, or None for the first that does not refuse")
+    reasons = {}
+    for candidate in KERNELS.values() if name is None else (KERNELS[name],):
+        reason = candidate.refuses(need)
+        if reason is None:
+            return candidate
+        reasons[candidate.name] = reason
+    listed = "; ".join(f"{kernel}: {reason}" for kernel, reason in reasons.items())
+    who = "every kernel refuses this attention" if name is None else f"kernel {name!r} refuses this attention"
+    raise NotImplementedError(f"{who}. {listed}")
+
+
+__all__ = ["KERNELS", "Kernel", "Need", "Options", "Packing", "Span", "choose_kernel"]

@@ -1,0 +1,193 @@
+"""What a kernel is: attention of one block, forward to (out, lse), backward from the global out and lse.
+
+    shapes   q_BSHD (B, Sq, H, D), k_BSHD (B, Sk, Hk, D), v_BSHD (B, Sk, Hk, Dv), H a multiple of Hk
+             out_BSHD (B, Sq, H, Dv), lse_BHS (B, H, Sq): natural log of the sum of exp(scale * q.k), float32 (float64 for float64)
+    window   (left, right), aligned bottom-right as in flash-attn: key j for query i when
+             i + Sk - Sq - left <= j <= i + Sk - Sq + right; -1 is unbounded
+
+Every row of a block sees at least one key: plans are made so. A packed block holds many segments, each its own small problem,
+in the flattened rows of q and k; rows in no segment get out 0 and lse -inf, keys in no segment gradients 0.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a call asks of a kernel; `Kernel.refuses` judges it."""
+
+    device: str
+    dtype: torch.dtype
+    head_dim: int
+    v_head_dim: int
+    training: bool = False
+    windowed: bool = False
+    packed: bool = False
+    softcap: float = 0.0
+    deterministic: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The arguments of attention that change no shapes: `scale` multiplies q.k, `softcap` > 0 bounds scores by a tanh."""
+
+    scale: float
+    softcap: float = 0.0
+    deterministic: bool = False
+
+
+class Span(NamedTuple):
+    """Flattened query rows [q0, q1) against flattened key rows [k0, k1)."""
+
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """The segments of one packed call, for loops (`spans`) and for varlen kernels (`cu_q`, `cu_k`, int32 on the device).
+
+    The cumulative lengths cover all flattened rows: a gap in the queries is a sequence without keys, a gap in the keys a
+    sequence without queries.
+    """
+
+    spans: tuple[Span, ...]
+    cu_q: Tensor
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+
+    @classmethod
+    def of(cls, spans: Sequence[Span], q_rows: int, k_rows: int, device: torch.device) -> Packing:
+        """The packing of increasing, disjoint spans in `q_rows` x `k_rows` flattened rows."""
+        cu_q, cu_k = [0], [0]
+        for span in (*spans, Span(q_rows, q_rows, k_rows, k_rows)):
+            if span.q0 > cu_q[-1]:
+                cu_q.append(span.q0)
+                cu_k.append(cu_k[-1])
+            if span.k0 > cu_k[-1]:
+                cu_q.append(cu_q[-1])
+                cu_k.append(span.k0)
+            if span.q1 > span.q0:
+                cu_q.append(span.q1)
+                cu_k.append(span.k1)
+        longest_q = max((b - a for a, b in pairwise(cu_q)), default=0)
+        longest_k = max((b - a for a, b in pairwise(cu_k)), default=0)
+        bounds = torch.tensor([cu_q, cu_k], dtype=torch.int32, device=device)
+        return cls(tuple(spans), bounds[0], bounds[1], longest_q, longest_k)
+
+
+class Kernel(ABC):
+    """A block attention; instances hold no state.
+
+    `forward` returns out in any float dtype at least as precise as the input, `backward` gradients likewise: flash kernels
+    round both to the input dtype, `math` returns what it computed in.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def refuses(self, need: Need) -> str | None:
+        """Why this kernel cannot do what is needed, or None if it can."""
+
+    @abstractmethod
+    def forward(
+        self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, window: tuple[int, int], options: Options
+    ) -> tuple[Tensor, Tensor]:
+        """Out and lse of one block."""
+
+    @abstractmethod
+    def backward(
+        self,
+        dout_BSHD: Tensor,
+        q_BSHD: Tensor,
+        k_BSHD: Tensor,
+        v_BSHD: Tensor,
+        out_BSHD: Tensor,
+        lse_BHS: Tensor,
+        window: tuple[int, int],
+        options: Options,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """This block's share of dq, dk, dv, given the out and lse of the whole attention."""
+
+    def grad_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of the gradients that `backward` returns for inputs of `dtype`."""
+        return dtype
+
+    def forward_packed(
+        self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, packing: Packing, window: tuple[int, int], options: Options
+    ) -> tuple[Tensor, Tensor]:
+        """Out (T, H, Dv) and lse (H, T) of many segments; here one block after the other."""
+        accumulate = torch.float64 if q_THD.dtype == torch.float64 else torch.float32
+        out, lse = None, q_THD.new_full((q_THD.shape[1], q_THD.shape[0]), -math.inf, dtype=accumulate)
+        for q, k in _slices(packing):
+            block, block_lse = self.forward(q_THD[None, q], k_THD[None, k], v_THD[None, k], window, options)
+            if out is None:
+                out = block.new_zeros((*q_THD.shape[:2], v_THD.shape[-1]))
+            out[q] = block[0]
+            lse[:, q] = block_lse[0]
+        return q_THD.new_zeros((*q_THD.shape[:2], v_THD.shape[-1])) if out is None else out, lse
+
+    def backward_packed(
+        self,
+        dout_THD: Tensor,
+        q_THD: Tensor,
+        k_THD: Tensor,
+        v_THD: Tensor,
+        out_THD: Tensor,
+        lse_HT: Tensor,
+        packing: Packing,
+        window: tuple[int, int],
+        options: Options,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The share of many segments in dq, dk, dv."""
+        dq, dk, dv = (torch.zeros_like(x, dtype=self.grad_dtype(x.dtype)) for x in (q_THD, k_THD, v_THD))
+        for q, k in _slices(packing):
+            inputs = dout_THD[None, q], q_THD[None, q], k_THD[None, k], v_THD[None, k], out_THD[None, q], lse_HT[None, :, q]
+            parts = self.backward(*inputs, window, options)
+            for grad, part, rows in zip((dq, dk, dv), parts, (q, k, k), strict=True):
+                grad[rows] = part[0]
+        return dq, dk, dv
+
+
+def _slices(packing: Packing) -> list[tuple[slice, slice]]:
+    return [(slice(span.q0, span.q1), slice(span.k0, span.k1)) for span in packing.spans]
+
+
+def band_mask(rows: range, columns: range, offset: int, window: tuple[int, int], device: torch.device) -> Tensor:
+    """Bool (rows, columns), True where query i may see key j under a bottom-right window; `offset` is Sk - Sq."""
+    left, right = window
+    distance = torch.arange(columns.start, columns.stop, device=device) - (
+        torch.arange(rows.start, rows.stop, device=device)[:, None] + offset
+    )
+    mask = torch.ones_like(distance, dtype=torch.bool)
+    if left >= 0:
+        mask &= distance >= -left
+    if right >= 0:
+        mask &= distance <= right
+    return mask
+
+
+def row_blocks(q_rows: int, k_rows: int, window: tuple[int, int], height: int) -> list[tuple[range, range]]:
+    """The rows of a block in strips of `height`, each with the keys that any of its rows sees."""
+    left, right = window
+    offset = k_rows - q_rows
+    found = []
+    for start in range(0, q_rows, height):
+        stop = min(start + height, q_rows)
+        low = 0 if left < 0 else max(0, start + offset - left)
+        high = k_rows if right < 0 else min(k_rows, stop + offset + right)
+        found.append((range(start, stop), range(low, max(low, high))))
+    return found

@@ -1,0 +1,124 @@
+"""`math`: attention by matrix products, on any device and dtype, in strips of rows so that scores stay small.
+
+Float64 is computed in float64, everything else in float32, and results come back in that dtype, unrounded.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from dtensor_ring.ops.kernels.base import Kernel, Need, Options, band_mask, row_blocks
+
+_SCORES_AT_ONCE = 1 << 24
+
+
+class MathKernel(Kernel):
+    """The reference arithmetic, block by block; quadratic time, memory bounded by strips of scores."""
+
+    name: ClassVar[str] = "math"
+
+    @override
+    def refuses(self, need: Need) -> str | None:
+        """Never refuses a floating-point input."""
+        return None if need.dtype.is_floating_point else f"needs floating-point tensors, found {need.dtype}"
+
+    @override
+    def grad_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Float64 for float64, else float32."""
+        return torch.float64 if dtype == torch.float64 else torch.float32
+
+    @override
+    def forward(
+        self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, window: tuple[int, int], options: Options
+    ) -> tuple[Tensor, Tensor]:
+        """Out and lse in float32 (float64 for float64)."""
+        work = self.grad_dtype(q_BSHD.dtype)
+        batch, q_rows, heads, _ = q_BSHD.shape
+        out = torch.empty((batch, q_rows, heads, v_BSHD.shape[-1]), dtype=work, device=q_BSHD.device)
+        lse = torch.empty((batch, heads, q_rows), dtype=work, device=q_BSHD.device)
+        for rows, columns in _strips(q_BSHD, k_BSHD, window):
+            r, c = _slice(rows), _slice(columns)
+            q, k, v = _grouped(q_BSHD[:, r], k_BSHD.shape[2], work), _heads(k_BSHD[:, c], work), _heads(v_BSHD[:, c], work)
+            scores, _ = _scores(q, k, rows, columns, k_BSHD.shape[1] - q_rows, window, options)
+            strip_lse = torch.logsumexp(scores, -1)
+            p = torch.exp(scores - strip_lse.nan_to_num(neginf=0.0)[..., None])
+            out[:, r] = _ungrouped(p @ v, heads, len(rows))
+            lse[:, :, r] = strip_lse.reshape(batch, heads, len(rows))
+        return out, lse
+
+    @override
+    def backward(
+        self,
+        dout_BSHD: Tensor,
+        q_BSHD: Tensor,
+        k_BSHD: Tensor,
+        v_BSHD: Tensor,
+        out_BSHD: Tensor,
+        lse_BHS: Tensor,
+        window: tuple[int, int],
+        options: Options,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv in float32 (float64 for float64); delta = sum(dout * out) is that of the whole attention."""
+        work = self.grad_dtype(q_BSHD.dtype)
+        batch, q_rows, heads, _ = q_BSHD.shape
+        kv_heads = k_BSHD.shape[2]
+        dq = torch.empty(q_BSHD.shape, dtype=work, device=q_BSHD.device)
+        dk, dv = (torch.zeros(x.transpose(1, 2).shape, dtype=work, device=x.device) for x in (k_BSHD, v_BSHD))
+        for rows, columns in _strips(q_BSHD, k_BSHD, window):
+            r, c = _slice(rows), _slice(columns)
+            q, dout, out = (_grouped(x[:, r], kv_heads, work) for x in (q_BSHD, dout_BSHD, out_BSHD))
+            k, v = _heads(k_BSHD[:, c], work), _heads(v_BSHD[:, c], work)
+            scores, slope = _scores(q, k, rows, columns, k_BSHD.shape[1] - q_rows, window, options)
+            strip_lse = lse_BHS[:, :, r].to(work).reshape(batch, kv_heads, -1)
+            p = torch.exp(scores - strip_lse.nan_to_num(neginf=0.0)[..., None])
+            delta = (dout * out).sum(-1, keepdim=True)
+            ds = p * (dout @ v.transpose(-1, -2) - delta) * options.scale
+            ds = ds if slope is None else ds * slope
+            dq[:, r] = _ungrouped(ds @ k, heads, len(rows))
+            dk[:, :, c] += ds.transpose(-1, -2) @ q
+            dv[:, :, c] += p.transpose(-1, -2) @ dout
+        return dq, dk.transpose(1, 2).contiguous(), dv.transpose(1, 2).contiguous()
+
+
+def _strips(q_BSHD: Tensor, k_BSHD: Tensor, window: tuple[int, int]) -> list[tuple[range, range]]:
+    batch, q_rows, heads, _ = q_BSHD.shape
+    height = max(1, _SCORES_AT_ONCE // max(1, batch * heads * k_BSHD.shape[1]))
+    return row_blocks(q_rows, k_BSHD.shape[1], window, height)
+
+
+def _slice(indices: range) -> slice:
+    return slice(indices.start, indices.stop)
+
+
+def _grouped(x_BSHD: Tensor, kv_heads: int, work: torch.dtype) -> Tensor:
+    """(B, S, H, D) to (B, Hk, G * S, D): the query heads of one key head side by side, so that keys are never repeated."""
+    batch, rows, heads, dim = x_BSHD.shape
+    return x_BSHD.to(work).transpose(1, 2).reshape(batch, kv_heads, heads // kv_heads * rows, dim)
+
+
+def _ungrouped(x: Tensor, heads: int, rows: int) -> Tensor:
+    return x.reshape(x.shape[0], heads, rows, x.shape[-1]).transpose(1, 2)
+
+
+def _heads(x_BSHD: Tensor, work: torch.dtype) -> Tensor:
+    return x_BSHD.to(work).transpose(1, 2)
+
+
+def _scores(
+    q: Tensor, k: Tensor, rows: range, columns: range, offset: int, window: tuple[int, int], options: Options
+) -> tuple[Tensor, Tensor | None]:
+    """Masked scores (B, Hk, G * rows, columns), and with a softcap their slope against the uncapped ones."""
+    scores = q @ k.transpose(-1, -2) * options.scale
+    slope = None
+    if options.softcap:
+        capped = torch.tanh(scores / options.softcap)
+        scores, slope = options.softcap * capped, 1 - capped * capped
+    if window != (-1, -1):
+        mask = band_mask(rows, columns, offset, window, q.device).repeat(q.shape[2] // len(rows), 1)
+        scores = scores.masked_fill(~mask, -math.inf)
+    return scores, slope

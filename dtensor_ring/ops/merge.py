@@ -1,0 +1,129 @@
+"""Adding up what blocks contribute: attention outputs weighted by their lse, gradients plainly.
+
+    out, lse of keys 0..3      out, lse of keys 4..7      together
+    o1, l1                     o2, l2                     l = log(e^l1 + e^l2),  o = o1 + sigmoid(l2 - l1) * (o2 - o1)
+
+Arithmetic is in float32 (float64 for float64). Rows that get at most two contributions are rounded once, straight into the
+output dtype; where more come the running value is kept in float32 to the end. A row without keys has out 0 and lse -inf, and
+two of them merge to that again.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums of `dtype` are kept in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def merge_(out_BSHD: Tensor, lse_BHS: Tensor, block_BSHD: Tensor, block_lse_BHS: Tensor) -> None:
+    """Merge a block's out and lse into `out_BSHD` and `lse_BHS` in place; all four cover the same rows."""
+    if out_BSHD.is_cuda and out_BSHD.dtype != torch.float64 and _has_triton():
+        from dtensor_ring.ops._merge_cuda import fused_merge_
+
+        fused_merge_(out_BSHD, lse_BHS, block_BSHD, block_lse_BHS)
+        return
+    work = accumulate_dtype(out_BSHD.dtype)
+    weight_BHS = torch.sigmoid(block_lse_BHS - lse_BHS).nan_to_num_(0.0)
+    weight = weight_BHS.transpose(1, 2)[..., None].to(work)
+    out_BSHD.copy_(torch.lerp(out_BSHD.to(work), block_BSHD.to(work), weight))
+    lse_BHS.copy_(torch.logaddexp(lse_BHS, block_lse_BHS))
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+class OutputSum:
+    """The running out (B, S, H, Dv) and lse (B, H, S) of one rank's queries.
+
+    Args:
+        q_BSHD: the queries, for shape, device and dtype.
+        v_head_dim: last dim of out.
+        parts: the most contributions any row gets.
+    """
+
+    def __init__(self, q_BSHD: Tensor, v_head_dim: int, parts: int) -> None:
+        self._q = q_BSHD
+        self._v_head_dim = v_head_dim
+        self._keep_wide = parts > 2
+        self._work = accumulate_dtype(q_BSHD.dtype)
+        self._out: Tensor | None = None
+        self._lse: Tensor | None = None
+
+    def add(self, start: int, stop: int, block_BSHD: Tensor, block_lse_BHS: Tensor) -> None:
+        """Take in the out and lse that one block gives rows [start, stop)."""
+        if self._out is None or self._lse is None:
+            if (start, stop) == (0, self._q.shape[1]):
+                self._out = block_BSHD.to(self._work) if self._keep_wide else block_BSHD
+                self._lse = block_lse_BHS
+                return
+            self._start(block_BSHD.dtype)
+        assert self._out is not None and self._lse is not None, "started above"
+        merge_(self._out[:, start:stop], self._lse[:, :, start:stop], block_BSHD, block_lse_BHS)
+
+    def _start(self, dtype: torch.dtype) -> None:
+        batch, rows, heads, _ = self._q.shape
+        dtype = self._work if self._keep_wide else dtype
+        self._out = torch.zeros((batch, rows, heads, self._v_head_dim), dtype=dtype, device=self._q.device)
+        self._lse = torch.full((batch, heads, rows), -math.inf, dtype=self._work, device=self._q.device)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Out in the dtype of q and lse in float32 (float64 for float64), both contiguous."""
+        if self._out is None or self._lse is None:
+            self._start(self._q.dtype)
+        assert self._out is not None and self._lse is not None, "started above"
+        return self._out.to(self._q.dtype).contiguous(), self._lse.contiguous()
+
+
+class GradSum:
+    """A running gradient (B, S, H, D), in float32 where a row gets more than two contributions.
+
+    Args:
+        like: the tensor whose gradient it is.
+        parts: the most contributions any row gets.
+    """
+
+    def __init__(self, like: Tensor, parts: int) -> None:
+        self.like = like
+        self._keep_wide = parts > 2
+        self._total: Tensor | None = None
+        self._waiting: list[tuple[int, Tensor]] = []
+
+    def add(self, start: int, part: Tensor) -> None:
+        """Add `part` (B, n, H, D) to rows [start, start + n). The sum may take `part` over and change it."""
+        whole = part.shape[1] == self.like.shape[1]
+        if self._total is None and whole:
+            self._total = part.to(accumulate_dtype(part.dtype)) if self._keep_wide else part
+            for rest in self._waiting:
+                self._add(*rest)
+            self._waiting.clear()
+        elif self._total is None and not self._keep_wide:
+            self._waiting.append((start, part))
+        else:
+            self._add(start, part)
+
+    def _add(self, start: int, part: Tensor) -> None:
+        if self._total is None:
+            dtype = accumulate_dtype(part.dtype) if self._keep_wide else part.dtype
+            self._total = torch.zeros(self.like.shape, dtype=dtype, device=part.device)
+        if self._total.dtype.itemsize < part.dtype.itemsize:
+            self._total = self._total.to(part.dtype)
+        self._total[:, start : start + part.shape[1]] += part
+
+    def result(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The gradient, contiguous, in `dtype` or else as it was summed."""
+        for rest in self._waiting:
+            self._add(*rest)
+        self._waiting.clear()
+        if self._total is None:
+            return torch.zeros(self.like.shape, dtype=dtype or self.like.dtype, device=self.like.device)
+        return self._total.to(dtype or self._total.dtype).contiguous()
