@@ -1,0 +1,220 @@
+"""Cutting a language-model batch: every rank has the whole batch and keeps the tokens its layout gives it.
+
+    Zigzag, 2 ranks, 8 tokens    input_ids      position_ids    shift_labels
+    the batch                    a b c d e f g h                b c d e f g h -
+    rank 0                       a b | g h      0 1 | 6 7       b c | h -
+    rank 1                       c d | e f      2 3 | 4 5       d e | f g
+
+Labels are shifted before they are cut, so that the label of a rank's last token is the next token wherever that one lies, and
+never across documents. Documents are found in what Hugging Face collators send: position ids that restart, or cumulative
+lengths.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from dtensor_ring.comm import Transport, transport_of
+from dtensor_ring.documents import Documents
+from dtensor_ring.placements.moves import take_shard
+from dtensor_ring.placements.placement import SequencePlacement, Zigzag
+
+IGNORED = -100
+CUT_KEYS = ("input_ids", "inputs_embeds", "position_ids", "labels", "shift_labels")
+BOUND_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
+class ShardedBatch(dict[str, object]):
+    """This rank's share of a batch: tensors cut, everything else as it was.
+
+    Attributes:
+        length: global tokens of a row.
+        documents: bounds of packed documents, or None.
+        num_items: labels that count in the whole batch, None without labels.
+    """
+
+    length: int
+    documents: Documents | None
+    num_items: Tensor | None
+
+
+def shard_batch(
+    batch: Mapping[str, object],
+    mesh: DeviceMesh,
+    placement: SequencePlacement | None = None,
+    *,
+    documents: Documents | Tensor | Sequence[int] | None = None,
+    check: bool = True,
+) -> ShardedBatch:
+    """Cut a batch that every rank of the mesh axis holds whole into this rank's share.
+
+        batch = shard_batch({"input_ids": ids, "labels": ids}, mesh["cp"], Zigzag(1))
+        hidden = model(batch["input_ids"], batch["position_ids"])           # attention through from_local, ring_attention
+        loss = cross_entropy(logits.flatten(0, 1), batch["shift_labels"].flatten(), reduction="sum") / batch.num_items
+
+    `input_ids` (B, S), `inputs_embeds` (B, S, E), `position_ids` (B or 1, S), `labels` and `shift_labels` (B, S) are cut in dim 1.
+    Missing `position_ids` are made: positions in the sequence, or in the document where documents are given. `labels` also give
+    `shift_labels`, the label of the next token, -100 at the end of each document. `loss` as above is this rank's part: the
+    parts of all ranks add up to the loss of the batch, and so do their gradients.
+
+    Args:
+        batch: the whole batch, the same on every rank of the axis.
+        mesh: the mesh axis that holds the sequence, such as `mesh["cp"]`.
+        placement: how to cut; `Zigzag(1)` by default.
+        documents: bounds of packed documents. Without it they are read from `cu_seq_lens_q` or restarting `position_ids`.
+        check: compare the batch over the axis by a checksum, for which the host waits once.
+
+    Raises:
+        ValueError: the mesh has more than one axis, the placement is not of dim 1, shapes do not fit, documents do not end at
+            the length, or ranks hold different batches (on every rank).
+        NotImplementedError: an attention mask with zeros, or an unknown tensor with a dim as long as the sequence.
+    """
+    placement = Zigzag(1) if placement is None else placement
+    check_axis(mesh, placement)
+    length = sequence_length(batch)
+    found = find_documents(batch, length, documents)
+    wire = transport_of(mesh.get_group(0))
+    if check:
+        check_same(batch, length, found, wire)
+    return cut_batch(batch, placement, wire, length, found)
+
+
+def check_axis(mesh: DeviceMesh, placement: SequencePlacement) -> None:
+    """Raises ValueError unless the mesh has one axis and the placement cuts dim 1."""
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"give the one mesh axis that holds the sequence, such as mesh['cp'], found a mesh of {mesh.ndim} axes: {mesh}"
+        )
+    if not isinstance(placement, SequencePlacement) or placement.dim != 1:
+        raise ValueError(f"a batch (B, S) is cut in dim 1 by Contiguous(1), Zigzag(1) or Stripe(1), found {placement!r}")
+
+
+def sequence_length(batch: Mapping[str, object]) -> int:
+    """Tokens of a row, checked to be the same in all tensors that are cut."""
+    sizes: dict[str, tuple[int, ...]] = {}
+    for key in CUT_KEYS:
+        value = batch.get(key)
+        if isinstance(value, Tensor):
+            if value.dim() < 2:
+                raise ValueError(f"{key} must have a batch and a sequence dim, found shape {tuple(value.shape)}")
+            sizes[key] = tuple(value.shape)
+    lengths = {shape[1] for shape in sizes.values()}
+    if len(lengths) != 1:
+        what = f"found shapes {sizes}" if sizes else "found neither"
+        raise ValueError(f"a batch needs input_ids or inputs_embeds, all tensors of one length, {what}")
+    return lengths.pop()
+
+
+def find_documents(
+    batch: Mapping[str, object], length: int, documents: Documents | Tensor | Sequence[int] | None = None
+) -> Documents | None:
+    """The documents given, or those that `cu_seq_lens_q` or restarting `position_ids` tell; None for one document a row."""
+    if documents is not None:
+        return Documents.of(documents, length)
+    bounds, keys = batch.get("cu_seq_lens_q"), batch.get("cu_seq_lens_k")
+    if isinstance(bounds, Tensor):
+        if isinstance(keys, Tensor) and not torch.equal(bounds, keys):
+            raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ: queries and keys of a packed batch are the same tokens")
+        return Documents.of(bounds, length)
+    positions = batch.get("position_ids")
+    if isinstance(positions, Tensor) and length:
+        if positions.dim() != 2:
+            raise ValueError(f"position_ids must have shape (B, S) or (1, S), found {tuple(positions.shape)}")
+        if bool((positions.diff(dim=1) == 1).all()):
+            return None
+        return Documents.from_position_ids(positions)
+    return None
+
+
+def check_same(batch: Mapping[str, object], length: int, documents: Documents | None, wire: Transport) -> None:
+    """Raises ValueError on every rank unless all ranks hold the same batch; the host waits once."""
+    tensors = [(key, value) for key in CUT_KEYS if isinstance(value := batch.get(key), Tensor)]
+    rows = tensors[0][1].shape[0] if tensors else 0
+    words = "|".join(
+        [f"{key} {value.dtype} {tuple(value.shape)}" for key, value in tensors] + [documents.digest if documents else ""]
+    )
+    number = int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest(), "big")
+    sums = [_checksum(value) for key, value in tensors if key != "inputs_embeds"]
+    mine = [rows, length, number, sum(sums) % (1 << 61)]
+    for rank, theirs in enumerate(wire.gather_values(mine)):
+        if theirs[:2] != mine[:2]:
+            raise ValueError(
+                f"rank {wire.rank} has a batch of {rows} rows of {length} tokens, rank {rank} one of {theirs[0]} rows of "
+                f"{theirs[1]} tokens: every rank of the sequence axis needs the same whole batch"
+            )
+        if theirs != mine:
+            raise ValueError(
+                f"ranks {wire.rank} and {rank} of the sequence axis hold different batches ({words}): give all of them the same "
+                "data, as a sampler does that shards over the data-parallel axis only"
+            )
+
+
+def _checksum(values: Tensor) -> int:
+    flat = values.flatten().to(torch.int64)
+    weights = torch.arange(1, flat.numel() + 1, device=flat.device) % 65521
+    return int((flat * weights).sum())
+
+
+def cut_batch(
+    batch: Mapping[str, object], placement: SequencePlacement, wire: Transport, length: int, documents: Documents | None
+) -> ShardedBatch:
+    """This rank's share of a checked batch."""
+    whole = dict(batch)
+    for key in BOUND_KEYS:
+        whole.pop(key, None)
+    _drop_mask(whole)
+    _refuse_unknown(whole, length)
+    device = next(value.device for key in CUT_KEYS if isinstance(value := whole.get(key), Tensor))
+    if not isinstance(whole.get("position_ids"), Tensor):
+        positions = torch.arange(length)[None] if documents is None else documents.position_ids()
+        whole["position_ids"] = positions.to(device)
+    labels = whole.get("labels")
+    if isinstance(labels, Tensor) and not isinstance(whole.get("shift_labels"), Tensor):
+        whole["shift_labels"] = shift_labels(labels, documents)
+    found = ShardedBatch()
+    for key, value in whole.items():
+        is_cut = key in CUT_KEYS and isinstance(value, Tensor)
+        found[key] = (
+            take_shard(value, 1, placement.layout, wire.world, wire.rank) if is_cut and isinstance(value, Tensor) else value
+        )
+    shifted = whole.get("shift_labels")
+    found.length, found.documents = length, documents
+    found.num_items = (shifted != IGNORED).sum() if isinstance(shifted, Tensor) else None
+    return found
+
+
+def shift_labels(labels: Tensor, documents: Documents | None) -> Tensor:
+    """The label of the next token for every token (B, S), -100 at the end of the row and of each document."""
+    shifted = torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:].contiguous()
+    if documents is not None:
+        ends = torch.zeros((documents.rows, documents.length + 1), dtype=torch.bool)
+        for row, bounds in enumerate(documents.bounds):
+            ends[row, list(bounds)] = True
+        shifted = shifted.masked_fill(ends[:, 1:].to(labels.device), IGNORED)
+    return shifted
+
+
+def _drop_mask(batch: dict[str, object]) -> None:
+    mask = batch.pop("attention_mask", None)
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or not bool(mask.all()):
+        what = f"a tensor of shape {tuple(mask.shape)} with zeros" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise NotImplementedError(
+            f"attention_mask: found {what}; only a mask of ones (B, S) is supported: pack rows without padding and pass documents "
+            "(cu_seq_lens_q, or position_ids that restart)"
+        )
+
+
+def _refuse_unknown(batch: Mapping[str, object], length: int) -> None:
+    for key, value in batch.items():
+        if key not in CUT_KEYS and isinstance(value, Tensor) and length > 1 and length in value.shape:
+            raise NotImplementedError(
+                f"{key} of shape {tuple(value.shape)} has a dim as long as the sequence ({length}), but it is not known how to cut "
+                f"it; known are {', '.join(CUT_KEYS)}: leave it out"
+            )

@@ -1,0 +1,229 @@
+"""The placements: how a tensor dim is spread over a mesh axis, as part of a DTensor's type.
+
+    Contiguous(1), 4 ranks, 16 tokens    Zigzag(1)                 Stripe(1)              Stripe(1, block=2)
+    rank 0:  0  1  2  3                  0  1 | 14 15               0  4  8 12             0  1 |  8  9
+    rank 1:  4  5  6  7                  2  3 | 12 13               1  5  9 13             2  3 | 10 11
+    rank 2:  8  9 10 11                  4  5 | 10 11               2  6 10 14             4  5 | 12 13
+    rank 3: 12 13 14 15                  6  7 |  8  9               3  7 11 15             6  7 | 14 15
+
+Placements are values: equal when they say the same layout of the same dim, hashable, and `repr` is the code that makes them.
+They never carry lengths or documents, since PyTorch keeps placements in caches for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, NoReturn
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.placement_types import Placement
+from typing_extensions import override
+
+from dtensor_ring._torch import PlacementBase
+from dtensor_ring.comm import transport_of
+from dtensor_ring.layout import Layout
+from dtensor_ring.placements.moves import Chunks, Split, gather_shards, take_shard
+
+
+class SequencePlacement(PlacementBase):
+    """What the three placements share; use `Contiguous`, `Zigzag` or `Stripe`.
+
+    Any global length from 0 up can be placed; rank totals differ by at most one token.
+
+    Raises:
+        ValueError: `dim` is negative.
+        TypeError: `dim` is not an int.
+    """
+
+    short: ClassVar[str]
+
+    def __init__(self, dim: int) -> None:
+        if not isinstance(dim, int) or isinstance(dim, bool):
+            raise TypeError(f"{type(self).__name__}(dim): dim must be an int, found {dim!r}")
+        if dim < 0:
+            raise ValueError(f"{type(self).__name__}(dim={dim}): count the dim from the front; a tensor's last dim is x.ndim - 1")
+        super().__init__(dim)
+
+    @property
+    def layout(self) -> Layout:
+        """The integer map of this placement."""
+        raise NotImplementedError
+
+    @property
+    def _arguments(self) -> tuple[int, ...]:
+        return (self.dim,)
+
+    def moved_to(self, dim: int) -> SequencePlacement:
+        """The same layout of another tensor dim."""
+        return type(self)(dim, *self._arguments[1:])
+
+    @override
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and isinstance(other, SequencePlacement) and other._arguments == self._arguments
+
+    @override
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    @override
+    def __hash__(self) -> int:
+        return hash((type(self).__name__, self._arguments))
+
+    @override
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.dim})"
+
+    @override
+    def __str__(self) -> str:
+        return f"{self.short}({', '.join(map(str, self._arguments))})"
+
+    @override
+    def __reduce__(self) -> tuple[type[SequencePlacement], tuple[int, ...]]:
+        return type(self), self._arguments
+
+    def __copy__(self) -> SequencePlacement:
+        return self
+
+    def __deepcopy__(self, memo: object) -> SequencePlacement:
+        return self
+
+    @override
+    def __fx_repr__(self) -> tuple[str, dict[str, type]]:
+        """How compiled graphs write the placement down."""
+        return repr(self), {type(self).__name__: type(self)}
+
+    # What DTensor's own redistribute calls, on one-dimensional meshes only; anything else there is refused.
+
+    @override
+    def _to_replicate_tensor(  # pyrefly: ignore[bad-override]
+        self, local_tensor: Tensor, mesh: DeviceMesh, mesh_dim: int, current_logical_shape: Sequence[int]
+    ) -> Tensor:
+        self._one_dimensional(mesh)
+        wire = transport_of(mesh.get_group(mesh_dim))
+        return gather_shards(local_tensor, self.dim, self.layout, int(current_logical_shape[self.dim]), wire)
+
+    @override
+    def _replicate_to_strided_shard(  # pyrefly: ignore[bad-override]
+        self, local_tensor: Tensor, mesh: DeviceMesh, mesh_dim: int, shard_index: int
+    ) -> Tensor:
+        self._one_dimensional(mesh)
+        return take_shard(local_tensor, self.dim, self.layout, mesh.size(mesh_dim), int(shard_index))
+
+    def _one_dimensional(self, mesh: DeviceMesh) -> None:
+        if mesh.ndim > 1:
+            raise NotImplementedError(
+                f"DTensor.redistribute and DTensor.full_tensor do not order moves of {self!r} rightly on a mesh of {mesh.ndim} "
+                "axes: use dtensor_ring.redistribute or dtensor_ring.full_tensor"
+            )
+
+    @override
+    def _split_tensor(
+        self, tensor: Tensor, num_chunks: int, *, with_padding: bool = True, contiguous: bool = True
+    ) -> tuple[list[Tensor], list[int]]:
+        shards = [take_shard(tensor, self.dim, self.layout, num_chunks, rank) for rank in range(num_chunks)]
+        if with_padding and len({shard.shape for shard in shards}) > 1:
+            raise NotImplementedError(f"{self!r} is not padded: use dtensor_ring.distribute_tensor")
+        return shards, [0] * num_chunks
+
+    @override
+    def _select_split_tensor(  # pyrefly: ignore[bad-override]
+        self,
+        tensor: Tensor,
+        num_chunks: int,
+        index: int,
+        *,
+        with_padding: bool = True,
+        contiguous: bool = True,
+        clone: bool = True,
+    ) -> Tensor:
+        return take_shard(tensor, self.dim, self.layout, num_chunks, int(index))
+
+    @override
+    def _local_shard_size_and_offset(self, *_args: object, **_options: object) -> NoReturn:
+        raise RuntimeError(
+            f"a shard of {self!r} is not one block of the global tensor, so it cannot be saved by offset: save "
+            "dtensor_ring.redistribute(x, placements) with Shard or Replicate placements, or x.to_local() with the same world size"
+        )
+
+    local_shard_size_and_offset = _local_shard_size_and_offset
+
+
+class Contiguous(SequencePlacement):
+    """One chunk a rank, in order. As `Shard(dim)`, but with rank totals within one token at any length."""
+
+    short: ClassVar[str] = "C"
+
+    @property
+    @override
+    def layout(self) -> Layout:
+        """`contiguous`."""
+        return Layout("contiguous")
+
+
+class Zigzag(SequencePlacement):
+    """Chunks r and 2W-1-r of 2W on rank r: causal attention is the same work on every rank."""
+
+    short: ClassVar[str] = "Z"
+
+    @property
+    @override
+    def layout(self) -> Layout:
+        """`zigzag`."""
+        return Layout("zigzag")
+
+
+class Stripe(SequencePlacement):
+    """Blocks of `block` tokens dealt to the ranks in turn: token t lies on rank t // block % W.
+
+    The last round, where it is not whole, is dealt as evenly as possible.
+
+    Raises:
+        ValueError: `block` is below 1, or `dim` is negative.
+        TypeError: `dim` or `block` is not an int.
+    """
+
+    short: ClassVar[str] = "Stripe"
+
+    def __init__(self, dim: int, block: int = 1) -> None:
+        if not isinstance(block, int) or isinstance(block, bool):
+            raise TypeError(f"Stripe(dim, block): block must be an int, found {block!r}")
+        if block < 1:
+            raise ValueError(f"Stripe(dim={dim}, block={block}): a block has at least one token")
+        super().__init__(dim)
+        self._block = block
+
+    @property
+    def block(self) -> int:
+        """Tokens dealt at a time."""
+        return self._block
+
+    @property
+    @override
+    def layout(self) -> Layout:
+        """`stripe:block`."""
+        return Layout("stripe", self._block)
+
+    @property
+    @override
+    def _arguments(self) -> tuple[int, ...]:
+        return (self.dim, self._block)
+
+    @override
+    def __repr__(self) -> str:
+        return f"Stripe({self.dim}, block={self._block})"
+
+
+torch.serialization.add_safe_globals([Contiguous, Zigzag, Stripe])
+
+
+def dim_of(placement: Placement) -> int:
+    """The tensor dim a placement splits, -1 for none."""
+    return placement.dim if isinstance(placement, (Shard, SequencePlacement)) else -1
+
+
+def split_of(placement: Placement) -> Split:
+    """How a placement splits its dim."""
+    return placement.layout if isinstance(placement, SequencePlacement) else Chunks()

@@ -1,0 +1,315 @@
+"""Making DTensors with our placements, and moving them between placements, on meshes of any number of axes.
+
+PyTorch's own `DTensor.redistribute` does not order such moves rightly on a mesh of more than one axis, so these functions
+carry every move out themselves, one mesh axis at a time, and only fall back on PyTorch where none of our placements is
+involved. All are differentiable: the backward pass moves gradients the other way. A gradient of a `Partial` or `Replicate`
+input is the whole gradient, on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+from typing_extensions import override
+
+from dtensor_ring._torch import local_of
+from dtensor_ring.comm import Transport, transport_of
+from dtensor_ring.placements import moves
+from dtensor_ring.placements.placement import SequencePlacement, dim_of, split_of
+
+Placements = tuple[Placement, ...]
+
+
+def from_local(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], *, length: int, check: bool = True) -> DTensor:
+    """A DTensor from every rank's share of it; differentiable, sends nothing but the check.
+
+    Args:
+        local: this rank's share; its sequence dim holds as many tokens as the layout gives this rank.
+        mesh: the mesh.
+        placements: one placement a mesh axis, exactly one of them ours; dims under `Shard` are split evenly.
+        length: global size of the sequence dim. Uneven shares do not tell it, and `DTensor.from_local` guesses it wrong.
+        check: compare length, shape and dtype over the sequence axis, a few integers a rank for which the host waits. Without
+            it ranks that disagree hang or compute nonsense later. Compiled graphs never check.
+
+    Raises:
+        ValueError: the share has the wrong size, or ranks disagree on length, shape or dtype (raised on all of them).
+    """
+    targets = normalized(mesh, placements, local.ndim)
+    axis, placement = sequence_axis(mesh, targets)
+    if check and not torch.compiler.is_compiling():
+        _check_shares(local, mesh, axis, placement, length)
+    shape = list(local.shape)
+    for i, target in enumerate(targets):
+        if isinstance(target, Shard):
+            shape[target.dim] *= mesh.size(i)
+    shape[placement.dim] = length
+    return wrap(local, mesh, targets, shape)
+
+
+def distribute_tensor(
+    tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], *, src_data_rank: int | None = 0
+) -> DTensor:
+    """Spread a whole tensor over a mesh, as `torch.distributed.tensor.distribute_tensor`, but differentiable.
+
+    The gradient of `tensor` is the whole gradient, on every rank.
+
+    Args:
+        tensor: the whole tensor, of the same shape and dtype on every rank.
+        mesh: the mesh.
+        placements: `Replicate`, `Shard` or ours, one a mesh axis.
+        src_data_rank: whose data counts, as a rank of each mesh axis; it sends every other rank its share. None: every rank
+            has the same data and cuts its own share, so nothing is sent.
+
+    Raises:
+        ValueError: a placement does not fit the tensor or the mesh.
+    """
+    targets = normalized(mesh, placements, tensor.ndim)
+    for i, target in enumerate(targets):
+        if not isinstance(target, (Replicate, Shard, SequencePlacement)):
+            raise ValueError(
+                f"mesh axis {axis_name(mesh, i)}: a tensor cannot be distributed as {target!r}: use Replicate, Shard or ours"
+            )
+    local = _Distribute.apply(tensor, mesh, targets, src_data_rank)
+    return wrap(local, mesh, targets, tensor.shape)
+
+
+def redistribute(tensor: DTensor, placements: Sequence[Placement], *, mesh: DeviceMesh | None = None) -> DTensor:
+    """The same global tensor under other placements; only what must move is sent.
+
+    Layout to layout of one dim is an all-to-all of the tokens that change rank; sequence to another dim (heads) an all-to-all
+    of blocks; `Partial` to a layout a reduce-scatter; anything to `Replicate` an all-gather or all-reduce.
+
+    Raises:
+        TypeError: not a DTensor.
+        ValueError: a placement does not fit the tensor or the mesh, or two mesh axes would split one dim.
+    """
+    if not isinstance(tensor, DTensor):
+        raise TypeError(f"redistribute takes a DTensor, found {type(tensor).__name__}: make one with dtensor_ring.from_local")
+    if mesh is not None and mesh != tensor.device_mesh:
+        raise ValueError(f"the tensor lies on {tensor.device_mesh}, not on {mesh}: redistribute keeps the mesh")
+    targets = normalized(tensor.device_mesh, placements, tensor.ndim)
+    if not any(isinstance(p, SequencePlacement) for p in (*tensor.placements, *targets)):
+        return tensor.redistribute(placements=targets)
+    return _Redistribute.apply(tensor, targets)
+
+
+def full_tensor(tensor: DTensor) -> Tensor:
+    """The whole tensor, in token order, on every rank; its gradient counts once, as that of a replicated tensor."""
+    if not isinstance(tensor, DTensor):
+        raise TypeError(f"full_tensor takes a DTensor, found {type(tensor).__name__}")
+    return redistribute(tensor, [Replicate()] * tensor.device_mesh.ndim).to_local()
+
+
+def wrap(local: Tensor, mesh: DeviceMesh, placements: Placements, shape: Sequence[int]) -> DTensor:
+    """A DTensor of known global shape; strides keep the order of dims that the local tensor has in memory."""
+    at, dims = local.stride(), range(local.ndim)
+    stride = [1] * local.ndim
+    for i in dims:
+        for j in dims:
+            if at[j] < at[i] or (at[j] == at[i] and j > i):
+                stride[i] = stride[i] * max(shape[j], 1)
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride))
+
+
+def axis_name(mesh: DeviceMesh, i: int) -> str:
+    """`'cp'`, or the number of an axis without a name."""
+    return repr(mesh.mesh_dim_names[i]) if mesh.mesh_dim_names else str(i)
+
+
+def normalized(mesh: DeviceMesh, placements: Sequence[Placement], ndim: int) -> Placements:
+    """The placements as a tuple, checked against mesh and tensor, `Shard` dims counted from the front."""
+    if len(placements) != mesh.ndim:
+        raise ValueError(f"the mesh has {mesh.ndim} axes, but {len(placements)} placements were given: {tuple(placements)}")
+    found: list[Placement] = []
+    for i, placement in enumerate(placements):
+        if isinstance(placement, Shard) and placement.dim < 0:
+            placement = Shard(placement.dim + ndim)
+        if not isinstance(placement, (Shard, SequencePlacement, Replicate, Partial)):
+            raise ValueError(
+                f"mesh axis {axis_name(mesh, i)}: {placement!r} is not supported: use Replicate, Shard, Partial or ours"
+            )
+        if isinstance(placement, (Shard, SequencePlacement)) and not 0 <= placement.dim < ndim:
+            raise ValueError(f"mesh axis {axis_name(mesh, i)}: {placement!r} on a tensor of {ndim} dims")
+        found.append(placement)
+    _refuse_nesting(mesh, found)
+    return tuple(found)
+
+
+def _refuse_nesting(mesh: DeviceMesh, placements: Sequence[Placement]) -> None:
+    for i, a in enumerate(placements):
+        for j, b in enumerate(placements[:i]):
+            if isinstance(a, (Shard, SequencePlacement)) and isinstance(b, (Shard, SequencePlacement)) and a.dim == b.dim:
+                if isinstance(a, Shard) and isinstance(b, Shard):
+                    continue
+                raise ValueError(
+                    f"mesh axes {axis_name(mesh, j)} ({b!r}) and {axis_name(mesh, i)} ({a!r}) both split dim {a.dim}: one axis may "
+                    "hold the sequence; flatten the two axes into one with mesh[...]._flatten()"
+                )
+
+
+def sequence_axis(mesh: DeviceMesh, placements: Sequence[Placement]) -> tuple[int, SequencePlacement]:
+    """The mesh axis that holds the sequence, and its placement.
+
+    Raises:
+        ValueError: no placement of ours, or more than one.
+    """
+    found = [(i, p) for i, p in enumerate(placements) if isinstance(p, SequencePlacement)]
+    if len(found) != 1:
+        listed = ", ".join(f"{axis_name(mesh, i)}: {p!r}" for i, p in enumerate(placements))
+        raise ValueError(f"exactly one mesh axis must hold the sequence as Contiguous, Zigzag or Stripe, found {listed}")
+    return found[0]
+
+
+def _check_shares(local: Tensor, mesh: DeviceMesh, axis: int, placement: SequencePlacement, length: int) -> None:
+    wire = transport_of(mesh.get_group(axis))
+    others = [size for dim, size in enumerate(local.shape) if dim != placement.dim]
+    mine = [local.ndim, length, local.shape[placement.dim], _dtype_number(local.dtype), *others]
+    every = wire.gather_values((mine + [-1] * 12)[:12])
+    for rank, (ndim, its_length, tokens, dtype, *its_others) in enumerate(every):
+        agree = (ndim, its_length, dtype, its_others[: len(others)]) == (local.ndim, length, _dtype_number(local.dtype), others)
+        if not agree:
+            raise ValueError(
+                f"from_local over mesh axis {axis_name(mesh, axis)}: rank {wire.rank} has length={length}, {local.dtype} and other "
+                f"dims {others}, rank {rank} has length={its_length}, {_DTYPES[dtype]} and other dims {its_others[: ndim - 1]}: "
+                "every rank passes its share of one tensor"
+            )
+        needed = moves.local_size(placement.layout, length, wire.world, rank)
+        if tokens != needed:
+            raise ValueError(
+                f"from_local over mesh axis {axis_name(mesh, axis)}: rank {rank} passes {tokens} tokens in dim {placement.dim}, "
+                f"but of length={length} {placement!r} gives it {needed}: cut shares with "
+                "distribute_tensor or shard_batch, or correct length="
+            )
+
+
+_DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
+
+
+def _dtype_number(dtype: torch.dtype) -> int:
+    return _DTYPES.index(dtype)
+
+
+class _Distribute(torch.autograd.Function):
+    """Whole tensor to this rank's share, axis by axis; backward gathers the whole gradient."""
+
+    @staticmethod
+    @override
+    def forward(  # pyrefly: ignore[bad-override]
+        ctx: Any, tensor: Tensor, mesh: DeviceMesh, targets: Placements, source: int | None
+    ) -> Tensor:
+        ctx.mesh, ctx.targets, ctx.shape = mesh, targets, tensor.shape
+        local = tensor
+        for i, target in enumerate(targets):
+            wire = transport_of(mesh.get_group(i))
+            if isinstance(target, Replicate):
+                local = local if source is None else moves.broadcast(local, source, wire)
+            elif source is None:
+                local = moves.take_shard(local, dim_of(target), split_of(target), wire.world, wire.rank)
+            else:
+                local = moves.scatter_shards(local, dim_of(target), split_of(target), source, wire)
+        return local.view_as(local) if local is tensor else local
+
+    @staticmethod
+    @override
+    def backward(  # pyrefly: ignore[bad-override]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, None, None, None]:
+        whole = (Replicate(),) * ctx.mesh.ndim
+        return move(grad, ctx.mesh, ctx.shape, ctx.targets, whole), None, None, None
+
+
+class _Redistribute(torch.autograd.Function):
+    @staticmethod
+    @override
+    def forward(  # pyrefly: ignore[bad-override]
+        ctx: Any, tensor: DTensor, targets: Placements
+    ) -> DTensor:
+        ctx.sources = tuple(Replicate() if isinstance(p, Partial) else p for p in tensor.placements)
+        local = move(local_of(tensor), tensor.device_mesh, tensor.shape, tensor.placements, targets)
+        return wrap(local, tensor.device_mesh, targets, tensor.shape)
+
+    @staticmethod
+    @override
+    def backward(  # pyrefly: ignore[bad-override]
+        ctx: Any, grad: DTensor
+    ) -> tuple[DTensor, None]:
+        local = move(local_of(grad), grad.device_mesh, grad.shape, grad.placements, ctx.sources)
+        return wrap(local, grad.device_mesh, ctx.sources, grad.shape), None
+
+
+def move(
+    local: Tensor, mesh: DeviceMesh, shape: Sequence[int], sources: Sequence[Placement], targets: Sequence[Placement]
+) -> Tensor:
+    """The local tensor under `targets` of the global tensor of `shape` whose local tensor under `sources` is given."""
+    axes = range(mesh.ndim)
+    changed = {i for i in axes if sources[i] != targets[i]}
+    # an axis whose dim an outer changed axis also splits holds a part of that axis' part: it is undone and redone with it
+    changed |= {j for j in axes for i in changed if i < j and _shares_dim(i, j, sources, targets)}
+    if any(_shares_dim(i, j, sources, targets) for i in changed for j in axes if i != j):
+        local, shared = _through_replicate(local, mesh, shape, sources, targets, sorted(changed)), True
+    else:
+        shared = False
+        for i in sorted(changed):
+            local = _step(local, mesh, i, sources[i], targets[i], lambda dim: shape[dim])
+    return local.contiguous() if shared or changed else local
+
+
+def _through_replicate(
+    local: Tensor,
+    mesh: DeviceMesh,
+    shape: Sequence[int],
+    sources: Sequence[Placement],
+    targets: Sequence[Placement],
+    axes: list[int],
+) -> Tensor:
+    def length_at(axis: int, placements: Sequence[Placement]) -> Callable[[int], int]:
+        def length(dim: int) -> int:
+            size = shape[dim]
+            for i in range(axis):
+                if dim_of(placements[i]) == dim:
+                    size = moves.local_size(split_of(placements[i]), size, mesh.size(i), mesh.get_local_rank(i))
+            return size
+
+        return length
+
+    for i in reversed(axes):
+        local = _step(local, mesh, i, sources[i], Replicate(), length_at(i, sources))
+    for i in axes:
+        local = _step(local, mesh, i, Replicate(), targets[i], length_at(i, targets))
+    return local
+
+
+def _shares_dim(i: int, j: int, sources: Sequence[Placement], targets: Sequence[Placement]) -> bool:
+    mine, others = {dim_of(sources[i]), dim_of(targets[i])}, {dim_of(sources[j]), dim_of(targets[j])}
+    return bool((mine & others) - {-1})
+
+
+def _step(x: Tensor, mesh: DeviceMesh, axis: int, old: Placement, new: Placement, length: Callable[[int], int]) -> Tensor:
+    """One mesh axis from one placement to another; `length` gives a dim's size over this axis and the axes inside it."""
+    if old == new or mesh.size(axis) == 1:
+        return x
+    wire = transport_of(mesh.get_group(axis))
+    if isinstance(new, Partial):
+        raise ValueError(f"mesh axis {axis_name(mesh, axis)}: {old!r} cannot become {new!r}: nothing is left to reduce")
+    if isinstance(old, Partial):
+        if isinstance(new, Replicate):
+            return wire.all_reduce(x, old.reduce_op)
+        return moves.reduce_shards(x, dim_of(new), split_of(new), old.reduce_op, wire)
+    if isinstance(old, Replicate):
+        return moves.take_shard(x, dim_of(new), split_of(new), wire.world, wire.rank)
+    if isinstance(new, Replicate):
+        return moves.gather_shards(x, dim_of(old), split_of(old), length(dim_of(old)), wire)
+    return _split_to_split(x, old, new, length, wire)
+
+
+def _split_to_split(x: Tensor, old: Placement, new: Placement, length: Callable[[int], int], wire: Transport) -> Tensor:
+    a, b = dim_of(old), dim_of(new)
+    if a == b:
+        return moves.reshard(x, a, split_of(old), split_of(new), length(a), wire)
+    return moves.exchange_dims(x, (a, split_of(old), length(a)), (b, split_of(new), x.shape[b]), wire)
