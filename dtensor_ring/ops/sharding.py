@@ -1,0 +1,131 @@
+"""How DTensor placements of q, k and v become those of out and lse, and the sharding rules of our operators.
+
+    axis    q, k, v          out          lse          what it is
+    cp      Zigzag(1)        Zigzag(1)    Zigzag(2)    the sequence, attended over this axis' process group
+    dp      Shard(0)         Shard(0)     Shard(0)     rows of the batch
+    tp      Shard(2)         Shard(2)     Shard(1)     heads
+    any     Replicate()      Replicate()  Replicate()  the same work on every rank of the axis
+
+q, k, v and out are (B, S, H, D), lse is (B, H, S). `Shard(1)` counts as `Contiguous(1)` where the lengths divide by the axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+
+from dtensor_ring._torch import DTensorSpec, OpSchema, OutputSharding, register_attention_rule
+from dtensor_ring.layout import Layout
+from dtensor_ring.ops import library  # noqa: F401  defines the operators
+from dtensor_ring.placements import SequencePlacement
+from dtensor_ring.placements.redistribute import axis_name
+
+_BATCH, _SEQUENCE, _HEADS = 0, 1, 2
+_LSE_DIM = {_BATCH: 0, _SEQUENCE: 2, _HEADS: 1}
+
+
+def attention_axis(
+    mesh: DeviceMesh,
+    q: Sequence[Placement],
+    k: Sequence[Placement],
+    v: Sequence[Placement],
+    q_shape: Sequence[int],
+    k_shape: Sequence[int],
+) -> tuple[int | None, Layout]:
+    """Check the placements of q, k and v, and find the mesh axis over which attention runs and its layout.
+
+    Axis None means that every rank attends alone. Out is placed as q.
+
+    Raises:
+        ValueError: they do not fit together; the text names the mesh axis, what was found and what is needed.
+        NotImplementedError: two mesh axes hold the sequence.
+    """
+    axis, layout = None, Layout("contiguous")
+    for i, (a, b, c) in enumerate(zip(q, k, v, strict=True)):
+        where = f"mesh axis {axis_name(mesh, i)}"
+        found = f"q is {a!r}, k is {b!r}, v is {c!r}"
+        if any(p.is_partial() for p in (a, b, c)):
+            raise ValueError(
+                f"{where}: {found}: attention needs whole values, reduce partial ones first with dtensor_ring.redistribute"
+            )
+        if not a == b == c:
+            raise ValueError(
+                f"{where}: {found}: attention needs one placement for all three; bring them together with "
+                f"dtensor_ring.redistribute(k, {list(q)!r}) or place q as k is"
+            )
+        if isinstance(a, SequencePlacement) or a == Shard(_SEQUENCE):
+            if axis is not None:
+                raise NotImplementedError(
+                    f"mesh axes {axis_name(mesh, axis)} and {axis_name(mesh, i)} both hold the sequence ({q[axis]!r} and {a!r}): "
+                    "flatten them into one axis with mesh[...]._flatten()"
+                )
+            axis, layout = i, _layout_of(a, where, mesh.size(i), q_shape, k_shape)
+        elif isinstance(a, Shard) and a.dim == _HEADS:
+            if q_shape[_HEADS] % mesh.size(i) or k_shape[_HEADS] % mesh.size(i):
+                raise ValueError(
+                    f"{where}: {a!r} splits heads over {mesh.size(i)} ranks, but q has {q_shape[_HEADS]} and k has "
+                    f"{k_shape[_HEADS]} heads: both must divide"
+                )
+        elif not (isinstance(a, Replicate) or a == Shard(_BATCH)):
+            raise ValueError(
+                f"{where}: {a!r} cannot split the head dimension of (B, S, H, D): use ours or Shard(1) for the sequence, Shard(0) "
+                "for the batch, Shard(2) for heads, or Replicate()"
+            )
+    return axis, layout
+
+
+def _layout_of(placement: Placement, where: str, world: int, q_shape: Sequence[int], k_shape: Sequence[int]) -> Layout:
+    if not isinstance(placement, SequencePlacement):
+        if q_shape[_SEQUENCE] % world or k_shape[_SEQUENCE] % world:
+            raise ValueError(
+                f"{where}: {placement!r} of lengths {q_shape[_SEQUENCE]} and {k_shape[_SEQUENCE]} over {world} ranks is not even, "
+                "and PyTorch splits it another way than Contiguous(1): move q, k and v there with dtensor_ring.redistribute"
+            )
+        return Layout("contiguous")
+    if placement.dim != _SEQUENCE:
+        what = {_BATCH: "batch", _HEADS: "heads"}.get(placement.dim, "head")
+        raise ValueError(
+            f"{where}: {type(placement).__name__}(dim={placement.dim}) cannot split the {what} dimension of (B, S, H, D): the "
+            f"sequence is dim 1, use {placement.moved_to(_SEQUENCE)!r}"
+        )
+    return placement.layout
+
+
+def _of_lse(placement: Placement) -> Placement:
+    if isinstance(placement, SequencePlacement):
+        return placement.moved_to(_LSE_DIM[placement.dim])
+    return Shard(_LSE_DIM[placement.dim]) if isinstance(placement, Shard) else placement
+
+
+def _check(schema: OpSchema, q: DTensorSpec, k: DTensorSpec, v: DTensorSpec) -> None:
+    *_, layout, _strategy, _kernel, group = schema.args_schema
+    axis, needed = attention_axis(q.mesh, q.placements, k.placements, v.placements, q.shape, k.shape)
+    given = None if not group else str(layout)
+    if given != (None if axis is None else str(needed)):
+        raise ValueError(
+            f"{schema.op} was given layout={layout!r} and group={group!r}, but its inputs are placed as {q.placements}"
+        )
+
+
+def attention_rule(schema: OpSchema) -> OutputSharding:
+    """The sharding rule of `dtensor_ring::attention`."""
+    q, k, v = (spec for spec in schema.args_schema[:3] if isinstance(spec, DTensorSpec))
+    _check(schema, q, k, v)
+    lse = tuple(_of_lse(placement) for placement in q.placements)
+    return OutputSharding((DTensorSpec(q.mesh, q.placements), DTensorSpec(q.mesh, lse)))
+
+
+def attention_backward_rule(schema: OpSchema) -> OutputSharding:
+    """The sharding rule of `dtensor_ring::attention_backward`."""
+    dout, q, k, v, out, _lse = (spec for spec in schema.args_schema[:6] if isinstance(spec, DTensorSpec))
+    _check(schema, q, k, v)
+    assert dout.placements == out.placements == q.placements, "autograd brings dout to the placements of out"
+    return OutputSharding(tuple(DTensorSpec(q.mesh, q.placements) for _ in range(3)))
+
+
+register_attention_rule(torch.ops.dtensor_ring.attention.default, attention_rule, static_argnum=4)
+register_attention_rule(torch.ops.dtensor_ring.attention_backward.default, attention_backward_rule, static_argnum=7)
