@@ -1,0 +1,1 @@
+"""Hugging Face models and trainers; nothing here is imported before it is used."""

@@ -1,0 +1,118 @@
+"""The attention function and mask function that a parallelized model calls, and what each attention module knows.
+
+Activations of the model are plain local tensors; q, k and v become DTensors here and only here.
+
+    module    hands over q (B, H, S/W, D), k and v (B, Hk, S/W, D): this rank's tokens
+    returns   out (B, S/W, H, D)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from dtensor_ring.attention import ring_attention
+from dtensor_ring.documents import Documents
+from dtensor_ring.placements import SequencePlacement, from_local
+
+NAME = "dtensor_ring"
+STATE = "_dtensor_ring"
+KEYWORD = "ring_batch"
+
+
+@dataclass(frozen=True, slots=True)
+class RingBatch:
+    """What the layers need to know of a batch; the model passes it on to every attention call as the keyword `ring_batch`.
+
+    Attributes:
+        length: global tokens of a row.
+        documents: bounds of packed documents, or None.
+        count: labels that count in the whole batch, where the loss is their mean; None where the caller scales it.
+    """
+
+    length: int
+    documents: Documents | None
+    count: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionState:
+    """How one attention module runs: set on it by `parallelize_module`."""
+
+    mesh: DeviceMesh
+    placement: SequencePlacement
+    strategy: str | None
+    kernel: str | None
+
+
+def register() -> None:
+    """Add our attention under its name to the registries of transformers; models that do not ask for it are unaffected."""
+    AttentionInterface.register(NAME, ring_attention_forward)
+    AttentionMaskInterface.register(NAME, _no_mask)
+
+
+def ring_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    ring_batch: RingBatch | None = None,
+    **_rest: object,
+) -> tuple[Tensor, None]:
+    """`ring_attention` in the form that transformers calls; keywords that only describe the mask (positions) are not needed.
+
+    Raises:
+        RuntimeError: the module was not parallelized, or the model was entered below the module that was.
+        NotImplementedError: a mask, or an argument that `ring_attention` does not support.
+    """
+    state: AttentionState | None = getattr(module, STATE, None)
+    if state is None:
+        raise RuntimeError(
+            f"{type(module).__name__} uses attn_implementation={NAME!r} but was not parallelized: call "
+            "parallelize_module(model, mesh['cp'], ring_plan(model))"
+        )
+    if ring_batch is None:
+        raise RuntimeError(
+            f"{type(module).__name__} was called without {KEYWORD!r}: call the parallelized model itself with the whole batch, not "
+            "a module inside it"
+        )
+    if attention_mask is not None:
+        raise NotImplementedError("attention masks are not supported: pack rows without padding and pass documents")
+    key_dtype = value.dtype  # under autocast rotary embeddings leave q and k in float32
+    q, k, v = (
+        from_local(x.to(key_dtype).transpose(1, 2), state.mesh, [state.placement], length=ring_batch.length, check=False)
+        for x in (query, key, value)
+    )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    out = ring_attention(
+        q,
+        k,
+        v,
+        is_causal=causal,
+        scale=scaling,
+        window=(-1, -1) if sliding_window is None else (sliding_window - 1, 0 if causal else sliding_window - 1),
+        softcap=softcap or 0.0,
+        dropout_p=dropout,
+        documents=ring_batch.documents,
+        strategy=state.strategy,
+        kernel=state.kernel,
+    )
+    assert isinstance(out, torch.distributed.tensor.DTensor), "DTensors in, a DTensor out"
+    return out.to_local(), None
+
+
+def _no_mask(*_shapes: object, **_mask: object) -> None:
+    """Causality, windows and documents reach `ring_attention` as arguments, masks as the batch's refusal: nothing to build.
+
+    Without a registered function transformers would drop a padding mask in silence.
+    """

@@ -1,0 +1,233 @@
+"""`ring_plan`: a plan for `parallelize_module` that makes a Hugging Face model sequence-parallel.
+
+plan = ring_plan(model, Zigzag(1))
+parallelize_module(model, mesh["cp"], plan)
+loss = model(input_ids=ids, labels=ids).loss      # every rank passes the whole batch; loss and gradients as on one device
+
+in          the root cuts the batch to this rank's tokens and shifts labels before the cut
+inside      plain local tensors; only attention exchanges keys and values
+out         logits (B, S/W, V) of this rank's tokens, `plan.gather(logits)` for all of them; the loss of the whole batch
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ParallelStyle
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from typing_extensions import override
+
+from dtensor_ring.comm import transport_of
+from dtensor_ring.integrations.transformers.attention import KEYWORD, NAME, STATE, AttentionState, RingBatch, register
+from dtensor_ring.integrations.transformers.checks import check_call, check_model
+from dtensor_ring.placements import SequencePlacement, Zigzag, from_local, full_tensor
+from dtensor_ring.placements.batch import check_axis, check_same, cut_batch, find_documents, sequence_length
+
+
+class RingPlan(dict[str, ParallelStyle]):
+    """A plan for `parallelize_module`: a style for the root ("") and for each attention module, by name.
+
+    Made by `ring_plan`, for one model, applied once.
+    """
+
+    def __init__(self, model: PreTrainedModel, placement: SequencePlacement, strategy: str | None, kernel: str | None) -> None:
+        self._model, self._placement, self._strategy, self._kernel = model, placement, strategy, kernel
+        self._mesh: DeviceMesh | None = None
+        self._before: str | None = None
+        self._handles: list[RemovableHandle] = []
+        names = [name for name, module in model.named_modules() if _is_attention(module)]
+        super().__init__({"": _RootStyle(self)} | {name: _AttentionStyle(self) for name in names})
+
+    def gather(self, local: Tensor, dim: int = 1) -> Tensor:
+        """All tokens, in order, of a tensor that holds this rank's tokens in `dim`, such as logits (B, S/W, V): (B, S, V).
+
+        Every rank calls it. Differentiable: the gradient counts once, as that of a replicated tensor.
+
+        Raises:
+            RuntimeError: the plan was not applied yet.
+        """
+        mesh = self._applied()
+        tokens = transport_of(mesh.get_group(0)).gather_values([local.shape[dim]])
+        length = sum(count for (count,) in tokens)
+        whole = from_local(local, mesh, [self._placement.moved_to(dim)], length=length)
+        return full_tensor(whole)
+
+    def describe(self) -> str:
+        """What the plan does, in a few lines."""
+        where = "not applied yet" if self._mesh is None else f"over {self._mesh.size()} ranks of axis {_axis(self._mesh)}"
+        attention = [name for name in self if name]
+        return "\n".join(
+            [
+                f"{type(self._model).__name__}: sequence parallel as {self._placement!r}, {where}",
+                f"  attention: {len(attention)} modules, {attention[0]} to {attention[-1]}",
+                f"  strategy:  {self._strategy or 'ring (chosen: memory does not grow with the ranks)'}",
+                f"  kernel:    {self._kernel or 'the first that does not refuse'}",
+                "  batch:     input_ids, inputs_embeds, position_ids and labels are cut; labels are shifted first",
+                "  loss:      mean over the whole batch; with num_items_in_batch this rank's sum / num_items_in_batch",
+            ]
+        )
+
+    def undo(self) -> None:
+        """Give the model back as it was: attention implementation restored, hooks and marks removed."""
+        self._applied()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for name in self:
+            if name:
+                delattr(self._model.get_submodule(name), STATE)
+        self._model.set_attn_implementation(self._before or "sdpa")
+        self._mesh = None
+
+    def _applied(self) -> DeviceMesh:
+        if self._mesh is None:
+            raise RuntimeError("the plan is not applied: call parallelize_module(model, mesh['cp'], plan) first")
+        return self._mesh
+
+    def _apply_root(self, module: nn.Module, mesh: DeviceMesh) -> None:
+        if module is not self._model:
+            raise ValueError(f"this plan was made for another {type(self._model).__name__}: call ring_plan(model) for each model")
+        if self._mesh is not None:
+            raise RuntimeError("this plan is applied already: undo() it, or make another with ring_plan(model)")
+        check_axis(mesh, self._placement)
+        register()
+        self._before = self._model.config._attn_implementation
+        if self._before == NAME:
+            raise RuntimeError("this model is sequence parallel already: undo() the plan that made it so")
+        self._model.set_attn_implementation(NAME)
+        self._mesh = mesh
+        self._handles = [
+            module.register_forward_pre_hook(self._enter, with_kwargs=True),
+            module.register_forward_hook(self._leave, with_kwargs=True),
+        ]
+
+    def _apply_attention(self, module: nn.Module, mesh: DeviceMesh) -> None:
+        setattr(module, STATE, AttentionState(mesh, self._placement, self._strategy, self._kernel))
+
+    @torch.compiler.disable
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        """The whole batch in, this rank's share out."""
+        given = {**dict(zip(inspect.signature(self._model.forward).parameters, args, strict=False)), **kwargs}
+        documents = given.pop("documents", None)
+        check_call(self._model, given)
+        length = sequence_length(given)
+        wire = transport_of(self._applied().get_group(0))
+        found = find_documents(given, length, documents)
+        check_same(given, length, found, wire)
+        batch = cut_batch(given, self._placement, wire, length, found)
+        count = batch.num_items
+        if batch.get("num_items_in_batch") is not None or batch.get("labels") is None:
+            count = None
+        elif count is not None:
+            batch["num_items_in_batch"] = 1
+        return (), {**batch, "use_cache": False, KEYWORD: RingBatch(length, found, count)}
+
+    @torch.compiler.disable
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ANN401
+        """This rank's sum of losses in, the mean over the whole batch out."""
+        count = kwargs[KEYWORD].count
+        if count is None:
+            return output
+        mesh = self._applied()
+        if isinstance(output, tuple):
+            return (_SumOverRanks.apply(output[0], mesh) / count, *output[1:])
+        output.loss = _SumOverRanks.apply(output.loss, mesh) / count
+        return output
+
+
+def ring_plan(
+    model: PreTrainedModel, placement: SequencePlacement | None = None, strategy: str | None = None, kernel: str | None = None
+) -> RingPlan:
+    """A plan that makes a Hugging Face model sequence-parallel over one mesh axis.
+
+        plan = ring_plan(model, Zigzag(1))
+        parallelize_module(model, mesh["cp"], plan)          # then fully_shard, compile, ...
+        out = model(input_ids=ids, labels=labels)            # the whole batch, the same on every rank of the axis
+
+    Then every rank of the axis calls the model with the whole batch. `out.logits` are those of this rank's tokens
+    (`plan.gather(out.logits)` for all). `out.loss`:
+    without `num_items_in_batch` the mean over the whole batch, with gradients such that averaging them over the axis (as FSDP2
+    and DDP do) gives those of one device; with `num_items_in_batch=N` this rank's sum / N, whose sum over ranks is the loss: the
+    caller scales, as Trainer and Accelerate do. Packed documents are read from `cu_seq_lens_q` or restarting `position_ids`, or
+    passed as `documents=`.
+
+    Args:
+        model: a transformers model of a supported type (`dtensor_ring.integrations.transformers.checks.MODEL_TYPES`).
+        placement: how sequences are cut; `Zigzag(1)` by default.
+        strategy: as in `ring_attention`.
+        kernel: as in `ring_attention`.
+
+    Returns:
+        A dict for `parallelize_module`, with `gather`, `describe` and `undo`.
+
+    Raises:
+        TypeError: not a transformers model.
+        ValueError: the placement does not cut dim 1.
+        NotImplementedError: the model has something that would be silently wrong on a part of a sequence.
+    """
+    check_model(model)
+    placement = Zigzag(1) if placement is None else placement
+    if not isinstance(placement, SequencePlacement) or placement.dim != 1:
+        raise ValueError(f"a model's batch (B, S) is cut in dim 1 by Contiguous(1), Zigzag(1) or Stripe(1), found {placement!r}")
+    return RingPlan(model, placement, strategy, kernel)
+
+
+class _RootStyle(ParallelStyle):
+    def __init__(self, plan: RingPlan) -> None:
+        super().__init__()
+        self._plan = plan
+
+    @override
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        self._plan._apply_root(module, device_mesh)
+        return module
+
+
+class _AttentionStyle(ParallelStyle):
+    def __init__(self, plan: RingPlan) -> None:
+        super().__init__()
+        self._plan = plan
+
+    @override
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        self._plan._apply_attention(module, device_mesh)
+        return module
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over ranks, whose gradient is summed over ranks too.
+
+    Every rank then holds W times its share of the gradient, and averaging over the W ranks gives the gradient of one device.
+    """
+
+    @staticmethod
+    @override
+    def forward(  # pyrefly: ignore[bad-override]
+        ctx: Any,
+        value: Tensor,
+        mesh: DeviceMesh,
+    ) -> Tensor:
+        ctx.mesh = mesh
+        return transport_of(mesh.get_group(0)).all_reduce(value)
+
+    @staticmethod
+    @override
+    def backward(  # pyrefly: ignore[bad-override]
+        ctx: Any,
+        grad: Tensor,
+    ) -> tuple[Tensor, None]:
+        return transport_of(ctx.mesh.get_group(0)).all_reduce(grad), None
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """Attention modules of transformers carry a layer index and whether they are causal, and call the attention interface."""
+    return type(module).__name__.endswith("Attention") and hasattr(module, "layer_idx")
+
+
+def _axis(mesh: DeviceMesh) -> str:
+    return repr(mesh.mesh_dim_names[0]) if mesh.mesh_dim_names else "0"
