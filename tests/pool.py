@@ -1,0 +1,117 @@
+"""Real processes with a gloo group, started once a session and world size: a call on a live pool takes milliseconds.
+
+    pools.run(4, check, "zigzag", 13)      # calls check("zigzag", 13) on four ranks; the first failure is raised here
+
+`check` is a module-level function of a test module; ranks find each other through `torch.distributed` as in a real program.
+A rank that does not answer in time is named, and the pool is started afresh for the next test.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing as mp
+import os
+import socket
+import time
+import traceback
+from multiprocessing.connection import Connection, wait
+
+import torch
+import torch.distributed as dist
+
+_context = mp.get_context("forkserver")
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def _work(rank: int, world: int, port: int, paths: list[str], line: Connection) -> None:
+    import sys
+
+    sys.path[:0] = [path for path in paths if path not in sys.path]
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    device = f"cuda:{rank}" if os.environ.get("DTENSOR_RING_TEST_CUDA") == "1" else "cpu"
+    if device != "cpu":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=torch.device(device))
+    else:
+        dist.init_process_group("gloo")
+    line.send(("ok", None))
+    while True:
+        module, name, args = line.recv()
+        try:
+            line.send(("ok", getattr(importlib.import_module(module), name)(*args)))
+        except BaseException as failure:
+            line.send((f"{type(failure).__name__}: {failure}", traceback.format_exc()))
+
+
+class Pool:
+    def __init__(self, world: int) -> None:
+        import sys
+
+        self.world = world
+        port = _free_port()
+        self._lines, self._processes = [], []
+        for rank in range(world):
+            here, there = _context.Pipe()
+            process = _context.Process(target=_work, args=(rank, world, port, list(sys.path), there), daemon=True)
+            process.start()
+            self._lines.append(here)
+            self._processes.append(process)
+        self._collect(120)
+
+    def run(self, check, *args, timeout: float = 120):
+        for line in self._lines:
+            line.send((check.__module__, check.__qualname__, args))
+        return self._collect(timeout)
+
+    def _collect(self, timeout: float):
+        answers, until = {}, time.monotonic() + timeout
+        while len(answers) < self.world:
+            ready = wait([line for rank, line in enumerate(self._lines) if rank not in answers], max(0.0, until - time.monotonic()))
+            if not ready:
+                silent = [rank for rank in range(self.world) if rank not in answers]
+                failed = {rank: text for rank, (text, _) in answers.items() if text != "ok"}
+                self.close()
+                raise TimeoutError(f"ranks {silent} of {self.world} did not answer within {timeout:.0f} s; others failed: {failed}")
+            for line in ready:
+                rank = self._lines.index(line)
+                try:
+                    answers[rank] = line.recv()
+                except EOFError:
+                    self.close()
+                    raise RuntimeError(f"rank {rank} of {self.world} died") from None
+        failures = {rank: answer for rank, answer in sorted(answers.items()) if answer[0] != "ok"}
+        if failures:
+            rank, (text, trace) = next(iter(failures.items()))
+            raise AssertionError(f"ranks {list(failures)} of {self.world} failed, rank {rank} with {text}\n{trace}")
+        return [answers[rank][1] for rank in range(self.world)]
+
+    @property
+    def alive(self) -> bool:
+        return all(process.is_alive() for process in self._processes)
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join(5)
+
+
+class Pools:
+    def __init__(self) -> None:
+        self._pools: dict[int, Pool] = {}
+
+    def run(self, world: int, check, *args, timeout: float = 120):
+        pool = self._pools.get(world)
+        if pool is None or not pool.alive:
+            pool = self._pools[world] = Pool(world)
+        return pool.run(check, *args, timeout=timeout)
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.close()
