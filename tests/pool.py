@@ -12,8 +12,10 @@ import importlib
 import multiprocessing as mp
 import os
 import socket
+import sys
 import time
 import traceback
+import warnings
 from multiprocessing.connection import Connection, wait
 
 import torch
@@ -28,16 +30,14 @@ def _free_port() -> int:
         return sock.getsockname()[1]
 
 
-def _work(rank: int, world: int, port: int, paths: list[str], line: Connection) -> None:
-    import sys
-
+def _work(rank: int, world: int, port: int, device: str, paths: list[str], line: Connection) -> None:
     sys.path[:0] = [path for path in paths if path not in sys.path]
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
-    device = f"cuda:{rank}" if os.environ.get("DTENSOR_RING_TEST_CUDA") == "1" else "cpu"
-    if device != "cpu":
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=torch.device(device))
+    warnings.simplefilter("error")
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+        dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
     else:
         dist.init_process_group("gloo")
     line.send(("ok", None))
@@ -50,15 +50,13 @@ def _work(rank: int, world: int, port: int, paths: list[str], line: Connection) 
 
 
 class Pool:
-    def __init__(self, world: int) -> None:
-        import sys
-
+    def __init__(self, world: int, device: str = "cpu") -> None:
         self.world = world
         port = _free_port()
         self._lines, self._processes = [], []
         for rank in range(world):
             here, there = _context.Pipe()
-            process = _context.Process(target=_work, args=(rank, world, port, list(sys.path), there), daemon=True)
+            process = _context.Process(target=_work, args=(rank, world, port, device, list(sys.path), there), daemon=True)
             process.start()
             self._lines.append(here)
             self._processes.append(process)
@@ -104,12 +102,12 @@ class Pool:
 
 class Pools:
     def __init__(self) -> None:
-        self._pools: dict[int, Pool] = {}
+        self._pools: dict[tuple[int, str], Pool] = {}
 
-    def run(self, world: int, check, *args, timeout: float = 120):
-        pool = self._pools.get(world)
+    def run(self, world: int, check, *args, device: str = "cpu", timeout: float = 120):
+        pool = self._pools.get((world, device))
         if pool is None or not pool.alive:
-            pool = self._pools[world] = Pool(world)
+            pool = self._pools[world, device] = Pool(world, device)
         return pool.run(check, *args, timeout=timeout)
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
@@ -34,15 +34,23 @@ class ProcessGroupTransport(Transport):
     """A transport over `torch.distributed`.
 
     On NCCL all messages of an exchange are issued as one group, and the first use makes every rank of the group meet once,
-    which point-to-point transfers among some of the ranks need.
+    which point-to-point transfers among some of the ranks need. The group is not kept alive: it ends with
+    `destroy_process_group` as without us.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(dist.get_rank(group), dist.get_world_size(group))
-        self._group = group
+        self._reference = ref(group)
         self._device = torch.device("cuda", torch.cuda.current_device()) if self._is_nccl() else torch.device("cpu")
         if self._is_nccl() and self.world > 1:
             dist.all_reduce(torch.zeros(1, device=self._device), group=group)
+
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        group = self._reference()
+        if group is None:
+            raise RuntimeError("the process group of this mesh axis was destroyed")
+        return group
 
     def _is_nccl(self) -> bool:
         return "nccl" in dist.get_backend(self._group) and torch.cuda.is_available()

@@ -1,0 +1,147 @@
+"""Inputs, shares and error laws that tests of attention have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dtensor_ring.comm import LoopbackTransport
+from dtensor_ring.documents import Documents
+from dtensor_ring.layout import Layout
+from dtensor_ring.ops import execute
+from dtensor_ring.ops.kernels import KERNELS, Options
+from dtensor_ring.ops.mask import Band, mask_text
+from dtensor_ring.ops.reference import reference_attention
+from dtensor_ring.ops.schedule import Problem, plan
+
+LAYOUTS = ("contiguous", "zigzag", "stripe", "stripe:3")
+MASKS = {"causal": (True, (-1, -1)), "full": (False, (-1, -1)), "window": (True, (5, 0)), "two-sided": (False, (9, 3))}
+
+
+@dataclass
+class Case:
+    """Whole tensors of one attention with its exact results."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    is_causal: bool = True
+    window: tuple[int, int] = (-1, -1)
+    documents: Documents | None = None
+    softcap: float = 0.0
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q, self.k, self.v
+
+    def exact(self) -> tuple[Tensor, ...]:
+        """out, lse, dq, dk, dv from the reference, in float64 for float64 and else in float32."""
+        wide = torch.float64 if self.q.dtype == torch.float64 else torch.float32
+        inputs = [x.detach().to(wide).requires_grad_() for x in self.inputs]
+        options = {"is_causal": self.is_causal, "window": self.window, "documents": self.documents, "softcap": self.softcap}
+        out, lse = reference_attention(*inputs, **options)
+        return out.detach(), lse.detach(), *torch.autograd.grad(out, inputs, self.dout.to(wide))
+
+    def problem(self, layout: str, world: int, strategy: str) -> Problem:
+        band = Band.parse(mask_text(self.is_causal, self.window))
+        return Problem(Layout.parse(layout), band, self.q.shape[1], self.k.shape[1], world, strategy, self.documents)
+
+
+def make_case(
+    length: int,
+    *,
+    heads: tuple[int, int] = (4, 2),
+    dim: int = 8,
+    batch: int = 2,
+    dtype: torch.dtype = torch.float64,
+    mask: str = "causal",
+    documents: Documents | None = None,
+    k_length: int | None = None,
+    v_dim: int | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    softcap: float = 0.0,
+) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+    k_length, v_dim = k_length or length, v_dim or dim
+    shapes = [(length, heads[0], dim), (k_length, heads[1], dim), (k_length, heads[1], v_dim), (length, heads[0], v_dim)]
+    q, k, v, dout = (torch.randn((batch, *shape), generator=generator, dtype=torch.float64).to(device, dtype) for shape in shapes)
+    is_causal, window = MASKS[mask]
+    return Case(q, k, v, dout, is_causal, window, documents, softcap)
+
+
+def share(x: Tensor, layout: str, world: int, rank: int, dim: int = 1) -> Tensor:
+    """A rank's tokens of a whole tensor."""
+    tokens = Layout.parse(layout).tokens(x.shape[dim], world, rank)
+    return x.index_select(dim, torch.tensor(tokens, dtype=torch.int64, device=x.device))
+
+
+def whole(shares: list[Tensor], layout: str, dim: int = 1) -> Tensor:
+    """The whole tensor from all ranks' shares."""
+    world, length = len(shares), sum(x.shape[dim] for x in shares)
+    tokens = [token for rank in range(world) for token in Layout.parse(layout).tokens(length, world, rank)]
+    return torch.cat(shares, dim).index_select(dim, torch.argsort(torch.tensor(tokens, dtype=torch.int64, device=shares[0].device)))
+
+
+def run_loopback(
+    case: Case, layout: str, world: int, strategy: str, kernel: str
+) -> tuple[tuple[Tensor, ...], list[tuple[int, int]]]:
+    """out, lse, dq, dk, dv put together from ranks run as threads, and what each sent: (forward, whole) bytes."""
+    problem = case.problem(layout, world, strategy)
+    options = Options(case.q.shape[-1] ** -0.5, case.softcap)
+
+    def rank_body(wire: LoopbackTransport):
+        q, k, v, dout = (share(x, layout, world, wire.rank).contiguous() for x in (*case.inputs, case.dout))
+        todo = plan(problem, wire.rank)
+        out, lse = execute.forward(todo, wire, KERNELS[kernel], q, k, v, options)
+        sent = wire.traffic.bytes
+        grads = execute.backward(todo, wire, KERNELS[kernel], dout, q, k, v, out, lse, options)
+        return (out, lse, *grads), (sent, wire.traffic.bytes)
+
+    results = LoopbackTransport.run(world, rank_body)
+    dims = (1, 2, 1, 1, 1)
+    parts = [whole([result[0][i] for result in results], layout, dim) for i, dim in enumerate(dims)]
+    return tuple(parts), [result[1] for result in results]
+
+
+def single_device(case: Case, kernel: str) -> tuple[Tensor, ...]:
+    """out, lse, dq, dk, dv of the kernel on whole tensors."""
+    return run_loopback(case, "contiguous", 1, "ring", kernel)[0]
+
+
+def assert_exact(found: tuple[Tensor, ...], exact: tuple[Tensor, ...], tolerance: float = 1e-10) -> None:
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), found, exact, strict=True):
+        torch.testing.assert_close(a, b.to(a.dtype), rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
+
+
+def error_ratios(
+    found: tuple[Tensor, ...], single: tuple[Tensor, ...], exact: tuple[Tensor, ...]
+) -> dict[str, tuple[float, float]]:
+    """For out, dq, dk, dv: rms error over the single-device kernel's, and the largest error over 2.5 x the kernel's + 1 ulp."""
+    ratios = {}
+    for name, index in (("out", 0), ("dq", 2), ("dk", 3), ("dv", 4)):
+        mine, one, reference = found[index].double(), single[index].double(), exact[index].double()
+        ulp = torch.finfo(found[index].dtype).eps * reference.abs().max().item()
+        most = 2.5 * (one - reference).abs().max().item() + ulp
+        ratios[name] = (rms(mine - reference) / max(rms(one - reference), 1e-30), (mine - reference).abs().max().item() / most)
+    return ratios
+
+
+def assert_like_kernel(
+    found: tuple[Tensor, ...], single: tuple[Tensor, ...], exact: tuple[Tensor, ...]
+) -> dict[str, tuple[float, float]]:
+    """The invariants: rms error at most 1.3 x (out) and 1.5 x (gradients) the kernel's own, no error past 2.5 x + 1 ulp."""
+    ratios = error_ratios(found, single, exact)
+    for name, (mean, most) in ratios.items():
+        assert mean <= (1.3 if name == "out" else 1.5), f"{name}: rms error is {mean:.2f} x the single-device kernel's"
+        assert most <= 1, f"{name}: the largest error is {most:.2f} x what is allowed"
+    lse_error = (found[1].double() - exact[1].double()).abs().nan_to_num(0.0).max().item()
+    assert lse_error < 2e-2, f"lse is off by {lse_error}"
+    return ratios

@@ -1,0 +1,196 @@
+"""Laws that need real GPUs: flash kernels, NCCL, the fused merge. Run with `pytest -m gpu` on a machine with two GPUs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import assert_like_kernel, error_ratios, make_case, share, single_device, whole
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard
+
+from dtensor_ring import (
+    Contiguous,
+    Documents,
+    Stripe,
+    Zigzag,
+    distribute_tensor,
+    from_local,
+    full_tensor,
+    redistribute,
+    ring_attention,
+)
+from dtensor_ring.ops.kernels import KERNELS, Need, Options, Packing, Span
+from dtensor_ring.ops.merge import merge_
+from dtensor_ring.ops.reference import reference_attention
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+]
+PLACEMENTS = {"contiguous": Contiguous(1), "zigzag": Zigzag(1), "stripe": Stripe(1)}
+
+
+def _note(name: str, values: object) -> None:
+    """Measured figures for the record, where a folder is named for them."""
+    folder = os.environ.get("DTENSOR_RING_TEST_NOTES")
+    if folder:
+        with (Path(folder) / "notes.jsonl").open("a") as file:
+            file.write(json.dumps([name, values]) + "\n")
+
+
+def attend(layout: str, strategy: str, dtype: str, mask: str, documents: Documents | None, heads: tuple[int, int], length: int):
+    world, rank = dist.get_world_size(), dist.get_rank()
+    mesh = init_device_mesh("cuda", (world,), mesh_dim_names=("cp",))
+    case = make_case(
+        length, heads=heads, dim=128, dtype=getattr(torch, dtype), mask=mask, documents=documents, device="cuda", batch=1
+    )
+    shares = [share(x, layout, world, rank).contiguous().requires_grad_() for x in case.inputs]
+    placed = [from_local(x, mesh, [PLACEMENTS[layout]], length=length) for x in shares]
+    options = {"is_causal": case.is_causal, "window": case.window, "documents": documents}
+    out, lse = ring_attention(*placed, strategy=strategy, kernel="torch_flash", return_lse=True, **options)
+    grads = torch.autograd.grad(out.to_local(), shares, share(case.dout, layout, world, rank).contiguous())
+    parts = [out.to_local().detach(), lse.to_local(), *grads]
+    found = []
+    for part, dim in zip(parts, (1, 2, 1, 1, 1), strict=True):
+        every = [torch.empty(0)] * world
+        dist.all_gather_object(every, part.cpu())
+        found.append(whole(every, layout, dim).cuda())
+    single = single_device(case, "torch_flash")
+    exact = case.exact()
+    ratios = error_ratios(tuple(found), single, exact)
+    assert_like_kernel(tuple(found), single, exact)
+    return ratios
+
+
+COMBINATIONS = [
+    *itertools.product(("contiguous", "zigzag", "stripe"), ("ring", "gather"), ("bfloat16", "float16"), ("causal",), (None,)),
+    *itertools.product(
+        ("contiguous", "zigzag", "stripe"), ("ring", "gather"), ("bfloat16",), ("full", "window", "two-sided"), (None,)
+    ),
+    *itertools.product(
+        ("contiguous", "zigzag", "stripe"), ("ring", "gather"), ("bfloat16",), ("causal", "window"), ((400, 7, 1, 700, 940),)
+    ),
+]
+
+
+@pytest.mark.parametrize(("layout", "strategy", "dtype", "mask", "lengths"), COMBINATIONS)
+def test_two_gpus_are_as_exact_as_one(pools, layout, strategy, dtype, mask, lengths):
+    documents = None if lengths is None else Documents.from_lengths(lengths)
+    ratios = pools.run(2, attend, layout, strategy, dtype, mask, documents, (4, 2), 2048, device="cuda")[0]
+    _note(f"{layout} {strategy} {dtype} {mask} {lengths}", ratios)
+
+
+@pytest.mark.parametrize(("heads", "length"), [((8, 8), 1000), ((4, 1), 1001), ((6, 2), 33), ((4, 2), 7), ((4, 2), 1)])
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "stripe"])
+def test_heads_and_odd_lengths(pools, layout, heads, length):
+    pools.run(2, attend, layout, "ring", "bfloat16", "causal", None, heads, length, device="cuda")
+
+
+def gather_is_bit_equal(layout: str, mask: str):
+    world, rank = dist.get_world_size(), dist.get_rank()
+    mesh = init_device_mesh("cuda", (world,), mesh_dim_names=("cp",))
+    case = make_case(4096, heads=(4, 2), dim=128, dtype=torch.bfloat16, mask=mask, device="cuda", batch=1)
+    placed = [distribute_tensor(x, mesh, [PLACEMENTS[layout]], src_data_rank=None) for x in case.inputs]
+    out = ring_attention(*placed, is_causal=case.is_causal, strategy="gather", kernel="torch_flash")
+    alone = ring_attention(*case.inputs, is_causal=case.is_causal, kernel="torch_flash")
+    assert torch.equal(out.to_local(), share(alone, layout, world, rank))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_gather_is_bit_equal_to_one_gpu_for_chunks_of_whole_kernel_blocks(pools, layout):
+    pools.run(2, gather_is_bit_equal, layout, "causal", device="cuda")
+
+
+def move_between_placements():
+    mesh = init_device_mesh("cuda", (dist.get_world_size(),), mesh_dim_names=("cp",))
+    x = torch.arange(3 * 13 * 4, dtype=torch.float32, device="cuda").view(3, 13, 4)
+    placements = [Zigzag(1), Contiguous(1), Stripe(1, block=2), Shard(1), Shard(2), Replicate()]
+    for a, b in itertools.product(placements, placements):
+        leaf = x.clone().requires_grad_()
+        moved = redistribute(distribute_tensor(leaf, mesh, [a]), [b])
+        back = full_tensor(moved)
+        assert torch.equal(back, x), (a, b)
+        (grad,) = torch.autograd.grad(back, leaf, x)
+        assert torch.equal(grad, x), (a, b)
+
+
+def test_redistribution_over_nccl_is_a_permutation(pools):
+    pools.run(2, move_between_placements, device="cuda")
+
+
+def no_host_sync_in_attention():
+    mesh = init_device_mesh("cuda", (dist.get_world_size(),), mesh_dim_names=("cp",))
+    case = make_case(512, dim=64, dtype=torch.bfloat16, device="cuda")
+    placed = [distribute_tensor(x, mesh, [Zigzag(1)], src_data_rank=None).requires_grad_() for x in case.inputs]
+    documents = Documents.from_lengths([100, 200, 212])
+
+    def both():
+        out = ring_attention(*placed, documents=documents)
+        torch.autograd.grad(out, placed, torch.ones_like(out))
+
+    both()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        both()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_layer_never_waits_for_the_gpu(pools):
+    pools.run(2, no_host_sync_in_attention, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dim", [64, 128, 80])
+def test_fused_merge_equals_the_plain_one(dtype, dim):
+    generator = torch.Generator("cuda").manual_seed(0)
+    out, block = (torch.randn(2, 37, 5, dim, device="cuda", generator=generator).to(dtype) for _ in range(2))
+    lse, block_lse = (torch.randn(2, 5, 37, device="cuda", generator=generator) * 3 for _ in range(2))
+    lse[:, :, :3] = -torch.inf
+    block_lse[:, :, 2:6] = -torch.inf
+    out[:, :3], block[:, 2:6] = 0, 0
+    plain_out, plain_lse = out.cpu().clone(), lse.cpu().clone()
+    merge_(plain_out, plain_lse, block.cpu(), block_lse.cpu())
+    merge_(out[:, :], lse, block, block_lse)
+    assert not out.isnan().any()
+    torch.testing.assert_close(lse.cpu(), plain_lse, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(out.cpu().float(), plain_out.float(), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (100, 0), (50, 30)])
+@pytest.mark.parametrize("shape", [(300, 300), (200, 500)])
+def test_flash_kernel_windows_are_bottom_right(window, shape):
+    kernel, options = KERNELS["torch_flash"], Options(128**-0.5)
+    case = make_case(shape[0], k_length=shape[1], dim=128, dtype=torch.bfloat16, device="cuda")
+    out, lse = kernel.forward(*case.inputs, window, options)
+    exact, exact_lse = reference_attention(*case.inputs, is_causal=False, window=window)
+    torch.testing.assert_close(out.float(), exact, rtol=0, atol=2e-2)
+    torch.testing.assert_close(lse, exact_lse, rtol=0, atol=1e-3)
+
+
+def test_packed_rows_without_keys_are_empty_and_keys_without_queries_get_no_gradient():
+    kernel, options = KERNELS["torch_flash"], Options(128**-0.5)
+    assert kernel.refuses(Need("cuda", torch.bfloat16, 128, 128, training=True, packed=True)) is None
+    case = make_case(64, k_length=96, dim=128, batch=1, dtype=torch.bfloat16, device="cuda")
+    q, k, v, dout = (x[0] for x in (*case.inputs, case.dout))
+    packing = Packing.of([Span(8, 24, 4, 30), Span(24, 50, 40, 90)], 64, 96, q.device)
+    out, lse = kernel.forward_packed(q, k, v, packing, (-1, 0), options)
+    assert (out[:8] == 0).all()
+    assert (out[50:] == 0).all()
+    assert (lse[:, :8] == -torch.inf).all()
+    dq, dk, dv = kernel.backward_packed(dout, q, k, v, out, lse, packing, (-1, 0), options)
+    for start, stop in ((0, 4), (30, 40), (90, 96)):
+        assert (dk[start:stop] == 0).all()
+        assert (dv[start:stop] == 0).all()
+    assert (dq[:8] == 0).all()
+    assert (dq[50:] == 0).all()
+    for rows, keys in ((slice(8, 24), slice(4, 30)), (slice(24, 50), slice(40, 90))):
+        block, _ = kernel.forward(q[None, rows], k[None, keys], v[None, keys], (-1, 0), options)
+        assert torch.equal(block[0], out[rows])
