@@ -104,6 +104,7 @@ class Bench:
         self.kernel = choose_kernel(options.kernel, need)
         self.window = (-1, -1) if options.full else (-1, 0)
         self.scale = Options(options.head_dim**-0.5)
+        self.kernel_peaks = [0.0, 0.0]
 
     def inputs(self, tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v and dout, the same on every rank for one seed."""
@@ -119,6 +120,7 @@ class Bench:
         out, lse = self.kernel.forward(q, k, v, self.window, self.scale)
         forward = self.timed(lambda: self.kernel.forward(q, k, v, self.window, self.scale))
         backward = self.timed(lambda: self.kernel.backward(dout, q, k, v, out, lse, self.window, self.scale))
+        self.kernel_peaks = [self.cost(self.kernel_call(direction))[0] for direction in ("fwd", "fwd+bwd")]
         return {"fwd": forward, "fwd+bwd": forward + backward}
 
     def measure(self, layout: str, strategy: str, baseline: dict[str, float]) -> list[Row]:
@@ -278,7 +280,8 @@ def _report(options: argparse.Namespace, bench: Bench, baseline: dict[str, float
     element = bench.dtype.itemsize
     kv = 2 * options.batch * options.tokens * options.kv_heads * options.head_dim * element / 2**20
     q = options.batch * options.tokens * options.heads * options.head_dim / 2**20
-    print(f"kernel on one rank's tokens: fwd {baseline['fwd']:.3f} ms, fwd+bwd {baseline['fwd+bwd']:.3f} ms")
+    peaks = f"peak {bench.kernel_peaks[0]:.0f} and {bench.kernel_peaks[1]:.0f} MiB"
+    print(f"kernel on one rank's tokens: fwd {baseline['fwd']:.3f} ms, fwd+bwd {baseline['fwd+bwd']:.3f} ms, {peaks}")
     print(
         f"memory bound of the ring beyond inputs: fwd 2(K+V) + block out + fp32 out = {2 * kv + q * (element + 4):.0f} MiB, bwd "
         f"2(K+V) + 2 fp32(dK+dV) + fp32 dQ + block dQ, dK, dV = {2 * kv + 2 * kv * 4 / element + 4 * q + kv + q * element:.0f} MiB"

@@ -43,6 +43,7 @@ def _work(rank: int, world: int, port: int, device: str, paths: list[str], line:
     line.send(("ok", None))
     while True:
         module, name, args = line.recv()
+        torch.manual_seed(0)
         try:
             line.send(("ok", getattr(importlib.import_module(module), name)(*args)))
         except BaseException as failure:
@@ -73,9 +74,12 @@ class Pool:
             ready = wait([line for rank, line in enumerate(self._lines) if rank not in answers], max(0.0, until - time.monotonic()))
             if not ready:
                 silent = [rank for rank in range(self.world) if rank not in answers]
-                failed = {rank: text for rank, (text, _) in answers.items() if text != "ok"}
+                failed = {rank: f"{text}\n{trace}" for rank, (text, trace) in answers.items() if text != "ok"}
                 self.close()
-                raise TimeoutError(f"ranks {silent} of {self.world} did not answer within {timeout:.0f} s; others failed: {failed}")
+                if failed:
+                    rank, text = next(iter(failed.items()))
+                    raise AssertionError(f"rank {rank} of {self.world} failed, ranks {silent} wait for it: {text}")
+                raise TimeoutError(f"ranks {silent} of {self.world} did not answer within {timeout:.0f} s")
             for line in ready:
                 rank = self._lines.index(line)
                 try:
@@ -83,6 +87,8 @@ class Pool:
                 except EOFError:
                     self.close()
                     raise RuntimeError(f"rank {rank} of {self.world} died") from None
+                if answers[rank][0] != "ok":
+                    until = min(until, time.monotonic() + 5)
         failures = {rank: answer for rank, answer in sorted(answers.items()) if answer[0] != "ok"}
         if failures:
             rank, (text, trace) = next(iter(failures.items()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,8 @@ def test_heads_and_odd_lengths(pools, layout, heads, length):
 def gather_is_bit_equal(layout: str, mask: str):
     world, rank = dist.get_world_size(), dist.get_rank()
     mesh = init_device_mesh("cuda", (world,), mesh_dim_names=("cp",))
-    case = make_case(4096, heads=(4, 2), dim=128, dtype=torch.bfloat16, mask=mask, device="cuda", batch=1)
+    # chunks of 2048 tokens are whole blocks of the kernel, and 16 heads fill the GPU, so that it does not split keys
+    case = make_case(8192, heads=(16, 4), dim=128, dtype=torch.bfloat16, mask=mask, device="cuda", batch=1)
     placed = [distribute_tensor(x, mesh, [PLACEMENTS[layout]], src_data_rank=None) for x in case.inputs]
     out = ring_attention(*placed, is_causal=case.is_causal, strategy="gather", kernel="torch_flash")
     alone = ring_attention(*case.inputs, is_causal=case.is_causal, kernel="torch_flash")
@@ -136,11 +138,56 @@ def no_host_sync_in_attention():
 
     both()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch warns that the mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
     try:
         both()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def peak_memory_of_the_ring():
+    world, tokens, heads, kv_heads, dim = dist.get_world_size(), 4096, 16, 4, 128
+    mesh = init_device_mesh("cuda", (world,), mesh_dim_names=("cp",))
+    q, dout = (torch.randn(1, tokens, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    k, v = (torch.randn(1, tokens, kv_heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    kernel, scale = KERNELS["torch_flash"], Options(dim**-0.5)
+
+    def peak(body):
+        body()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        result = body()
+        torch.cuda.synchronize()
+        del result
+        return torch.cuda.max_memory_allocated() - held
+
+    def ring():
+        with torch.no_grad():
+            placed = [from_local(x, mesh, [Zigzag(1)], length=world * tokens, check=False) for x in (q, k, v)]
+            return ring_attention(*placed, kernel="torch_flash", return_lse=True)
+
+    out, lse = (x.to_local() for x in ring())
+    arguments = (
+        *(torch.empty(0, dtype=torch.int64), world * tokens, world * tokens, dim**-0.5, 0.0, False, "causal", "zigzag"),
+        "ring",
+    )
+    group = mesh.get_group().group_name
+    backward = torch.ops.dtensor_ring.attention_backward
+    kv, q_bytes, lse_bytes = k.nbytes + v.nbytes, q.nbytes, lse.nbytes
+    kernel_backward = peak(lambda: kernel.backward(dout, q, k, v, out, lse, (-1, 0), scale)) - q_bytes - kv
+    forward = peak(ring)
+    both = peak(lambda: backward(dout, q, k, v, out, lse, *arguments, "torch_flash", group))
+    slack = 8 << 20
+    assert forward <= 2 * kv + q_bytes + 2 * q_bytes + 2 * lse_bytes + slack
+    assert both <= 2 * kv + 4 * kv + 2 * q_bytes + q_bytes + kv + kernel_backward + slack
+    return {"forward MiB": forward / 2**20, "backward MiB": both / 2**20, "kernel workspace MiB": kernel_backward / 2**20}
+
+
+def test_memory_of_the_ring_stays_within_its_bound(pools):
+    _note("peak memory", pools.run(2, peak_memory_of_the_ring, device="cuda")[0])
 
 
 def test_a_layer_never_waits_for_the_gpu(pools):

@@ -24,6 +24,10 @@ _ELEMENTWISE = {
     aten.copy_.default,
     aten.zero_.default,
     aten.fill_.Scalar,
+    aten.masked_fill.Scalar,
+    aten.masked_fill_.Scalar,
+    aten.masked_fill.Tensor,
+    aten.masked_fill_.Tensor,
     aten.empty_like.default,
     aten.zeros_like.default,
     aten.ones_like.default,
@@ -62,7 +66,8 @@ def rule(schema: OpSchema) -> OutputSharding | None:
     Raises:
         NotImplementedError: the op, or this mix of placements and shapes, has no result that is right in every layout.
     """
-    specs = specs_of(schema)
+    # a replicated scalar is the same beside every element
+    specs = [spec for spec in specs_of(schema) if spec.ndim or not spec.is_replicated()]
     if schema.op is aten._local_scalar_dense.default:
         raise NotImplementedError(f"{_name(schema)} on {_listed(specs)}: read x.to_local() or dtensor_ring.full_tensor(x)")
     first = specs[0]

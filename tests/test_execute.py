@@ -1,0 +1,149 @@
+"""Plans carried out by threads: exact in float64, within the invariants in 16 bits, sending what the plan says."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from helpers import LAYOUTS, assert_exact, assert_like_kernel, make_case, rms, run_loopback, single_device
+
+from dtensor_ring.documents import Documents
+from dtensor_ring.ops.schedule import plan
+
+STRATEGIES = ("ring", "gather")
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("mask", ["causal", "full", "window"])
+def test_out_lse_and_gradients_are_exact_at_every_length(world, layout, strategy, mask):
+    for length, heads in itertools.product((1, 2, 7, 16, 33), ((4, 2), (3, 1))):
+        case = make_case(length, heads=heads, mask=mask)
+        exact = case.exact()
+        for kernel in ("math", "torch_cpu"):
+            assert_exact(run_loopback(case, layout, world, strategy, kernel)[0], exact)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_thousand_tokens_are_exact(world, layout, strategy):
+    for mask, heads in (("causal", (4, 2)), ("full", (3, 1)), ("two-sided", (4, 2))):
+        case = make_case(1000, heads=heads, mask=mask, batch=1)
+        assert_exact(run_loopback(case, layout, world, strategy, "torch_cpu")[0], case.exact())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_eight_ranks_are_exact(layout, strategy):
+    for length, mask in itertools.product((1, 7, 16, 33, 1000), ("causal", "full", "window", "two-sided")):
+        case = make_case(length, mask=mask)
+        assert_exact(run_loopback(case, layout, 8, strategy, "torch_cpu")[0], case.exact())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_packed_documents_are_exact(layout, strategy, rows):
+    bounds = ((0, 5, 5, 6, 20, 37, 40), (0, 1, 12, 39, 40))[:rows]
+    for world, mask in itertools.product((2, 4), ("causal", "full", "window")):
+        case = make_case(40, mask=mask, documents=Documents(bounds))
+        assert_exact(run_loopback(case, layout, world, strategy, "math")[0], case.exact())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("lengths", [(7, 30), (30, 7), (5, 5)])
+def test_queries_and_keys_of_two_lengths_are_aligned_bottom_right(layout, strategy, lengths):
+    for mask in ("causal", "full", "window"):
+        case = make_case(lengths[0], k_length=lengths[1], mask=mask)
+        assert_exact(run_loopback(case, layout, 3, strategy, "math")[0], case.exact())
+
+
+def test_a_softcap_and_a_value_dim_of_its_own_reach_the_kernel():
+    case = make_case(23, softcap=2.0, v_dim=5)
+    assert_exact(run_loopback(case, "zigzag", 3, "ring", "math")[0], case.exact())
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_errors_stay_near_those_of_one_device(world, layout, strategy, dtype):
+    case = make_case(500, dim=32, dtype=dtype)
+    found = run_loopback(case, layout, world, strategy, "torch_cpu")[0]
+    if dtype == torch.float32:
+        assert_exact(found, case.exact(), tolerance=2e-5)
+    else:
+        assert_like_kernel(found, single_device(case, "torch_cpu"), case.exact())
+    assert all(x.dtype == (torch.float32 if i == 1 else dtype) for i, x in enumerate(found))
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "stripe"])
+def test_eight_ranks_round_little_more_than_two(layout):
+    case = make_case(512, dim=32, dtype=torch.bfloat16, batch=1)
+    exact = case.exact()
+    two, eight = (run_loopback(case, layout, world, "ring", "torch_cpu")[0] for world in (2, 8))
+    for index in (0, 2, 3, 4):
+        assert rms(eight[index] - exact[index]) <= 1.1 * rms(two[index] - exact[index])
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("mask", ["causal", "window"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_rank_sends_the_bytes_of_its_plan_and_gets_gradients_back_for_them(world, layout, strategy, mask, packed):
+    documents = Documents.from_lengths([10, 3, 40, 7]) if packed else None
+    case = make_case(60, mask=mask, documents=documents, dtype=torch.bfloat16)
+    problem = case.problem(layout, world, strategy)
+    _, sent = run_loopback(case, layout, world, strategy, "torch_cpu")
+    plans = [plan(problem, rank) for rank in range(world)]
+    row = 2 * case.k.shape[2] * (8 + 8)  # batch rows x key heads x (D + Dv)
+    for each, (forward, total) in zip(plans, sent, strict=True):
+        assert forward == each.rows_sent * row * 2
+        if problem.collective:
+            largest = max(problem.k_rows(rank) for rank in range(world))
+            returned = (world - 1) * largest * row * 4
+        else:
+            returned = sum(
+                rows.size * row * (4 if step.sums else 2) for step in each.steps for rows in step.keys if rows.source != each.rank
+            )
+        assert total - forward == forward + returned
+
+
+def test_gradients_that_one_call_made_travel_unwidened_and_sums_in_float32():
+    case = make_case(64, dtype=torch.bfloat16)
+    problem = case.problem("zigzag", 4, "ring")
+    assert not any(step.sums for rank in range(4) for step in plan(problem, rank).steps)
+    blocks = case.problem("stripe:3", 4, "ring")
+    assert any(step.sums for rank in range(4) for step in plan(blocks, rank).steps)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_results_are_bitwise_the_same_from_run_to_run(strategy):
+    case = make_case(100, dtype=torch.bfloat16)
+    first, second = (run_loopback(case, "zigzag", 4, strategy, "torch_cpu")[0] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_documents_do_not_leak():
+    documents = Documents.from_lengths([9, 14, 2, 15])
+    case = make_case(40, documents=documents, dtype=torch.bfloat16)
+    before = run_loopback(case, "zigzag", 4, "ring", "torch_cpu")[0]
+    for x in (*case.inputs, case.dout):
+        x[:, 9:23] = torch.randn_like(x[:, 9:23])
+    after = run_loopback(case, "zigzag", 4, "ring", "torch_cpu")[0]
+    others = torch.tensor([*range(9), *range(23, 40)])
+    for index in (0, 2, 3, 4):
+        assert torch.equal(before[index][:, others], after[index][:, others])
+        assert not torch.equal(before[index][:, 9:23], after[index][:, 9:23])
+
+
+def test_the_memory_of_ranks_without_tokens_is_harmless():
+    case = make_case(3)
+    assert_exact(run_loopback(case, "zigzag", 4, "ring", "torch_cpu")[0], case.exact())
+    assert_exact(run_loopback(case, "stripe", 4, "gather", "torch_cpu")[0], case.exact())

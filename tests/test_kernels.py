@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import make_case
+
+from dtensor_ring.documents import Documents
+from dtensor_ring.ops.kernels import KERNELS, Need, Options, Packing, Span, choose_kernel
+from dtensor_ring.ops.kernels.base import band_mask, row_blocks
+from dtensor_ring.ops.reference import reference_attention
+
+CPU_KERNELS = ["math", "torch_cpu"]
+WINDOWS = [(-1, -1), (-1, 0), (5, 0), (4, 3), (-1, 2), (3, -1)]
+
+
+def exact(case, window):
+    inputs = [x.double().requires_grad_() for x in case.inputs]
+    out, lse = reference_attention(*inputs, is_causal=False, window=window, softcap=case.softcap)
+    return out.detach(), lse.detach(), torch.autograd.grad(out, inputs, case.dout.double())
+
+
+def seen_rows(case, window) -> bool:
+    """Whether every query sees a key, as in every tile of a plan."""
+    mask = band_mask(range(case.q.shape[1]), range(case.k.shape[1]), case.k.shape[1] - case.q.shape[1], window, torch.device("cpu"))
+    return bool(mask.any(1).all())
+
+
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("lengths", [(9, 9), (6, 13), (13, 6), (1, 8), (8, 1), (1, 1)])
+@pytest.mark.parametrize("heads", [(4, 2), (3, 1), (2, 2)])
+def test_a_block_is_exact_in_float64(kernel, window, lengths, heads):
+    case = make_case(lengths[0], k_length=lengths[1], heads=heads)
+    if not seen_rows(case, window):
+        return
+    options = Options(8**-0.5)
+    out, lse = KERNELS[kernel].forward(*case.inputs, window, options)
+    grads = KERNELS[kernel].backward(case.dout, *case.inputs, out, lse, window, options)
+    want_out, want_lse, want_grads = exact(case, window)
+    for found, wanted in zip((out, lse, *grads), (want_out, want_lse, *want_grads), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+        assert found.is_contiguous() or found is lse
+
+
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_block_is_as_exact_as_its_dtype(kernel, dtype):
+    case = make_case(40, dtype=dtype)
+    out, lse = KERNELS[kernel].forward(*case.inputs, (-1, 0), Options(8**-0.5))
+    grads = KERNELS[kernel].backward(case.dout, *case.inputs, out.to(dtype), lse, (-1, 0), Options(8**-0.5))
+    want_out, want_lse, want_grads = exact(case, (-1, 0))
+    assert lse.dtype == torch.float32
+    torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=max(1e-5, 0.1 * torch.finfo(dtype).eps))
+    for found, wanted in zip((out, *grads), (want_out, *want_grads), strict=True):
+        assert (found.double() - wanted).abs().max() < 8 * torch.finfo(dtype).eps * wanted.abs().max()
+    assert all(grad.dtype == KERNELS[kernel].grad_dtype(dtype) for grad in grads)
+
+
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
+def test_backward_of_a_block_with_the_global_lse_is_its_share(kernel):
+    case = make_case(12, mask="full")
+    options, k_cut = Options(8**-0.5), 5
+    out, lse, *_ = case.exact()
+    shares = []
+    for part in (slice(0, k_cut), slice(k_cut, 12)):
+        shares.append(KERNELS[kernel].backward(case.dout, case.q, case.k[:, part], case.v[:, part], out, lse, (-1, -1), options))
+    _, _, want = exact(case, (-1, -1))
+    torch.testing.assert_close(shares[0][0] + shares[1][0], want[0], rtol=0, atol=1e-12)
+    for i in (1, 2):
+        torch.testing.assert_close(torch.cat([shares[0][i], shares[1][i]], 1), want[i], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
+def test_packed_segments_are_problems_of_their_own(kernel):
+    case = make_case(20, k_length=26, batch=1)
+    q, k, v, dout = (x[0] for x in (*case.inputs, case.dout))
+    spans = [Span(2, 7, 1, 9), Span(7, 8, 9, 10), Span(12, 20, 14, 25)]
+    packing, options = Packing.of(spans, 20, 26, q.device), Options(8**-0.5)
+    out, lse = KERNELS[kernel].forward_packed(q, k, v, packing, (-1, 0), options)
+    grads = KERNELS[kernel].backward_packed(dout, q, k, v, out, lse, packing, (-1, 0), options)
+    idle_q, idle_k = torch.ones(20, dtype=torch.bool), torch.ones(26, dtype=torch.bool)
+    for q0, q1, k0, k1 in spans:
+        idle_q[q0:q1], idle_k[k0:k1] = False, False
+        part = make_case(1)
+        part.q, part.k, part.v, part.dout = q[None, q0:q1], k[None, k0:k1], v[None, k0:k1], dout[None, q0:q1]
+        want_out, want_lse, want_grads = exact(part, (-1, 0))
+        torch.testing.assert_close(out[q0:q1], want_out[0], rtol=0, atol=1e-12)
+        torch.testing.assert_close(lse[:, q0:q1], want_lse[0], rtol=0, atol=1e-12)
+        for found, wanted, rows in zip(grads, want_grads, (slice(q0, q1), slice(k0, k1), slice(k0, k1)), strict=True):
+            torch.testing.assert_close(found[rows], wanted[0], rtol=0, atol=1e-12)
+    assert (out[idle_q] == 0).all()
+    assert (lse[:, idle_q] == -torch.inf).all()
+    assert (grads[0][idle_q] == 0).all()
+    assert (grads[1][idle_k] == 0).all()
+    assert (grads[2][idle_k] == 0).all()
+
+
+def test_a_packing_gives_gaps_to_sequences_without_keys_or_without_queries():
+    packing = Packing.of([Span(2, 5, 0, 4), Span(5, 6, 6, 8)], 9, 10, torch.device("cpu"))
+    assert packing.cu_q.tolist() == [0, 2, 5, 5, 6, 9, 9]
+    assert packing.cu_k.tolist() == [0, 0, 4, 6, 8, 8, 10]
+    assert (packing.max_q, packing.max_k) == (3, 4)
+    assert packing.cu_q.dtype == torch.int32
+
+
+def test_softcap_and_its_gradient_are_exact_in_math():
+    case = make_case(11, softcap=1.5)
+    options = Options(8**-0.5, softcap=1.5)
+    out, lse = KERNELS["math"].forward(*case.inputs, (-1, 0), options)
+    grads = KERNELS["math"].backward(case.dout, *case.inputs, out, lse, (-1, 0), options)
+    want_out, want_lse, want_grads = exact(case, (-1, 0))
+    for found, wanted in zip((out, lse, *grads), (want_out, want_lse, *want_grads), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+def test_a_value_dim_of_its_own_is_exact_in_math():
+    case = make_case(11, v_dim=5)
+    out, _ = KERNELS["math"].forward(*case.inputs, (-1, 0), Options(8**-0.5))
+    torch.testing.assert_close(out, exact(case, (-1, 0))[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_strips_of_rows_hold_every_key_their_rows_see(window):
+    mask = band_mask(range(10), range(14), 4, window, torch.device("cpu"))
+    rebuilt = torch.zeros_like(mask)
+    for rows, columns in row_blocks(10, 14, window, 3):
+        part = band_mask(rows, columns, 4, window, torch.device("cpu"))
+        rebuilt[rows.start : rows.stop, columns.start : columns.stop] = part
+    assert torch.equal(mask, rebuilt)
+
+
+def test_long_blocks_are_computed_in_strips_alike():
+    case = make_case(1200, dim=4, heads=(2, 1), batch=1)
+    for window in [(-1, 0), (300, 0)]:
+        found = KERNELS["torch_cpu"].forward(*case.inputs, window, Options(0.5))
+        wanted = KERNELS["math"].forward(*case.inputs, window, Options(0.5))
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+NEED = Need("cpu", torch.float32, 64, 64)
+
+
+def test_the_first_kernel_that_does_not_refuse_is_chosen():
+    assert choose_kernel(None, NEED).name == "torch_cpu"
+    assert choose_kernel(None, Need("cpu", torch.float32, 64, 32)).name == "math"
+    assert choose_kernel("math", NEED).name == "math"
+
+
+def test_an_unknown_kernel_is_named():
+    with pytest.raises(ValueError, match="unknown kernel 'cudnn': choose one of torch_flash, torch_cpu, math"):
+        choose_kernel("cudnn", NEED)
+
+
+def test_all_refusals_are_listed_with_their_reasons():
+    with pytest.raises(NotImplementedError) as failure:
+        choose_kernel(None, Need("cpu", torch.int32, 64, 64))
+    text = str(failure.value)
+    assert "every kernel refuses" in text
+    assert "torch_flash: runs on CUDA tensors, found cpu" in text
+    assert "torch_cpu: needs float64, float32, bfloat16 or float16, found torch.int32" in text
+    assert "math: needs floating-point tensors, found torch.int32" in text
+
+
+@pytest.mark.parametrize(
+    ("need", "text"),
+    [
+        (Need("cuda", torch.float32, 64, 64), "runs on CPU tensors, found cuda"),
+        (Need("cpu", torch.float32, 64, 32), "needs one head dim for q, k and v, found 64 and 32"),
+        (Need("cpu", torch.float32, 64, 64, softcap=30.0), "has no softcap"),
+    ],
+)
+def test_torch_cpu_says_why_it_refuses(need, text):
+    with pytest.raises(NotImplementedError, match=f"kernel 'torch_cpu' refuses this attention. torch_cpu: {text}"):
+        choose_kernel("torch_cpu", need)
+
+
+def test_the_reference_masks_documents_windows_and_lengths():
+    case = make_case(9, batch=1, heads=(1, 1))
+    documents = Documents.from_lengths([4, 5])
+    out, lse = reference_attention(*case.inputs, documents=documents)
+    for part in (slice(0, 4), slice(4, 9)):
+        alone, alone_lse = reference_attention(*(x[:, part] for x in case.inputs))
+        torch.testing.assert_close(out[:, part], alone)
+        torch.testing.assert_close(lse[:, :, part], alone_lse)
+    sdpa = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in case.inputs), is_causal=True)
+    torch.testing.assert_close(reference_attention(*case.inputs)[0], sdpa.transpose(1, 2))

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import dtensor_ring
+from dtensor_ring.layout import Layout, Run, cut
+
+layouts = st.sampled_from([Layout("contiguous"), Layout("zigzag"), Layout("stripe"), Layout("stripe", 2), Layout("stripe", 5)])
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("contiguous", [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]),
+        ("zigzag", [[0, 1, 14, 15], [2, 3, 12, 13], [4, 5, 10, 11], [6, 7, 8, 9]]),
+        ("stripe", [[0, 4, 8, 12], [1, 5, 9, 13], [2, 6, 10, 14], [3, 7, 11, 15]]),
+        ("stripe:2", [[0, 1, 8, 9], [2, 3, 10, 11], [4, 5, 12, 13], [6, 7, 14, 15]]),
+    ],
+)
+def test_sixteen_tokens_over_four_ranks_are_as_pictured(text, rows):
+    assert [Layout.parse(text).tokens(16, 4, rank) for rank in range(4)] == rows
+
+
+@given(layouts, st.integers(0, 200), st.integers(1, 9))
+def test_every_token_has_one_rank_and_totals_differ_by_at_most_one(layout, length, world):
+    held = [layout.tokens(length, world, rank) for rank in range(world)]
+    assert sorted(token for tokens in held for token in tokens) == list(range(length))
+    assert max(map(len, held)) - min(map(len, held)) <= 1
+    assert [layout.local_length(length, world, rank) for rank in range(world)] == [len(tokens) for tokens in held]
+
+
+@given(st.integers(0, 40), st.integers(1, 6))
+def test_divisible_lengths_are_cut_as_the_usual_chunks(chunk, world):
+    length = 2 * world * chunk
+    for rank in range(world):
+        early = list(range(rank * chunk, (rank + 1) * chunk))
+        late = list(range((2 * world - 1 - rank) * chunk, (2 * world - rank) * chunk))
+        assert Layout("zigzag").tokens(length, world, rank) == early + late
+        assert Layout("contiguous").tokens(length, world, rank) == list(range(2 * rank * chunk, 2 * (rank + 1) * chunk))
+
+
+@given(st.integers(0, 100), st.integers(1, 6))
+def test_a_stripe_of_single_tokens_puts_token_t_on_rank_t_mod_world(length, world):
+    for rank in range(world):
+        assert Layout("stripe").tokens(length, world, rank) == list(range(rank, length, world))
+
+
+@given(layouts)
+def test_a_layout_is_read_back_from_its_text(layout):
+    assert Layout.parse(str(layout)) == layout
+
+
+@pytest.mark.parametrize("text", ["", "zig", "stripe:0", "stripe:-1", "zigzag:2", "contiguous:1", "stripe:x"])
+def test_an_unknown_layout_is_refused(text):
+    with pytest.raises(ValueError, match=r"unknown layout .*use 'contiguous', 'zigzag'"):
+        Layout.parse(text)
+
+
+runs = st.one_of(
+    st.builds(Run, st.integers(0, 20), st.integers(1, 20), st.integers(1, 5)),
+    st.integers(2, 4).flatmap(
+        lambda block: st.builds(
+            lambda start, blocks, gap: Run(start, blocks * block, block + gap, block),
+            st.integers(0, 9),
+            st.integers(1, 5),
+            st.integers(1, 9),
+        )
+    ),
+)
+
+
+@given(runs, st.integers(0, 120))
+def test_first_at_or_after_finds_the_first_token_from_a_position_on(run, position):
+    tokens = run.tokens()
+    assert run.first_at_or_after(position) == next((i for i, token in enumerate(tokens) if token >= position), len(tokens))
+
+
+@given(layouts, st.integers(0, 60), st.integers(1, 5), st.lists(st.integers(0, 60), max_size=6))
+def test_cutting_at_documents_keeps_every_token_its_place_and_its_document(layout, length, world, cuts):
+    bounds = (0, *sorted(min(c, length) for c in cuts), length)
+    for rank in range(world):
+        tokens = layout.tokens(length, world, rank)
+        pieces = cut(layout.runs(length, world, rank), bounds)
+        assert [token for piece in pieces for token in piece.run.tokens()] == tokens
+        for piece in pieces:
+            assert tokens[piece.offset : piece.offset + piece.run.count] == piece.run.tokens()
+            low, high = bounds[piece.document], bounds[piece.document + 1]
+            assert all(low <= token < high for token in piece.run.tokens())
+
+
+def test_layouts_and_documents_know_no_process_groups():
+    for name in ("layout.py", "documents.py"):
+        tree = ast.parse((Path(dtensor_ring.__file__).parent / name).read_text())
+        names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+        names += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        assert not [name for name in names if name.startswith("torch.distributed")]

@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from dtensor_ring import Contiguous, Stripe, Zigzag, distribute_tensor, from_local, full_tensor, redistribute
+from dtensor_ring.comm import LoopbackTransport
+from dtensor_ring.debug import traffic
+from dtensor_ring.layout import Layout
+from dtensor_ring.placements import moves
+
+PLACEMENTS = [Replicate(), Shard(0), Shard(1), Shard(2), Contiguous(1), Zigzag(1), Stripe(1), Stripe(1, block=2), Zigzag(2)]
+LENGTHS = (16, 13, 2, 0)
+
+
+def _mesh():
+    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
+
+
+def every_pair(length: int):
+    mesh = _mesh()
+    x = torch.arange(3 * length * 4, dtype=torch.float64).view(3, length, 4)
+    for source, target in itertools.product(PLACEMENTS, PLACEMENTS):
+        leaf = x.clone().requires_grad_()
+        moved = redistribute(distribute_tensor(leaf, mesh, [source]), [target])
+        assert moved.placements == (target,)
+        assert moved.shape == x.shape
+        back = full_tensor(moved)
+        assert torch.equal(back, x), (source, target)
+        (grad,) = torch.autograd.grad(back, leaf, x + 1)
+        assert torch.equal(grad, x + 1), (source, target)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_any_placement_to_any_other_is_a_permutation_and_so_is_its_gradient(pools, world):
+    for length in LENGTHS:
+        pools.run(world, every_pair, length)
+
+
+def partial_sums(length: int):
+    mesh, world, rank = _mesh(), dist.get_world_size(), dist.get_rank()
+    x = torch.arange(3 * length * 4, dtype=torch.float64).view(3, length, 4)
+    for target, (op, factor) in itertools.product(PLACEMENTS, (("sum", sum(range(1, world + 1))), ("avg", (world + 1) / 2))):
+        leaf = (x * (rank + 1)).requires_grad_()
+        moved = redistribute(DTensor.from_local(leaf, mesh, [Partial(op)], run_check=False), [target])
+        whole = full_tensor(moved)
+        assert torch.equal(whole, x * factor), (target, op)
+        (grad,) = torch.autograd.grad(whole, leaf, x + 1)
+        assert torch.equal(grad, x + 1)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_partial_values_are_reduced_into_any_placement(pools, world):
+    for length in (16, 13, 2):
+        pools.run(world, partial_sums, length)
+
+
+def two_axes():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    x = torch.arange(4 * 10 * 6, dtype=torch.float64).view(4, 10, 6)
+    one = [Replicate(), Shard(0), Shard(1), Shard(2), Zigzag(1), Stripe(1), Contiguous(1), Zigzag(0)]
+    pairs = [
+        (a, b) for a, b in itertools.product(one, one) if isinstance(a, Replicate) or isinstance(b, Replicate) or a.dim != b.dim
+    ]
+    count = 0
+    for source, target in itertools.product(pairs, pairs):
+        if all(isinstance(p, (Replicate, Shard)) for p in (*source, *target)):
+            continue
+        leaf = x.clone().requires_grad_()
+        moved = redistribute(distribute_tensor(leaf, mesh, source, src_data_rank=None), target)
+        back = full_tensor(moved)
+        assert torch.equal(back, x), (source, target)
+        (grad,) = torch.autograd.grad(back, leaf, x + 1)
+        assert torch.equal(grad, x + 1), (source, target)
+        count += 1
+    return count
+
+
+def test_two_axes_move_between_any_flat_placements(pools):
+    assert min(pools.run(4, two_axes, timeout=280)) > 1000
+
+
+def nested_stock_beside_ours():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    x = torch.arange(5 * 7 * 6, dtype=torch.float64).view(5, 7, 6)
+    for source, target in itertools.permutations(
+        [[Shard(0), Shard(0)], [Shard(0), Zigzag(1)], [Stripe(1), Shard(0)], [Shard(1), Shard(1)], [Zigzag(0), Stripe(1)]], 2
+    ):
+        moved = redistribute(distribute_tensor(x, mesh, source), target)
+        assert torch.equal(full_tensor(moved), x), (source, target)
+
+
+def test_dims_that_stock_shards_nest_are_undone_and_redone(pools):
+    pools.run(4, nested_stock_beside_ours)
+
+
+def bytes_between(source, target, length: int):
+    mesh = _mesh()
+    placed = distribute_tensor(torch.zeros(2, length, 8, dtype=torch.float32), mesh, [source], src_data_rank=None)
+    before = traffic(mesh)
+    redistribute(placed, [target])
+    return traffic(mesh).since(before).bytes
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("length", [32, 29])
+def test_only_what_must_move_is_sent(pools, world, length):
+    token = 2 * 8 * 4
+    ours = [Contiguous(1), Zigzag(1), Stripe(1)]
+    for source, target in itertools.product(ours, ours):
+        sent = pools.run(world, bytes_between, source, target, length)
+        for rank in range(world):
+            held = set(source.layout.tokens(length, world, rank))
+            assert sent[rank] == len(held - set(target.layout.tokens(length, world, rank))) * token
+    for placement in ours:
+        largest = -(-length // world)
+        assert pools.run(world, bytes_between, placement, Replicate(), length) == [(world - 1) * largest * token] * world
+        assert pools.run(world, bytes_between, Replicate(), placement, length) == [0] * world
+        heads = pools.run(world, bytes_between, placement, Shard(2), length)
+        for rank in range(world):
+            rows = placement.layout.local_length(length, world, rank)
+            assert heads[rank] == rows * token * (world - 1) // world
+
+
+def distribution(source_rank: int | None):
+    mesh, rank = _mesh(), dist.get_rank()
+    x = torch.arange(2 * 9 * 4.0).view(2, 9, 4)
+    mine = x if source_rank is None or rank == source_rank else torch.full_like(x, -1)
+    before = traffic(mesh)
+    placed = distribute_tensor(mine, mesh, [Zigzag(1)], src_data_rank=source_rank)
+    sent = traffic(mesh).since(before).bytes
+    assert torch.equal(full_tensor(placed), x)
+    others = 9 - placed.to_local().shape[1]
+    assert sent == (others * 2 * 4 * 4 if rank == source_rank else 0)
+
+
+@pytest.mark.parametrize("source_rank", [0, 2, None])
+def test_distribution_sends_each_rank_its_share_of_the_source_s_data(pools, source_rank):
+    pools.run(3, distribution, source_rank)
+
+
+def refusals():
+    rank, mesh = dist.get_rank(), _mesh()
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    x = torch.zeros(4, 8, 3)
+    placed = distribute_tensor(x, mesh, [Zigzag(1)])
+    cases = [
+        (lambda: from_local(x[:, :2], mesh, [Shard(1)], length=8), ValueError, "exactly one mesh axis must hold the sequence"),
+        (
+            lambda: from_local(x[:, :3], mesh, [Zigzag(1)], length=8),
+            ValueError,
+            "rank 0 passes 3 tokens in dim 1, but of length=8 Zigzag(1) gives it 2",
+        ),
+        (lambda: from_local(x[:, : 2 + (rank == 1)], mesh, [Zigzag(1)], length=8), ValueError, "rank 1 passes 3 tokens"),
+        (lambda: from_local(x[:, :2], mesh, [Zigzag(1)], length=8 + rank // 3), ValueError, "length=9"),
+        (
+            lambda: from_local(x[:, :2].to([torch.float32, torch.float64][rank % 2]), mesh, [Zigzag(1)], length=8),
+            ValueError,
+            "torch.float64",
+        ),
+        (lambda: from_local(x[: 4 - rank // 2, :2], mesh, [Zigzag(1)], length=8), ValueError, "other dims"),
+        (lambda: distribute_tensor(x, mesh, [Zigzag(3)]), ValueError, "mesh axis 'cp': Zigzag(3) on a tensor of 3 dims"),
+        (lambda: distribute_tensor(x, mesh, [Partial()]), ValueError, "cannot be distributed as"),
+        (lambda: distribute_tensor(x, mesh, [Zigzag(1), Shard(0)]), ValueError, "the mesh has 1 axes, but 2 placements"),
+        (lambda: distribute_tensor(x, grid, [Shard(1), Zigzag(1)]), ValueError, "both split dim 1"),
+        (
+            lambda: distribute_tensor(x, grid, [Zigzag(1), Stripe(1)]),
+            ValueError,
+            "mesh axes 'dp' (Zigzag(1)) and 'cp' (Stripe(1, block=1))",
+        ),
+        (lambda: redistribute(placed, [Partial()]), ValueError, "cannot become"),
+        (lambda: redistribute(x, [Zigzag(1)]), TypeError, "takes a DTensor, found Tensor"),
+        (lambda: full_tensor(x), TypeError, "takes a DTensor, found Tensor"),
+        (lambda: redistribute(placed, [Replicate()], mesh=grid), ValueError, "redistribute keeps the mesh"),
+    ]
+    for act, error, text in cases:
+        try:
+            act()
+        except error as failure:
+            assert text in str(failure), f"{text!r} is not in {failure}"
+        else:
+            raise AssertionError(f"nothing was raised for {text!r}")
+
+
+def test_what_does_not_fit_is_refused_on_every_rank(pools):
+    pools.run(4, refusals)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("length", [0, 1, 9, 16])
+def test_moves_are_permutations_without_processes(world, length):
+    x = torch.randn(2, length, 6)
+    splits = [Layout("contiguous"), Layout("zigzag"), Layout("stripe", 2), moves.Chunks()]
+    for old, new in itertools.product(splits, splits):
+
+        def body(wire: LoopbackTransport, old=old, new=new):
+            shard = moves.take_shard(x, 1, old, wire.world, wire.rank)
+            moved = moves.reshard(shard, 1, old, new, length, wire)
+            assert torch.equal(moved, moves.take_shard(x, 1, new, wire.world, wire.rank))
+            assert torch.equal(moves.gather_shards(shard, 1, old, length, wire), x)
+            heads = moves.exchange_dims(shard, (1, old, length), (2, new, 6), wire)
+            assert torch.equal(heads, moves.take_shard(x, 2, new, wire.world, wire.rank))
+
+        LoopbackTransport.run(world, body)

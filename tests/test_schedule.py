@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from dtensor_ring.debug import balance
+from dtensor_ring.documents import Documents
+from dtensor_ring.layout import Layout
+from dtensor_ring.ops.mask import Band
+from dtensor_ring.ops.schedule import Problem, plan
+
+LAYOUTS = [Layout("contiguous"), Layout("zigzag"), Layout("stripe"), Layout("stripe", 2), Layout("stripe", 3)]
+CAUSAL, FULL = Band(0, None), Band()
+
+
+@st.composite
+def problems(draw):
+    world, length = draw(st.integers(1, 5)), draw(st.integers(0, 40))
+    k_length = draw(st.one_of(st.just(length), st.integers(0, 40)))
+    bound = st.one_of(st.none(), st.integers(-6, 14))
+    band = draw(st.sampled_from([CAUSAL, FULL, Band(0, draw(st.integers(0, 12))), Band(draw(bound), draw(bound))]))
+    if band.lo is not None and band.hi is not None and band.lo > band.hi:
+        band = Band(band.hi, band.lo)
+    documents = None
+    if k_length == length and draw(st.booleans()):
+        cuts = st.lists(st.integers(0, length), max_size=5)
+        documents = Documents(tuple((0, *sorted(draw(cuts)), length) for _ in range(draw(st.integers(1, 2)))))
+    return Problem(
+        draw(st.sampled_from(LAYOUTS)), band, length, k_length, world, draw(st.sampled_from(["ring", "gather"])), documents
+    )
+
+
+def computed(problem: Problem, row: int) -> Counter[tuple[int, int]]:
+    """How often the plans compute each (query position, key position) of a batch row, by brute force."""
+    seen: Counter[tuple[int, int]] = Counter()
+    keys_of = [problem.layout.tokens(problem.k_length, problem.world, rank) for rank in range(problem.world)]
+    for rank in range(problem.world):
+        queries = problem.layout.tokens(problem.q_length, problem.world, rank)
+        for step in plan(problem, rank).steps:
+            buffer = [keys_of[rows.source][i] for rows in step.keys for i in range(rows.start, rows.stop)]
+            for call in step.calls:
+                left, right = call.window
+                for segment in call.segments:
+                    if len(problem.bounds) > 1 and segment.row != row:
+                        continue
+                    offset = (segment.k1 - segment.k0) - (segment.q1 - segment.q0)
+                    for i in range(segment.q1 - segment.q0):
+                        for j in range(segment.k1 - segment.k0):
+                            if (left < 0 or j >= i + offset - left) and (right < 0 or j <= i + offset + right):
+                                seen[queries[segment.q0 + i], buffer[segment.k0 + j]] += 1
+    return seen
+
+
+def allowed(problem: Problem, row: int) -> set[tuple[int, int]]:
+    band, shift, bounds = problem.band, problem.k_length - problem.q_length, problem.bounds[row]
+    document = (lambda token: 0) if bounds is None else (lambda token: Documents.find(bounds, token))
+    return {
+        (p, t)
+        for p in range(problem.q_length)
+        for t in range(problem.k_length)
+        if (band.lo is None or p + shift - t >= band.lo)
+        and (band.hi is None or p + shift - t <= band.hi)
+        and document(p) == document(t)
+    }
+
+
+@settings(max_examples=400)
+@given(problems())
+@example(Problem(Layout("stripe", 3), Band(0, 7), 40, 40, 3, "ring", Documents.from_lengths([11, 29])))
+@example(Problem(Layout("zigzag"), CAUSAL, 7, 40, 4, "gather"))
+def test_every_allowed_score_is_computed_exactly_once_and_no_other(problem):
+    for row in range(len(problem.bounds)):
+        assert computed(problem, row) == Counter(allowed(problem, row))
+
+
+@settings(max_examples=300)
+@given(problems())
+def test_work_is_counted_in_scores(problem):
+    rows = range(len(problem.bounds))
+    assert sum(plan(problem, rank).cells for rank in range(problem.world)) == sum(len(allowed(problem, row)) for row in rows)
+
+
+@settings(max_examples=300)
+@given(problems())
+def test_what_a_rank_sends_is_what_the_others_expect_and_a_call_reads(problem):
+    for rank in range(problem.world):
+        each = plan(problem, rank)
+        for index, step in enumerate(each.steps):
+            read = {key for call in step.calls for s in call.segments for key in range(s.k0, s.k1)}
+            if not problem.collective:
+                assert read == set(range(step.rows))
+            for source in {rows.source for rows in step.keys} - {rank}:
+                if not problem.collective:
+                    (sent,) = [send for send in plan(problem, source).sends[index] if send.rank == rank]
+                    assert sent.rows == tuple(rows for rows in step.keys if rows.source == source)
+                    assert sent.sums == step.sums
+        expected = sum(
+            rows.source == rank
+            for other in range(problem.world)
+            if other != rank
+            for step in plan(problem, other).steps
+            for rows in step.keys
+        )
+        if not problem.collective:
+            assert sum(len(send.rows) for sends in each.sends for send in sends) == expected
+
+
+@settings(max_examples=200)
+@given(problems())
+def test_segments_of_a_call_are_disjoint_and_increasing_in_rows_and_keys(problem):
+    for rank in range(problem.world):
+        for step in plan(problem, rank).steps:
+            for call in step.calls:
+                for a, b in zip(call.segments, call.segments[1:], strict=False):
+                    assert a.row < b.row or (a.q1 <= b.q0 and a.k1 <= b.k0)
+
+
+@settings(max_examples=200)
+@given(problems())
+def test_contributions_are_counted_for_every_row(problem):
+    for rank in range(problem.world):
+        each, rows = plan(problem, rank), range(len(problem.bounds))
+        counts = Counter((s.row, i) for step in each.steps for call in step.calls for s in call.segments for i in range(s.q0, s.q1))
+        assert each.q_parts == max(counts.values(), default=0)
+        assert all(row in rows for row, _ in counts)
+
+
+def causal(kind: str, world: int, length: int, strategy: str = "ring", block: int = 1) -> list:
+    problem = Problem(Layout(kind, block), CAUSAL, length, length, world, strategy)
+    return [plan(problem, rank) for rank in range(world)]
+
+
+@pytest.mark.parametrize("world", [2, 3, 4, 8])
+@pytest.mark.parametrize("kind", ["zigzag", "stripe"])
+def test_balanced_layouts_make_one_call_a_step_the_own_one_causal(kind, world):
+    for each in causal(kind, world, 64 * world):
+        assert [len(step.calls) for step in each.steps] == [1] * world
+        assert each.steps[0].calls[0].window == (-1, 0)
+        assert len(each.steps[0].calls[0].segments) == 1
+        if kind == "zigzag":
+            assert all(step.calls[0].window == (-1, -1) for step in each.steps[1:])
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_stripe_of_blocks_adds_one_packed_call_a_visitor(world):
+    for each in causal("stripe", world, 16 * world, block=4):
+        assert [len(step.calls) for step in each.steps] == [1] + [2] * (world - 1)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4, 8])
+@pytest.mark.parametrize("length", [1, 7, 64, 1000, 1023])
+def test_zigzag_work_is_equal_within_a_row_of_scores(world, length):
+    work = [each.cells for each in causal("zigzag", world, length)]
+    assert max(work) - min(work) <= 2 * length  # a token more or less on a rank is a row and a column of scores at most
+    if length % (2 * world) == 0:
+        assert max(work) == min(work) == length * (length + 1) // 2 // world
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_stripe_work_differs_by_one_score_a_token(world):
+    length = 32 * world
+    work = [each.cells for each in causal("stripe", world, length)]
+    assert max(work) - min(work) == (world - 1) * length // world
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_contiguous_balance_is_known(world):
+    chunk = 32
+    plans = causal("contiguous", world, chunk * world)
+    assert [each.cells for each in plans] == [chunk * chunk * rank + chunk * (chunk + 1) // 2 for rank in range(world)]
+    assert balance(plans) == pytest.approx((chunk * world + 1) / (chunk * (2 * world - 1) + 1))
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_rows_sent_follow_the_formulas(world):
+    chunk = 16
+    length = 2 * world * chunk
+    for rank, each in enumerate(causal("zigzag", world, length)):
+        # ranks after this one need its early chunk, ranks before it both chunks
+        assert each.rows_sent == (world - 1 - rank) * chunk + rank * 2 * chunk
+        assert each.messages == world - 1
+    for rank, each in enumerate(causal("contiguous", world, length)):
+        assert each.rows_sent == (world - 1 - rank) * 2 * chunk
+    for rank, each in enumerate(causal("stripe", world, length)):
+        # ranks before this one attend strictly before its last token
+        assert each.rows_sent == (world - 1) * 2 * chunk - rank
+    for each in causal("zigzag", world, length, "gather"):
+        assert each.rows_sent == (world - 1) * 2 * chunk
+
+
+@pytest.mark.parametrize("window", [3, 10])
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
+def test_a_window_fetches_only_the_keys_around_each_run_and_makes_one_call(kind, window):
+    world, chunk = 4, 64
+    problem = Problem(Layout(kind), Band(0, window), 2 * world * chunk, 2 * world * chunk, world)
+    assert problem.is_halo
+    sent = 0
+    for rank in range(world):
+        each = plan(problem, rank)
+        assert each.calls == 1
+        sent += each.rows_sent
+    # every boundary between runs of two ranks is crossed by `window` keys, once
+    boundaries = world - 1 if kind == "contiguous" else 2 * world - 2
+    assert sent == boundaries * window
+
+
+def test_a_window_with_documents_makes_one_call_too():
+    documents = Documents.from_lengths([100, 3, 1, 200, 208])
+    for kind in ("contiguous", "zigzag"):
+        problem = Problem(Layout(kind), Band(0, 10), 512, 512, 4, "ring", documents)
+        assert [plan(problem, rank).calls for rank in range(4)] == [1] * 4
+
+
+def test_packed_documents_send_only_what_crosses_ranks():
+    documents = Documents.from_lengths([8] * 8)
+    problem = Problem(Layout("contiguous"), CAUSAL, 64, 64, 4, "ring", documents)
+    assert [plan(problem, rank).rows_sent for rank in range(4)] == [0, 0, 0, 0]
+    straddling = Problem(Layout("contiguous"), CAUSAL, 64, 64, 4, "gather", Documents.from_lengths([14, 4, 46]))
+    assert [plan(straddling, rank).rows_sent for rank in range(4)] == [2, 14 + 14, 16, 0]
+
+
+def test_causal_gather_needs_no_merging_where_keys_lie_in_order():
+    for kind in ("contiguous", "zigzag"):
+        for each in causal(kind, 4, 64, "gather"):
+            assert each.q_parts == 1
