@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from torch.nn import functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.nn import functional as F
 
 from dtensor_ring import Contiguous, Stripe, Zigzag, distribute_tensor, full_tensor
 

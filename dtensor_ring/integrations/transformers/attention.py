@@ -20,6 +20,7 @@ from dtensor_ring.documents import Documents
 from dtensor_ring.placements import SequencePlacement, from_local
 
 NAME = "dtensor_ring"
+NO_MASK = (0, 0, 0, 0)  # a mask of four dims is passed on as it is, so that transformers builds none of its own
 STATE = "_dtensor_ring"
 KEYWORD = "ring_batch"
 
@@ -86,7 +87,7 @@ def ring_attention_forward(
             f"{type(module).__name__} was called without {KEYWORD!r}: call the parallelized model itself with the whole batch, not "
             "a module inside it"
         )
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.numel():
         raise NotImplementedError("attention masks are not supported: pack rows without padding and pass documents")
     key_dtype = value.dtype  # under autocast rotary embeddings leave q and k in float32
     q, k, v = (

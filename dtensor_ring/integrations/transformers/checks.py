@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from dtensor_ring.placements import SequencePlacement
+
 MODEL_TYPES = ("llama", "qwen3")
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
 _LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -44,6 +46,16 @@ def _rope_types(parameters: Mapping[str, Any]) -> set[str]:
     if "rope_type" in parameters:
         return {parameters["rope_type"]}
     return {value["rope_type"] for value in parameters.values() if isinstance(value, Mapping) and "rope_type" in value}
+
+
+def check_length(length: int, world: int, placement: SequencePlacement) -> None:
+    """Raises ValueError where a rank would hold no token: modules of transformers cannot run on none."""
+    empty = [rank for rank in range(world) if placement.layout.local_length(length, world, rank) == 0]
+    if empty:
+        raise ValueError(
+            f"rows of {length} tokens leave ranks {empty} of {world} without any, which the model's modules cannot run on: "
+            f"use rows of at least {world} tokens or fewer ranks"
+        )
 
 
 def check_call(model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:

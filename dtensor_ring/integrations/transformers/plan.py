@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from dtensor_ring.comm import transport_of
-from dtensor_ring.integrations.transformers.attention import KEYWORD, NAME, STATE, AttentionState, RingBatch, register
-from dtensor_ring.integrations.transformers.checks import check_call, check_model
+from dtensor_ring.integrations.transformers.attention import KEYWORD, NAME, NO_MASK, STATE, AttentionState, RingBatch, register
+from dtensor_ring.integrations.transformers.checks import check_call, check_length, check_model
 from dtensor_ring.placements import SequencePlacement, Zigzag, from_local, full_tensor
 from dtensor_ring.placements.batch import check_axis, check_same, cut_batch, find_documents, sequence_length
 
@@ -117,6 +117,7 @@ class RingPlan(dict[str, ParallelStyle]):
         check_call(self._model, given)
         length = sequence_length(given)
         wire = transport_of(self._applied().get_group(0))
+        check_length(length, wire.world, self._placement)
         found = find_documents(given, length, documents)
         check_same(given, length, found, wire)
         batch = cut_batch(given, self._placement, wire, length, found)
@@ -125,7 +126,8 @@ class RingPlan(dict[str, ParallelStyle]):
             count = None
         elif count is not None:
             batch["num_items_in_batch"] = 1
-        return (), {**batch, "use_cache": False, KEYWORD: RingBatch(length, found, count)}
+        mask = torch.empty(NO_MASK, dtype=torch.bool, device=next(self._model.parameters()).device)
+        return (), {**batch, "attention_mask": mask, "use_cache": False, KEYWORD: RingBatch(length, found, count)}
 
     @torch.compiler.disable
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ANN401

@@ -1,0 +1,376 @@
+"""ring_attention on DTensors over real processes: results, placements, refusals, compilation."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.distributed as dist
+from helpers import assert_like_kernel, make_case, share, single_device, whole
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from dtensor_ring import (
+    Contiguous,
+    Documents,
+    Stripe,
+    Zigzag,
+    distribute_tensor,
+    from_local,
+    full_tensor,
+    redistribute,
+    ring_attention,
+)
+
+PLACEMENTS = {
+    "contiguous": Contiguous(1),
+    "zigzag": Zigzag(1),
+    "stripe": Stripe(1),
+    "stripe:3": Stripe(1, block=3),
+    "shard": Shard(1),
+}
+
+
+def _mesh():
+    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
+
+
+def attend(mesh, placements, case, **options):
+    """out, lse, dq, dk, dv as whole tensors."""
+    leaves = [x.clone().requires_grad_() for x in case.inputs]
+    placed = [distribute_tensor(x, mesh, placements, src_data_rank=None) for x in leaves]
+    masks = {"is_causal": case.is_causal, "window": case.window, "documents": case.documents}
+    out, lse = ring_attention(*placed, return_lse=True, **masks, **options)
+    assert out.placements == tuple(placements)
+    assert lse.shape == (case.q.shape[0], case.q.shape[2], case.q.shape[1])
+    assert not lse.requires_grad
+    return full_tensor(out).detach(), full_tensor(lse), *torch.autograd.grad(full_tensor(out), leaves, case.dout)
+
+
+def one_axis(layout: str, strategy: str):
+    mesh = _mesh()
+    lengths = (16, 32) if layout == "shard" else (1, 2, 7, 16, 33)
+    for length, heads, mask in itertools.product(lengths, ((4, 2), (3, 1)), ("causal", "full", "window")):
+        if layout == "shard" and length % dist.get_world_size():
+            continue
+        case = make_case(length, heads=heads, mask=mask)
+        for found, wanted in zip(attend(mesh, [PLACEMENTS[layout]], case, strategy=strategy), case.exact(), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("layout", PLACEMENTS)
+@pytest.mark.parametrize("strategy", ["ring", "gather"])
+def test_a_sequence_axis_of_any_layout_is_exact(pools, world, layout, strategy):
+    pools.run(world, one_axis, layout, strategy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", PLACEMENTS)
+def test_eight_processes_are_exact(pools, layout):
+    pools.run(8, one_axis, layout, "ring", timeout=280)
+
+
+def sixteen_bits(layout: str, dtype: torch.dtype):
+    mesh, world, rank = _mesh(), dist.get_world_size(), dist.get_rank()
+    case = make_case(300, dim=32, dtype=dtype)
+    shares = [share(x, layout, world, rank).requires_grad_() for x in case.inputs]
+    placed = [from_local(x, mesh, [PLACEMENTS[layout]], length=300) for x in shares]
+    out, lse = ring_attention(*placed, return_lse=True)
+    grads = torch.autograd.grad(out.to_local(), shares, share(case.dout, layout, world, rank))
+    found = []
+    for part, dim in zip((out.to_local().detach(), lse.to_local(), *grads), (1, 2, 1, 1, 1), strict=True):
+        every = [None] * world
+        dist.all_gather_object(every, part)
+        found.append(whole(every, layout, dim))
+    assert_like_kernel(tuple(found), single_device(case, "torch_cpu"), case.exact())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "stripe"])
+def test_sixteen_bits_err_like_one_device(pools, layout, dtype):
+    pools.run(4, sixteen_bits, layout, dtype)
+
+
+def two_axes():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("other", "cp"))
+    for other, placement in itertools.product((Shard(0), Shard(2), Replicate()), (Zigzag(1), Stripe(1), Contiguous(1))):
+        for placements in ([other, placement], [placement, other]):
+            case = make_case(13, heads=(4, 2))
+            for found, wanted in zip(attend(mesh, placements, case), case.exact(), strict=True):
+                torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+    case = make_case(12, documents=Documents(((0, 5, 12), (0, 9, 12))))
+    for found, wanted in zip(attend(mesh, [Shard(0), Zigzag(1)], case), case.exact(), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+    case = make_case(12, heads=(4, 2))
+    for found, wanted in zip(attend(mesh, [Shard(0), Shard(2)], case), case.exact(), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+
+
+def test_batch_and_head_sharding_pass_through_on_two_axes(pools):
+    pools.run(4, two_axes)
+
+
+def one_tensor_three_times():
+    mesh = _mesh()
+    x = torch.randn(2, 13, 4, 8, dtype=torch.float64, requires_grad=True)
+    whole_out = ring_attention(x, x, x)
+    (wanted,) = torch.autograd.grad(whole_out.square().sum(), x, retain_graph=True)
+    placed = distribute_tensor(x, mesh, [Zigzag(1)], src_data_rank=None)
+    out = ring_attention(placed, placed, placed)
+    again = ring_attention(out, placed, placed)  # keys used by two attentions
+    alone = ring_attention(whole_out, x, x)
+    (found,) = torch.autograd.grad(full_tensor(out).square().sum(), x, retain_graph=True)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+    (found,) = torch.autograd.grad(full_tensor(again).square().sum(), x)
+    (wanted,) = torch.autograd.grad(alone.square().sum(), x)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+
+
+def test_one_dtensor_may_be_queries_keys_and_values(pools):
+    pools.run(2, one_tensor_three_times)
+
+
+def gradients_in_another_placement():
+    mesh = _mesh()
+    case = make_case(12)
+    leaves = [x.clone().requires_grad_() for x in case.inputs]
+    out = ring_attention(*[distribute_tensor(x, mesh, [Zigzag(1)], src_data_rank=None) for x in leaves])
+    moved = redistribute(out, [Shard(2)])
+    grads = torch.autograd.grad(moved, leaves, distribute_tensor(case.dout, mesh, [Shard(2)], src_data_rank=None))
+    for found, wanted in zip(grads, case.exact()[2:], strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+
+
+def test_gradients_come_back_through_a_redistribution(pools):
+    pools.run(2, gradients_in_another_placement)
+
+
+def test_plain_tensors_run_the_kernel_of_one_device():
+    for mask in ("causal", "full", "window", "two-sided"):
+        case = make_case(13, mask=mask)
+        leaves = [x.clone().requires_grad_() for x in case.inputs]
+        out, lse = ring_attention(*leaves, is_causal=case.is_causal, window=case.window, return_lse=True)
+        exact = case.exact()
+        grads = torch.autograd.grad(out, leaves, case.dout)
+        for found, wanted in zip((out, lse, *grads), exact, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+
+
+def test_the_operators_pass_torch_s_own_checks():
+    case = make_case(6, batch=1)
+    documents = Documents.from_lengths([2, 4]).packed
+    leaves = [x.clone().requires_grad_() for x in case.inputs]
+    rest = 6, 6, 8**-0.5, 0.0, False, "causal", "contiguous", "ring", "math", ""
+    torch.library.opcheck(torch.ops.dtensor_ring.attention, (*leaves, documents, *rest))
+
+
+def test_gradients_agree_with_finite_differences():
+    case = make_case(5, batch=1, heads=(2, 1), dim=3, softcap=1.0)
+    leaves = [x.clone().requires_grad_() for x in case.inputs]
+    assert torch.autograd.gradcheck(lambda q, k, v: ring_attention(q, k, v, softcap=1.0, documents=[0, 2, 5]), leaves)
+
+
+def test_lse_carries_no_gradient():
+    case = make_case(5)
+    _, lse = ring_attention(*[x.clone().requires_grad_() for x in case.inputs], return_lse=True)
+    assert not lse.requires_grad
+
+
+def test_no_tokens_at_all_are_attended():
+    x = torch.zeros(2, 0, 4, 8, requires_grad=True)
+    out, lse = ring_attention(x, x, x, return_lse=True)
+    assert out.shape == (2, 0, 4, 8)
+    assert lse.shape == (2, 4, 0)
+    out.sum().backward()
+
+
+def _refused(act, error, *texts: str) -> None:
+    try:
+        act()
+    except error as failure:
+        for text in texts:
+            assert text in str(failure), f"{text!r} is not in: {failure}"
+    else:
+        raise AssertionError(f"nothing was raised for {texts}")
+
+
+def refusals():
+    rank, mesh = dist.get_rank(), _mesh()
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    x = torch.randn(4, 8, 4, 8)
+
+    def placed(placement, on=mesh, tensor=x):
+        return distribute_tensor(tensor, on, placement if isinstance(placement, list) else [placement], src_data_rank=None)
+
+    zigzag, contiguous = placed(Zigzag(1)), placed(Contiguous(1))
+    cases = [
+        (
+            lambda: ring_attention(zigzag, contiguous, contiguous),
+            ValueError,
+            "mesh axis 'cp'",
+            "q is Zigzag(1), k is Contiguous(1)",
+            "redistribute",
+        ),
+        (lambda: ring_attention(zigzag, zigzag, placed(Replicate())), ValueError, "v is Replicate()"),
+        (lambda: ring_attention(placed(Replicate()), zigzag, zigzag), ValueError, "q is Replicate()", "k is Zigzag(1)"),
+        (
+            lambda: ring_attention(*[placed(Zigzag(2))] * 3),
+            ValueError,
+            "Zigzag(dim=2) cannot split the heads dimension",
+            "use Zigzag(1)",
+        ),
+        (lambda: ring_attention(*[placed(Stripe(3))] * 3), ValueError, "Stripe(dim=3) cannot split the head dimension"),
+        (lambda: ring_attention(*[placed(Zigzag(0))] * 3), ValueError, "Zigzag(dim=0) cannot split the batch dimension"),
+        (lambda: ring_attention(*[placed(Shard(3))] * 3), ValueError, "Shard(dim=3) cannot split the head dimension"),
+        (
+            lambda: ring_attention(*[DTensor.from_local(x, mesh, [Partial()], run_check=False)] * 3),
+            ValueError,
+            "q is Partial(sum)",
+            "reduce",
+        ),
+        (
+            lambda: ring_attention(*[placed(Shard(2), tensor=x[:, :, :2])] * 3),
+            ValueError,
+            "splits heads over 4 ranks, but q has 2 and k has 2",
+        ),
+        (
+            lambda: ring_attention(*[placed(Shard(1), tensor=x[:, :7])] * 3),
+            ValueError,
+            "Shard(dim=1) of lengths 7 and 7 over 4 ranks is not even",
+        ),
+        (
+            lambda: ring_attention(*[DTensor.from_local(x[:, :2], grid, [Zigzag(1), Stripe(1)], run_check=False)] * 3),
+            NotImplementedError,
+            "mesh axes 'dp' and 'cp' both hold the sequence (Zigzag(1) and Stripe(1, block=1))",
+        ),
+        (lambda: ring_attention(zigzag, *[placed([Replicate(), Zigzag(1)], grid)] * 2), ValueError, "must lie on one mesh"),
+        (lambda: ring_attention(zigzag, x, zigzag), TypeError, "plain: k"),
+        (lambda: ring_attention(zigzag, zigzag, zigzag.double()), TypeError, "one dtype", "torch.float64"),
+        (lambda: ring_attention(zigzag, zigzag, zigzag, sinks=torch.zeros(4)), NotImplementedError, "does not support sinks yet"),
+        (lambda: ring_attention(zigzag, zigzag, zigzag, dropout_p=0.1), NotImplementedError, "does not support dropout_p yet"),
+        (
+            lambda: ring_attention(zigzag, zigzag, zigzag, alibi_slopes=torch.zeros(4)),
+            NotImplementedError,
+            "does not support alibi_slopes yet",
+        ),
+        (lambda: ring_attention(zigzag, zigzag, zigzag, window=(3, 1)), ValueError, "looks 1 tokens ahead"),
+        (lambda: ring_attention(zigzag, zigzag, zigzag, strategy="ulysses"), NotImplementedError, "use 'ring' or 'gather'"),
+        (lambda: ring_attention(zigzag, zigzag, zigzag, strategy="tree"), ValueError, "unknown strategy 'tree'"),
+        (
+            lambda: ring_attention(zigzag, zigzag, zigzag, kernel="torch_flash"),
+            NotImplementedError,
+            "runs on CUDA tensors, found cpu",
+        ),
+        (
+            lambda: ring_attention(zigzag, zigzag, zigzag, documents=[0, 5]),
+            ValueError,
+            "documents end at token 5, but the sequence has 8",
+        ),
+        (
+            lambda: ring_attention(zigzag, zigzag, zigzag, documents=Documents(((0, 8), (0, 3, 8)))),
+            ValueError,
+            "2 rows, but the batch has 4",
+        ),
+        # what only some ranks do wrong is told on all of them
+        (
+            lambda: ring_attention(*[DTensor.from_local(x[:, : 2 + (rank == 1)], mesh, [Zigzag(1)], run_check=False)] * 3),
+            ValueError,
+            "has q, k, v of global shapes",
+            "(4, 12, 4, 8)",
+        ),
+        (
+            lambda: ring_attention(
+                *[from_local(x[:, :2].to([torch.float32, torch.float64][rank % 2]), mesh, [Zigzag(1)], length=8, check=False)] * 3
+            ),
+            ValueError,
+            "calls with another dtype, mask, strategy, kernel or documents",
+        ),
+        (lambda: ring_attention(zigzag, zigzag, zigzag, is_causal=rank == 0), ValueError, "every rank must make the same call"),
+        (
+            lambda: ring_attention(zigzag, zigzag, zigzag, documents=[0, 3 + rank, 8]),
+            ValueError,
+            "every rank must make the same call",
+        ),
+        (
+            lambda: ring_attention(*[from_local(x[:, : 1 + rank], mesh, [Zigzag(1)], length=10, check=False)] * 3),
+            ValueError,
+            "rank 0 holds 1 tokens of q, but zigzag of length 10 gives it 3",
+        ),
+    ]
+    for act, error, *texts in cases:
+        _refused(act, error, *texts)
+    with torch.no_grad():  # nothing was left half done
+        found, wanted = ring_attention(zigzag, zigzag, zigzag), ring_attention(contiguous, contiguous, contiguous)
+        torch.testing.assert_close(full_tensor(found), full_tensor(wanted))
+
+
+def test_what_does_not_fit_is_refused_by_name_on_every_rank(pools):
+    pools.run(4, refusals)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "text"),
+    [
+        (((2, 8, 4), (2, 8, 4, 8), (2, 8, 4, 8)), r"must have shape \(B, S, H, D\)"),
+        (((2, 8, 4, 8), (3, 8, 4, 8), (3, 8, 4, 8)), "needed q"),
+        (((2, 8, 4, 8), (2, 8, 4, 6), (2, 8, 4, 6)), "needed q"),
+        (((2, 8, 4, 8), (2, 8, 4, 8), (2, 7, 4, 8)), "needed q"),
+        (((2, 8, 4, 8), (2, 8, 3, 8), (2, 8, 3, 8)), "multiple of key heads, found 4 and 3"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(shapes, text):
+    with pytest.raises(ValueError, match=text):
+        ring_attention(*[torch.zeros(shape) for shape in shapes])
+
+
+def wrong_layout_argument():
+    mesh = _mesh()
+    placed = distribute_tensor(torch.randn(1, 8, 2, 4), mesh, [Zigzag(1)])
+    none = DTensor.from_local(torch.empty(0, dtype=torch.int64), mesh, [Replicate()], run_check=False)
+    rest = 8, 8, 0.5, 0.0, False, "causal", "stripe:1", "ring", "math", mesh.get_group().group_name
+    _refused(
+        lambda: torch.ops.dtensor_ring.attention(placed, placed, placed, none, *rest),
+        RuntimeError,
+        "was given layout='stripe:1'",
+        "Zigzag(1)",
+    )
+
+
+def test_the_sharding_rule_catches_a_layout_that_is_not_the_tensors(pools):
+    pools.run(2, wrong_layout_argument)
+
+
+def compiled(backend: str, packed: bool) -> int:
+    """Forward and backward in one graph, over changing lengths; how many graphs were made."""
+    torch._dynamo.reset()
+    mesh, world, rank = _mesh(), dist.get_world_size(), dist.get_rank()
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def layer(q, k, v, length, documents):
+        placed = [from_local(x, mesh, [Zigzag(1)], length=length) for x in (q * 1.5, k, v)]
+        return ring_attention(*placed, documents=documents).to_local() * 2
+
+    for length in (16, 32, 24, 17, 40, 19, 48, 64):
+        documents = Documents.from_lengths([3, length - 7, 4]) if packed else None
+        case = make_case(length, documents=documents, dtype=torch.float32)
+        case.q, plain_q = case.q * 1.5, case.q
+        exact = case.exact()
+        shares = [share(x, "zigzag", world, rank).requires_grad_() for x in (plain_q, case.k, case.v)]
+        out = layer(*shares, length, documents)
+        grads = torch.autograd.grad(out, shares, share(case.dout, "zigzag", world, rank))
+        wanted = exact[0], exact[2] * 1.5, exact[3], exact[4]
+        for found, want in zip((out, *grads), wanted, strict=True):
+            torch.testing.assert_close(found, 2 * share(want, "zigzag", world, rank), rtol=0, atol=5e-5)
+    return counter.frame_count
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.timeout(600)
+def test_one_graph_serves_changing_lengths(pools, backend, packed):
+    # one graph for the first length, one for even shares and one for uneven ones
+    assert max(pools.run(2, compiled, backend, packed, timeout=500)) <= 3

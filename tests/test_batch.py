@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.functional import cross_entropy
+
+from dtensor_ring import Contiguous, Documents, Stripe, Zigzag, shard_batch
+from dtensor_ring.placements.batch import shift_labels
+
+IGNORED = -100
+
+
+def _mesh():
+    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
+
+
+def cut(length: int, packed: bool):
+    mesh, rank, world = _mesh(), dist.get_rank(), dist.get_world_size()
+    ids = torch.arange(2 * length).view(2, length)
+    labels = ids.masked_fill(ids % 5 == 0, IGNORED)
+    documents = Documents.from_lengths([2, 0, length - 2]) if packed else None
+    for placement in (Zigzag(1), Contiguous(1), Stripe(1)):
+        tokens = torch.tensor(placement.layout.tokens(length, world, rank), dtype=torch.int64)
+        batch = shard_batch({"input_ids": ids, "labels": labels, "name": "x"}, mesh, placement, documents=documents)
+        assert torch.equal(batch["input_ids"], ids[:, tokens])
+        assert torch.equal(batch["labels"], labels[:, tokens])
+        assert batch["name"] == "x"
+        assert batch.length == length
+        positions = documents.position_ids() if documents is not None else torch.arange(length)[None]
+        assert torch.equal(batch["position_ids"], positions[:, tokens])
+        shifted = torch.cat([labels[:, 1:], torch.full((2, 1), IGNORED)], 1)
+        if packed:
+            shifted[:, 1] = IGNORED
+        assert torch.equal(batch["shift_labels"], shifted[:, tokens])
+        assert batch.num_items.item() == (shifted != IGNORED).sum().item()
+    return True
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_tensor_is_cut_alike_after_labels_are_shifted(pools, world, packed):
+    for length in (2, 7, 16):
+        pools.run(world, cut, length, packed)
+
+
+def parts_of_the_loss():
+    mesh = _mesh()
+    logits = torch.randn(2, 13, 5, dtype=torch.float64)
+    labels = torch.randint(0, 5, (2, 13))
+    labels[0, 4:9] = IGNORED
+    whole = cross_entropy(logits.flatten(0, 1), shift_labels(labels, None).flatten())
+    batch = shard_batch({"inputs_embeds": logits, "labels": labels}, mesh, Stripe(1))
+    mine = cross_entropy(batch["inputs_embeds"].flatten(0, 1), batch["shift_labels"].flatten(), reduction="sum") / batch.num_items
+    dist.all_reduce(mine)
+    torch.testing.assert_close(mine, whole)
+
+
+def test_the_parts_of_the_loss_add_up(pools):
+    pools.run(4, parts_of_the_loss)
+
+
+def documents_found():
+    mesh = _mesh()
+    ids = torch.arange(9)[None]
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1]])
+    bounds = torch.tensor([0, 3, 7, 9], dtype=torch.int32)
+    wanted = Documents.from_lengths([3, 4, 2])
+    assert shard_batch({"input_ids": ids, "position_ids": positions}, mesh).documents == wanted
+    flat = {"input_ids": ids, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 4, "max_length_k": 4}
+    batch = shard_batch(flat, mesh)
+    assert batch.documents == wanted
+    assert set(batch) == {"input_ids", "position_ids"}
+    assert shard_batch({"input_ids": ids, "position_ids": torch.arange(9)[None]}, mesh).documents is None
+    assert shard_batch({"input_ids": ids, "position_ids": torch.arange(5, 14)[None]}, mesh).documents is None
+
+
+def test_documents_are_read_from_what_collators_send(pools):
+    pools.run(2, documents_found)
+
+
+def refusals():
+    mesh, rank = _mesh(), dist.get_rank()
+    grid = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "cp"))
+    ids = torch.arange(16).view(2, 8)
+    cases = [
+        (lambda: shard_batch({"input_ids": ids}, grid), ValueError, "such as mesh['cp']"),
+        (lambda: shard_batch({"input_ids": ids}, mesh, Zigzag(0)), ValueError, "cut in dim 1"),
+        (lambda: shard_batch({"name": 1}, mesh), ValueError, "needs input_ids or inputs_embeds"),
+        (lambda: shard_batch({"input_ids": ids, "labels": ids[:, 1:]}, mesh), ValueError, "all tensors of one length"),
+        (lambda: shard_batch({"input_ids": ids[0]}, mesh), ValueError, "must have a batch and a sequence dim"),
+        (
+            lambda: shard_batch({"input_ids": ids, "attention_mask": ids > 3}, mesh),
+            NotImplementedError,
+            "with zeros; only a mask of ones",
+        ),
+        (
+            lambda: shard_batch({"input_ids": ids, "attention_mask": torch.ones(2, 1, 8, 8)}, mesh),
+            NotImplementedError,
+            "(2, 1, 8, 8)",
+        ),
+        (
+            lambda: shard_batch({"input_ids": ids, "bbox": torch.zeros(2, 8, 4)}, mesh),
+            NotImplementedError,
+            "bbox of shape (2, 8, 4)",
+        ),
+        (lambda: shard_batch({"input_ids": ids}, mesh, documents=[0, 7]), ValueError, "documents end at token 7"),
+        (lambda: shard_batch({"input_ids": ids, "position_ids": ids + 1}, mesh), None, ""),
+        (lambda: shard_batch({"input_ids": ids, "position_ids": ids * 2}, mesh), ValueError, "positions must count up from 0"),
+        (lambda: shard_batch({"input_ids": ids + rank}, mesh), ValueError, "hold different batches"),
+        (lambda: shard_batch({"input_ids": ids[:, : 8 - rank]}, mesh), ValueError, "2 rows of 7 tokens"),
+        (lambda: shard_batch({"input_ids": ids}, mesh, documents=[0, 3 + rank, 8]), ValueError, "hold different batches"),
+    ]
+    for act, error, text in cases:
+        if error is None:
+            act()
+            continue
+        try:
+            act()
+        except error as failure:
+            assert text in str(failure), f"{text!r} is not in {failure}"
+        else:
+            raise AssertionError(f"nothing was raised for {text!r}")
+    assert "attention_mask" not in shard_batch({"input_ids": ids, "attention_mask": torch.ones(2, 8)}, mesh)
+
+
+def test_what_cannot_be_cut_rightly_is_refused_on_every_rank(pools):
+    pools.run(2, refusals)

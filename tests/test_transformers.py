@@ -1,0 +1,274 @@
+"""Hugging Face models made sequence-parallel: loss, logits and every gradient as in one process."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import parallelize_module
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, Qwen3Config
+
+from dtensor_ring import Contiguous, Documents, Stripe, Zigzag, ring_plan
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**SIZES),
+    "qwen3": lambda: Qwen3Config(head_dim=8, **SIZES),
+    "qwen3 window": lambda: Qwen3Config(head_dim=8, use_sliding_window=True, sliding_window=5, max_window_layers=1, **SIZES),
+}
+
+
+def make_model(kind: str):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIGS[kind](), attn_implementation="sdpa").double()
+
+
+def _mesh():
+    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
+
+
+def make_batch(length: int, rows: int = 2) -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, 64, (rows, length), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[:, : min(3, length - 2)] = -100
+    labels[-1, length // 2 : length // 2 + 2] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def packed_mask(documents: Documents, rows: int) -> torch.Tensor:
+    """What a packed row means, spelled out for a model without it: (rows, 1, S, S)."""
+    starts = documents.position_ids() - torch.arange(documents.length)
+    seen = (starts[:, :, None] == starts[:, None]) & torch.ones(documents.length, documents.length).tril().bool()
+    return seen[:, None].expand(rows, -1, -1, -1)
+
+
+def worst(pairs) -> float:
+    return max(((a - b).abs().max() / b.abs().max().clamp_min(1e-12)).item() for a, b in pairs)
+
+
+def train_step(kind: str, placement, length: int, strategy: str | None, items: bool, packed: bool, checkpointing: bool):
+    world = dist.get_world_size()
+    mesh, batch, extra, theirs = _mesh(), make_batch(length), {}, {}
+    if packed:
+        documents = Documents.from_lengths([4, length - 7, 3])
+        batch["labels"][:, [4, length - 3]] = -100
+        extra["position_ids"] = documents.position_ids().expand(2, -1)
+        theirs = {"attention_mask": packed_mask(documents, 2), "position_ids": extra["position_ids"]}
+    reference = make_model(kind)
+    wanted = reference(**batch, **theirs, use_cache=False)
+    wanted.loss.backward()
+
+    model = make_model(kind)
+    plan = ring_plan(model, placement, strategy)
+    parallelize_module(model, mesh, plan)
+    if checkpointing:
+        model.train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    count = (batch["labels"][:, 1:] != -100).sum()
+    out = model(**batch, **extra, **({"num_items_in_batch": count} if items else {}))
+    out.loss.backward()
+    loss = out.loss.detach().clone()
+    if items:
+        dist.all_reduce(loss)
+    torch.testing.assert_close(loss, wanted.loss, rtol=0, atol=2e-6)  # transformers computes losses in float32
+    torch.testing.assert_close(plan.gather(out.logits), wanted.logits, rtol=0, atol=1e-12)
+    for parameter in model.parameters():
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= 1 if items else world
+    assert worst(zip((p.grad for p in model.parameters()), (p.grad for p in reference.parameters()), strict=True)) < 1e-6
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("placement", [Zigzag(1), Contiguous(1), Stripe(1, block=2)], ids=repr)
+@pytest.mark.parametrize("items", [False, True])
+def test_loss_logits_and_gradients_are_those_of_one_process(pools, world, kind, placement, items):
+    pools.run(world, train_step, kind, placement, 17, None, items, False, False)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("placement", [Zigzag(1), Stripe(1)], ids=repr)
+@pytest.mark.parametrize("strategy", ["ring", "gather"])
+def test_packed_rows_are_attended_document_by_document(pools, kind, placement, strategy):
+    pools.run(4, train_step, kind, placement, 23, strategy, False, True, False)
+
+
+@pytest.mark.parametrize("length", [4, 5, 16])
+def test_short_and_even_rows(pools, length):
+    pools.run(4, train_step, "llama", Zigzag(1), length, None, True, False, False)
+
+
+def test_gradient_checkpointing_computes_the_same(pools):
+    pools.run(2, train_step, "qwen3", Zigzag(1), 17, None, False, True, True)
+
+
+def all_labels_of_one_rank_ignored():
+    mesh, model, reference = _mesh(), make_model("llama"), make_model("llama")
+    batch = make_batch(16)
+    batch["labels"][:, :9] = -100  # rank 0 of Contiguous holds none that count
+    parallelize_module(model, mesh, ring_plan(model, Contiguous(1)))
+    loss, wanted = model(**batch).loss, reference(**batch).loss
+    torch.testing.assert_close(loss, wanted, rtol=0, atol=2e-6)
+    loss.backward()
+    assert all(not parameter.grad.isnan().any() for parameter in model.parameters())
+
+
+def test_a_rank_without_labels_is_no_trouble(pools):
+    pools.run(2, all_labels_of_one_rank_ignored)
+
+
+def two_models():
+    """Two models on two meshes, with two layouts and kernels, in turns."""
+    mesh, grid = _mesh(), init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    first, second, reference = make_model("llama"), make_model("llama"), make_model("llama")
+    parallelize_module(first, mesh, ring_plan(first, Zigzag(1), kernel="math"))
+    second_plan = ring_plan(second, Stripe(1), strategy="gather", kernel="torch_cpu")
+    parallelize_module(second, grid["cp"], second_plan)
+    batch = make_batch(16)
+    for _ in range(2):
+        wanted = reference(**batch)
+        torch.testing.assert_close(first(**batch).loss, wanted.loss, rtol=0, atol=2e-6)
+        out = second(**batch)
+        torch.testing.assert_close(out.loss, wanted.loss, rtol=0, atol=2e-6)
+        torch.testing.assert_close(second_plan.gather(out.logits), wanted.logits, rtol=0, atol=1e-12)
+
+
+def test_two_models_on_two_meshes_live_side_by_side(pools):
+    pools.run(4, two_models)
+
+
+def undo():
+    mesh, model, reference = _mesh(), make_model("llama"), make_model("llama")
+    batch, plan = make_batch(16), ring_plan(model)
+    assert "not applied yet" in plan.describe()
+    parallelize_module(model, mesh, plan)
+    text = plan.describe()
+    assert "LlamaForCausalLM: sequence parallel as Zigzag(1), over 2 ranks of axis 'cp'" in text
+    assert "2 modules, model.layers.0.self_attn to model.layers.1.self_attn" in text
+    model(**batch)
+    plan.undo()
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(model(**batch).logits, reference(**batch).logits)
+    assert model.generate(batch["input_ids"], max_new_tokens=2, do_sample=False).shape == (2, 18)
+    parallelize_module(model, mesh, ring_plan(model, Stripe(1)))
+    torch.testing.assert_close(model(**batch).loss, reference(**batch).loss, rtol=0, atol=2e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_undo_gives_the_model_back(pools):
+    pools.run(2, undo)
+
+
+def positional_and_embedded():
+    mesh, model, reference = _mesh(), make_model("llama"), make_model("llama")
+    batch, plan = make_batch(15), ring_plan(model)
+    parallelize_module(model, mesh, plan)
+    wanted = reference(batch["input_ids"]).logits
+    torch.testing.assert_close(plan.gather(model(batch["input_ids"]).logits), wanted, rtol=0, atol=1e-12)
+    embedded = reference.get_input_embeddings()(batch["input_ids"])
+    torch.testing.assert_close(plan.gather(model(inputs_embeds=embedded).logits), wanted, rtol=0, atol=1e-12)
+    loss, logits = model(**batch, return_dict=False)
+    torch.testing.assert_close(loss, reference(**batch).loss, rtol=0, atol=2e-6)
+    torch.testing.assert_close(plan.gather(logits), wanted, rtol=0, atol=1e-12)
+
+
+def test_arguments_by_position_embeddings_and_tuples(pools):
+    pools.run(2, positional_and_embedded)
+
+
+def compiled_model():
+    mesh, model, reference = _mesh(), make_model("llama"), make_model("llama")
+    parallelize_module(model, mesh, ring_plan(model))
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")  # dynamo looks at it
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
+    for length in (16, 20, 24):
+        batch = make_batch(length)
+        loss, wanted = model(**batch).loss, reference(**batch).loss
+        torch.testing.assert_close(loss, wanted, rtol=0, atol=2e-6)
+        loss.backward()
+
+
+def test_layers_compile_in_one_graph(pools):
+    pools.run(2, compiled_model, timeout=240)
+
+
+def _refused(act, error, text: str) -> None:
+    try:
+        act()
+    except error as failure:
+        assert text in str(failure), f"{text!r} is not in: {failure}"
+    else:
+        raise AssertionError(f"nothing was raised for {text!r}")
+
+
+def refused_calls():
+    mesh, rank = _mesh(), dist.get_rank()
+    grid = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "cp"))
+    model, batch = make_model("llama"), make_batch(16)
+    other = make_model("llama")
+    plan = ring_plan(model)
+    _refused(lambda: plan.gather(torch.zeros(2, 8)), RuntimeError, "the plan is not applied")
+    _refused(lambda: parallelize_module(model, grid, plan), ValueError, "such as mesh['cp']")
+    _refused(lambda: parallelize_module(other, mesh, plan), ValueError, "was made for another LlamaForCausalLM")
+    model(**batch)  # nothing is half applied
+    parallelize_module(model, mesh, plan)
+    _refused(lambda: parallelize_module(model, mesh, plan), RuntimeError, "applied already")
+    _refused(lambda: parallelize_module(model, mesh, ring_plan(model)), RuntimeError, "sequence parallel already")
+    cases = [
+        ({"use_cache": True}, NotImplementedError, "use_cache=True (generation) is not supported"),
+        ({"logits_to_keep": 1}, NotImplementedError, "logits_to_keep counts tokens of the whole sequence"),
+        ({"output_attentions": True}, NotImplementedError, "output_attentions=True"),
+        ({"attention_mask": batch["input_ids"] > 5}, NotImplementedError, "with zeros"),
+        ({"visual": torch.zeros(16, 2)}, NotImplementedError, "visual of shape (16, 2) has a dim as long as the sequence"),
+        ({"documents": [0, 4]}, ValueError, "documents end at token 4"),
+    ]
+    for extra, error, text in cases:
+        _refused(lambda extra=extra: model(**batch, **extra), error, text)
+    _refused(lambda: model(input_ids=batch["input_ids"][:, :1]), ValueError, "rows of 1 tokens leave ranks [1] of 2 without any")
+    _refused(lambda: model(input_ids=batch["input_ids"] + rank), ValueError, "hold different batches")
+    _refused(lambda: model.model(input_ids=batch["input_ids"]), RuntimeError, "call the parallelized model itself")
+    _refused(lambda: model.generate(batch["input_ids"], max_new_tokens=1), NotImplementedError, "Generate with the model before")
+    model.loss_function = lambda **_: None
+    _refused(lambda: model(**batch), NotImplementedError, "only the causal language-model loss adds up")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_calls_that_would_be_silently_wrong_are_refused_by_name(pools):
+    pools.run(2, refused_calls)
+
+
+def test_models_that_would_be_silently_wrong_are_refused_by_name():
+    with pytest.raises(TypeError, match="takes a transformers PreTrainedModel, found Linear: see shard_batch"):
+        ring_plan(torch.nn.Linear(2, 2))
+    with pytest.raises(NotImplementedError, match="models of type 'bert' are not supported; supported are llama, qwen3"):
+        ring_plan(
+            BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9))
+        )
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(NotImplementedError, match="rope type 'dynamic' reads the longest position"):
+        ring_plan(AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, rope_parameters=rope)))
+    with pytest.raises(ValueError, match=r"cut in dim 1 by Contiguous\(1\), Zigzag\(1\) or Stripe\(1\), found Zigzag\(2\)"):
+        ring_plan(make_model("llama"), Zigzag(2))
+
+
+def test_an_unparallelized_module_says_so():
+    model = make_model("llama")
+    ring_plan(model)
+    from dtensor_ring.integrations.transformers.attention import register
+
+    register()
+    model.set_attn_implementation("dtensor_ring")
+    with pytest.raises(RuntimeError, match="was not parallelized: call parallelize_module"):
+        model(torch.zeros(1, 4, dtype=torch.int64))
