@@ -70,6 +70,7 @@ def main() -> int:
     ]
     if dist.get_rank() == 0:
         _report(options, bench, baseline, rows)
+    dist.barrier()
     dist.destroy_process_group()
     return int(any(row.wrong for row in rows))
 

@@ -1,0 +1,63 @@
+"""FSDP2 over a (dp, cp) mesh as the example does it, and the examples themselves."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_transformers import make_batch, make_model, worst
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import parallelize_module
+from train_fsdp2 import shard_parameters
+
+from dtensor_ring import Stripe, Zigzag, ring_plan
+
+ROOT = Path(__file__).parents[1]
+
+
+def gradients(placement, items: bool):
+    """Parameters sharded over all four ranks, sequences over pairs of them: gradients are those of one process."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    batch = make_batch(17, rows=4)
+    if not items:  # means of dp rows average to the mean of all only where they count alike
+        batch["labels"] = batch["input_ids"].clone()
+    reference = make_model("qwen3")
+    wanted = reference(**batch, use_cache=False).loss
+    wanted.backward()
+
+    model = make_model("qwen3")
+    parallelize_module(model, mesh["cp"], ring_plan(model, placement))
+    shard_parameters(model, mesh)
+    row = mesh.get_local_rank("dp")
+    mine = {key: value[2 * row : 2 * row + 2] for key, value in batch.items()}
+    count = (batch["labels"][:, 1:] != -100).sum()
+    loss = model(**mine, **({"num_items_in_batch": count} if items else {})).loss
+    (loss * dist.get_world_size() if items else loss).backward()
+    total = loss.detach()
+    dist.all_reduce(total, op=dist.ReduceOp.SUM)
+    torch.testing.assert_close(total if items else total / dist.get_world_size(), wanted, rtol=0, atol=2e-6)
+    pairs = zip((p.grad.full_tensor() for p in model.parameters()), (p.grad for p in reference.parameters()), strict=True)
+    assert worst(pairs) < 1e-6
+
+
+@pytest.mark.parametrize("placement", [Zigzag(1), Stripe(1)], ids=repr)
+@pytest.mark.parametrize("items", [False, True])
+def test_fsdp2_gradients_at_dp_2_x_cp_2_are_those_of_one_process(pools, placement, items):
+    pools.run(4, gradients, placement, items)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "arguments"),
+    [(4, ["examples/train_fsdp2.py", "--steps", "2", "--length", "130"]), (2, ["examples/train_loop.py"])],
+)
+def test_an_example_runs_as_its_first_lines_say(ranks, arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "loss=" in ended.stderr
