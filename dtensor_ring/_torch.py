@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
@@ -124,5 +125,5 @@ def resolve_group(name: str) -> dist.ProcessGroup:
 
 def specs_of(schema: OpSchema) -> Sequence[DTensorSpec]:
     """Every DTensor spec among the arguments, in lists and keywords too."""
-    leaves = torch.utils._pytree.tree_leaves((schema.args_schema, schema.kwargs_schema))
+    leaves = pytree.tree_leaves((schema.args_schema, schema.kwargs_schema))
     return [leaf for leaf in leaves if isinstance(leaf, DTensorSpec)]

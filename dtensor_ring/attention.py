@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from dtensor_ring._torch import replicated
+from dtensor_ring._torch import local_of, replicated
 from dtensor_ring.comm import transport_of
 from dtensor_ring.documents import Documents
 from dtensor_ring.layout import Layout
@@ -207,7 +207,7 @@ def _agree(where: _Where, q: Tensor, k: Tensor, v: Tensor, words: tuple[str, ...
         return
     assert where.mesh is not None and where.axis is not None, "only on a sequence axis"
     assert isinstance(q, DTensor) and isinstance(k, DTensor) and isinstance(v, DTensor), "only DTensors have an axis"
-    shares = tuple(tuple(x.to_local().shape) for x in (q, k, v))
+    shares = tuple(tuple(local_of(x).shape) for x in (q, k, v))
     signature = (*q.shape, *k.shape, *v.shape), shares, (str(q.dtype), *words)
     _compare(where.mesh, where.axis, where.layout, signature)  # pyrefly: ignore[bad-argument-type]  hashable since ever
 

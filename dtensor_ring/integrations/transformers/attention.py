@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from dtensor_ring.attention import ring_attention
@@ -108,7 +108,7 @@ def ring_attention_forward(
         strategy=state.strategy,
         kernel=state.kernel,
     )
-    assert isinstance(out, torch.distributed.tensor.DTensor), "DTensors in, a DTensor out"
+    assert isinstance(out, DTensor), "DTensors in, a DTensor out"
     return out.to_local(), None
 
 
