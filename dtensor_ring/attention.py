@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+from typing_extensions import override
 
 from dtensor_ring._torch import local_of, replicated
-from dtensor_ring.comm import transport_of
 from dtensor_ring.documents import Documents
 from dtensor_ring.layout import Layout
+from dtensor_ring.ops.agree import check_agreement
 from dtensor_ring.ops.kernels import Need, choose_kernel
 from dtensor_ring.ops.library import attention
-from dtensor_ring.ops.mask import mask_text
-from dtensor_ring.ops.sharding import attention_axis
-from dtensor_ring.placements.redistribute import axis_name
+from dtensor_ring.ops.mask import Band, mask_text
+from dtensor_ring.ops.schedule import Problem, ends_together
+from dtensor_ring.ops.sharding import attention_axis, sink_placements
+from dtensor_ring.placements import redistribute
+from dtensor_ring.placements.moves import Chunks
+from dtensor_ring.placements.redistribute import wrap
 
 
 def ring_attention(
@@ -61,13 +64,16 @@ def ring_attention(
         scale: multiplies q.k; None is D ** -0.5.
         window: (L, R), a query at p sees keys p-L <= t <= p+R; -1 is unbounded. Hugging Face's `sliding_window=w` is (w-1, 0).
         softcap: c > 0 bounds scores to c * tanh(score / c).
-        sinks: not supported yet.
-        dropout_p: not supported yet.
-        alibi_slopes: not supported yet.
+        sinks: (H,), a learnable score of each head that every query also sees, with no value (gpt-oss). A plain tensor beside
+            DTensors gets this rank's part of its gradient, as a parameter does; a DTensor the whole.
+        dropout_p: probability of dropping an attention weight, replayed exactly in backward. Kernels for GPUs draw the mask from
+            the CUDA generator; `math` hashes positions, so that with the same seed on every rank the mask does not depend on W.
+        alibi_slopes: (H,) or (B, H), float32: a score loses slope * distance (Press et al., 2022); no gradient.
         documents: bounds of packed documents, a `Documents` or a cu_seqlens; a query sees keys of its own document only.
         deterministic: gradients are bitwise the same from run to run.
         return_lse: also return lse (B, H, Sq), float32 (float64 for float64), placed as q is; it carries no gradient.
-        strategy: "ring" (memory bounded, one rank's keys at a time) or "gather" (all keys at once, no merging); None chooses.
+        strategy: "ring" (memory bounded, one rank's keys at a time) or "gather" (all keys at once, no merging); None is "ring", or
+            "gather" for ALiBi where only that lets flash kernels measure distances.
         kernel: a name in `dtensor_ring.ops.kernels.KERNELS`; None is the first that does not refuse.
 
     Returns:
@@ -78,8 +84,8 @@ def ring_attention(
         ValueError: shapes, placements, window or documents that do not fit, or ranks that do not agree; on every rank.
         NotImplementedError: an argument not supported yet, or no kernel does what is asked; the text has each kernel's reason.
     """
-    _refuse_unsupported(sinks, dropout_p, alibi_slopes)
     _check_tensors(q, k, v)
+    _check_extras(q, sinks, dropout_p, alibi_slopes)
     mask = mask_text(is_causal, window)
     where = _where(q, k, v)
     found = _documents(documents, q, k)
@@ -88,20 +94,30 @@ def ring_attention(
         dtype=q.dtype,
         head_dim=q.shape[3],
         v_head_dim=v.shape[3],
-        training=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+        training=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)),
         windowed=mask.startswith("window"),
         packed=found is not None,
         softcap=softcap,
         deterministic=deterministic,
+        dropout=dropout_p > 0,
     )
+    if alibi_slopes is None:
+        way = choose_strategy(strategy)
+    else:
+        world = 1 if where.mesh is None or where.axis is None else where.mesh.size(where.axis)
+        problem = Problem(where.layout, Band.parse(mask), q.shape[1], k.shape[1], world, "ring", found)
+        way, alignment = choose_for_alibi(strategy, problem)
+        need = replace(need, alibi=alignment)
     chosen = choose_kernel(kernel, need).name
-    way = choose_strategy(strategy)
-    if where.axis is not None:
-        _agree(where, q, k, v, (mask, way, chosen, found.digest if found is not None else ""))
-    bounds = _bounds_tensor(found, q)
+    if where.mesh is not None and where.axis is not None and not torch.compiler.is_compiling():
+        shares = tuple(tuple(local_of(x).shape) for x in (q, k, v) if isinstance(x, DTensor))
+        words = str(q.dtype), mask, way, chosen, found.digest if found is not None else "", f"{dropout_p} {softcap}"
+        shapes = tuple(q.shape), tuple(k.shape), tuple(v.shape)
+        check_agreement(where.mesh, where.axis, where.layout, shapes, shares, words)  # pyrefly: ignore[bad-argument-type]
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)
-    options = factor, float(softcap), deterministic, mask, str(where.layout), way, chosen, where.group
-    out, lse = attention(q, k, v, bounds, q.shape[1], k.shape[1], *options)
+    options = factor, float(softcap), float(dropout_p), deterministic, mask, str(where.layout), way, chosen, where.group
+    extras = _placed_sinks(sinks, q), _placed_slopes(alibi_slopes, q), _placed_bounds(found, q)
+    out, lse, _ = attention(q, k, v, *extras, q.shape[1], k.shape[1], *options)
     return (out, lse) if return_lse else out
 
 
@@ -119,20 +135,19 @@ def choose_strategy(strategy: str | None) -> str:
     return strategy or "ring"
 
 
-def _refuse_unsupported(sinks: Tensor | None, dropout_p: float, alibi_slopes: Tensor | None) -> None:
-    asked = {"sinks": sinks is not None, "dropout_p": dropout_p != 0.0, "alibi_slopes": alibi_slopes is not None}
-    for name, is_asked in asked.items():
-        if is_asked:
-            raise NotImplementedError(f"ring_attention does not support {name} yet: leave it at its default")
+def choose_for_alibi(strategy: str | None, problem: Problem) -> tuple[str, Literal["aligned", "shifted"]]:
+    """The strategy, and whether blocks are "aligned" so that flash kernels measure ALiBi distances rightly, or "shifted"."""
+    for way in ("ring", "gather") if strategy is None else (choose_strategy(strategy),):
+        if ends_together(replace(problem, strategy=way)):
+            return way, "aligned"
+    return choose_strategy(strategy), "shifted"
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     kinds = {name: isinstance(x, DTensor) for name, x in (("q", q), ("k", k), ("v", v))}
     if len(set(kinds.values())) > 1:
-        plain = [name for name, is_dtensor in kinds.items() if not is_dtensor]
-        raise TypeError(
-            f"q, k and v must all be DTensors or all plain tensors; plain: {', '.join(plain)}. See dtensor_ring.from_local"
-        )
+        plain = ", ".join(name for name, is_dtensor in kinds.items() if not is_dtensor)
+        raise TypeError(f"q, k and v must all be DTensors or all plain tensors; plain: {plain}. See dtensor_ring.from_local")
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(f"q, k and v must have shape (B, S, H, D), found {shapes}")
@@ -142,6 +157,21 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"query heads must be a multiple of key heads, found {q.shape[2]} and {k.shape[2]}")
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k and v must have one dtype, found {q.dtype}, {k.dtype}, {v.dtype}")
+
+
+def _check_extras(q: Tensor, sinks: Tensor | None, dropout_p: float, alibi_slopes: Tensor | None) -> None:
+    batch, _, heads, _ = q.shape
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p is a probability below 1, found {dropout_p}")
+    if sinks is not None and tuple(sinks.shape) != (heads,):
+        raise ValueError(f"sinks must have shape (H,) = ({heads},), found {tuple(sinks.shape)}")
+    if alibi_slopes is not None:
+        if tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
+            raise ValueError(f"alibi_slopes must have shape ({heads},) or ({batch}, {heads}), found {tuple(alibi_slopes.shape)}")
+        if isinstance(alibi_slopes, DTensor) or alibi_slopes.dtype != torch.float32:
+            raise TypeError(f"alibi_slopes must be a plain float32 tensor, found {alibi_slopes.dtype}")
+        if alibi_slopes.requires_grad:
+            raise NotImplementedError("alibi_slopes get no gradient: pass alibi_slopes.detach()")
 
 
 class _Where(NamedTuple):
@@ -180,71 +210,76 @@ def _documents(documents: Documents | Tensor | Sequence[int] | None, q: Tensor, 
     return found
 
 
-def _bounds_tensor(documents: Documents | None, q: Tensor) -> Tensor:
+def _share(q: DTensor, dim: int) -> slice:
+    """This rank's part of a dim of q that `Shard` splits."""
+    part, mesh = range(q.shape[dim]), q.device_mesh
+    for i, placement in enumerate(q.placements):
+        if placement == Shard(dim):
+            tokens = Chunks().tokens(len(part), mesh.size(i), mesh.get_local_rank(i))
+            part = part[tokens.start : tokens.stop]
+    return slice(part.start, part.stop)
+
+
+def _placed_bounds(documents: Documents | None, q: Tensor) -> Tensor:
     """The operator's documents argument: the rows of bounds that this rank's part of the batch needs."""
     if documents is None:
         packed = torch.empty(0, dtype=torch.int64)
     elif documents.rows > 1 and isinstance(q, DTensor):
-        packed = documents.select(*_batch_rows(q)).packed
+        rows = _share(q, 0)
+        packed = documents.select(rows.start, rows.stop).packed
     else:
         packed = documents.packed
     return replicated(packed, q) if isinstance(q, DTensor) else packed
 
 
-def _batch_rows(q: DTensor) -> tuple[int, int]:
-    """First and last batch row of this rank's share under `Shard(0)`, which splits as torch.chunk does."""
-    rows, mesh = range(q.shape[0]), q.device_mesh
-    for i, placement in enumerate(q.placements):
-        if placement == Shard(0):
-            size = -(-len(rows) // mesh.size(i))
-            rows = rows[mesh.get_local_rank(i) * size :][:size]
-    return rows.start, rows.stop
+def _placed_slopes(slopes: Tensor | None, q: Tensor) -> Tensor | None:
+    """The slopes of this rank's heads and batch rows."""
+    if slopes is None or not isinstance(q, DTensor):
+        return slopes
+    mine = slopes[..., _share(q, 2)]
+    return replicated(mine if mine.dim() == 1 else mine[_share(q, 0)], q)
 
 
-def _agree(where: _Where, q: Tensor, k: Tensor, v: Tensor, words: tuple[str, ...]) -> None:
-    """Check once for each new call signature that all ranks of the sequence axis make the same call with fitting shares."""
-    if torch.compiler.is_compiling():
-        return
-    assert where.mesh is not None and where.axis is not None, "only on a sequence axis"
-    assert isinstance(q, DTensor) and isinstance(k, DTensor) and isinstance(v, DTensor), "only DTensors have an axis"
-    shares = tuple(tuple(local_of(x).shape) for x in (q, k, v))
-    signature = (*q.shape, *k.shape, *v.shape), shares, (str(q.dtype), *words)
-    _compare(where.mesh, where.axis, where.layout, signature)  # pyrefly: ignore[bad-argument-type]  hashable since ever
+def _placed_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:
+    """The sinks of this rank's heads, as a DTensor beside DTensors."""
+    if sinks is None or not isinstance(q, DTensor):
+        if isinstance(sinks, DTensor):
+            raise TypeError("sinks are a DTensor, but q, k and v are plain tensors")
+        return sinks
+    needed = sink_placements(q.placements)
+    if not isinstance(sinks, DTensor):
+        return _LocalPart.apply(sinks[_share(q, 2)], q.device_mesh, needed, tuple(sinks.shape))
+    if sinks.device_mesh != q.device_mesh or sinks.placements != needed:
+        raise ValueError(
+            f"sinks are placed {sinks.placements} on {sinks.device_mesh}, beside q they must be {needed} on {q.device_mesh}"
+        )
+    return _WholeGradient.apply(sinks)
 
 
-@lru_cache(maxsize=512)
-def _compare(
-    mesh: DeviceMesh,
-    axis: int,
-    layout: Layout,
-    signature: tuple[tuple[int, ...], tuple[tuple[int, ...], ...], tuple[str, ...]],
-) -> None:
-    """Raises on every rank, and so is not cached, when ranks differ."""
-    shape, shares, words = signature
-    wire = transport_of(mesh.get_group(axis))
-    number = int.from_bytes(hashlib.blake2b("|".join(words).encode(), digest_size=7).digest(), "big")
-    every = wire.gather_values([*shape, shares[0][1], shares[1][1], number])
-    named = f"ring_attention over mesh axis {axis_name(mesh, axis)}"
-    for rank, (*its_shape, q_rows, k_rows, its_words) in enumerate(every):
-        mine = every[wire.rank]
-        if its_shape != mine[:-3]:
-            raise ValueError(
-                f"{named}: rank {wire.rank} has q, k, v of global shapes {_three(mine)}, rank {rank} has {_three(its_shape)}: "
-                "every rank must hold its share of the same tensors"
-            )
-        if its_words != mine[-1]:
-            raise ValueError(
-                f"{named}: rank {rank} calls with another dtype, mask, strategy, kernel or documents than rank {wire.rank}, "
-                f"which has {words}: every rank must make the same call"
-            )
-        for name, length, rows in (("q", shape[1], q_rows), ("k", shape[5], k_rows)):
-            needed = layout.local_length(length, wire.world, rank)
-            if rows != needed:
-                raise ValueError(
-                    f"{named}: rank {rank} holds {rows} tokens of {name}, but {layout} of length {length} gives it "
-                    f"{needed}: make DTensors with dtensor_ring.from_local(..., length=), not DTensor.from_local"
-                )
+class _LocalPart(torch.autograd.Function):
+    """A plain tensor as a DTensor whose gradient stays this rank's part of the sum."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, local: Tensor, mesh: DeviceMesh, placements: Any, shape: Any) -> DTensor:  # pyrefly: ignore[bad-override]
+        return wrap(local.detach(), mesh, placements, shape)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, grad: DTensor) -> tuple[Tensor, None, None, None]:  # pyrefly: ignore[bad-override]
+        return local_of(grad), None, None, None
 
 
-def _three(values: Sequence[int]) -> str:
-    return ", ".join(str(tuple(values[i : i + 4])) for i in (0, 4, 8))
+class _WholeGradient(torch.autograd.Function):
+    """A DTensor whose gradient is summed over the ranks."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, tensor: DTensor) -> DTensor:  # pyrefly: ignore[bad-override]
+        ctx.placements = tensor.placements
+        return wrap(local_of(tensor), tensor.device_mesh, tensor.placements, tensor.shape)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, grad: DTensor) -> DTensor:  # pyrefly: ignore[bad-override]
+        return redistribute(grad, ctx.placements)

@@ -10,12 +10,14 @@ from torch import Tensor
 from dtensor_ring.comm import LoopbackTransport
 from dtensor_ring.documents import Documents
 from dtensor_ring.layout import Layout
-from dtensor_ring.ops import execute
+from dtensor_ring.ops.execute import Executor
 from dtensor_ring.ops.kernels import KERNELS, Options
+from dtensor_ring.ops.kernels.math import keep_mask
 from dtensor_ring.ops.mask import Band, mask_text
 from dtensor_ring.ops.reference import reference_attention
 from dtensor_ring.ops.schedule import Problem, plan
 
+SEED = 5
 LAYOUTS = ("contiguous", "zigzag", "stripe", "stripe:3")
 MASKS = {"causal": (True, (-1, -1)), "full": (False, (-1, -1)), "window": (True, (5, 0)), "two-sided": (False, (9, 3))}
 
@@ -32,6 +34,8 @@ class Case:
     window: tuple[int, int] = (-1, -1)
     documents: Documents | None = None
     softcap: float = 0.0
+    dropout_p: float = 0.0
+    alibi: Tensor | None = None
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,9 +45,17 @@ class Case:
         """out, lse, dq, dk, dv from the reference, in float64 for float64 and else in float32."""
         wide = torch.float64 if self.q.dtype == torch.float64 else torch.float32
         inputs = [x.detach().to(wide).requires_grad_() for x in self.inputs]
-        options = {"is_causal": self.is_causal, "window": self.window, "documents": self.documents, "softcap": self.softcap}
-        out, lse = reference_attention(*inputs, **options)
+        masks = {"is_causal": self.is_causal, "window": self.window, "documents": self.documents}
+        kept = self.kept().to(wide) if self.dropout_p else None
+        out, lse = reference_attention(*inputs, **masks, softcap=self.softcap, alibi_slopes=self.alibi, kept=kept)
         return out.detach(), lse.detach(), *torch.autograd.grad(out, inputs, self.dout.to(wide))
+
+    def kept(self, seed: int = SEED) -> Tensor:
+        """What dropout leaves of every weight, with the mask of the math kernel for whole sequences."""
+        batch, q_length, heads, _ = self.q.shape
+        q_positions = torch.arange(q_length) + self.k.shape[1] - q_length
+        mask = keep_mask(seed, 0, batch, heads, q_positions, torch.arange(self.k.shape[1]), self.dropout_p)
+        return mask.double() / (1 - self.dropout_p)
 
     def problem(self, layout: str, world: int, strategy: str) -> Problem:
         band = Band.parse(mask_text(self.is_causal, self.window))
@@ -91,14 +103,14 @@ def run_loopback(
 ) -> tuple[tuple[Tensor, ...], list[tuple[int, int]]]:
     """out, lse, dq, dk, dv put together from ranks run as threads, and what each sent: (forward, whole) bytes."""
     problem = case.problem(layout, world, strategy)
-    options = Options(case.q.shape[-1] ** -0.5, case.softcap)
+    options = Options(case.q.shape[-1] ** -0.5, case.softcap, dropout_p=case.dropout_p)
 
     def rank_body(wire: LoopbackTransport):
         q, k, v, dout = (share(x, layout, world, wire.rank).contiguous() for x in (*case.inputs, case.dout))
-        todo = plan(problem, wire.rank)
-        out, lse = execute.forward(todo, wire, KERNELS[kernel], q, k, v, options)
+        executor = Executor(plan(problem, wire.rank), wire, KERNELS[kernel], options, alibi=case.alibi)
+        out, lse, replay = executor.forward(q, k, v, seed=SEED)
         sent = wire.traffic.bytes
-        grads = execute.backward(todo, wire, KERNELS[kernel], dout, q, k, v, out, lse, options)
+        grads = executor.backward(dout, q, k, v, out, lse, replay)[:3]
         return (out, lse, *grads), (sent, wire.traffic.bytes)
 
     results = LoopbackTransport.run(world, rank_body)

@@ -163,8 +163,10 @@ def test_the_operators_pass_torch_s_own_checks():
     case = make_case(6, batch=1)
     documents = Documents.from_lengths([2, 4]).packed
     leaves = [x.clone().requires_grad_() for x in case.inputs]
-    rest = 6, 6, 8**-0.5, 0.0, False, "causal", "contiguous", "ring", "math", ""
-    torch.library.opcheck(torch.ops.dtensor_ring.attention, (*leaves, documents, *rest))
+    rest = 6, 6, 8**-0.5, 0.0, 0.0, False, "causal", "contiguous", "ring", "math", ""
+    sinks, slopes = torch.randn(4, dtype=torch.float64, requires_grad=True), torch.rand(4)
+    for extras in ((None, None), (sinks, None), (sinks, slopes)):
+        torch.library.opcheck(torch.ops.dtensor_ring.attention, (*leaves, *extras, documents, *rest))
 
 
 def test_gradients_agree_with_finite_differences():
@@ -249,12 +251,23 @@ def refusals():
         (lambda: ring_attention(zigzag, *[placed([Replicate(), Zigzag(1)], grid)] * 2), ValueError, "must lie on one mesh"),
         (lambda: ring_attention(zigzag, x, zigzag), TypeError, "plain: k"),
         (lambda: ring_attention(zigzag, zigzag, zigzag.double()), TypeError, "one dtype", "torch.float64"),
-        (lambda: ring_attention(zigzag, zigzag, zigzag, sinks=torch.zeros(4)), NotImplementedError, "does not support sinks yet"),
-        (lambda: ring_attention(zigzag, zigzag, zigzag, dropout_p=0.1), NotImplementedError, "does not support dropout_p yet"),
+        (lambda: ring_attention(zigzag, zigzag, zigzag, sinks=torch.zeros(3)), ValueError, "sinks must have shape (H,) = (4,)"),
+        (lambda: ring_attention(zigzag, zigzag, zigzag, dropout_p=1.0), ValueError, "a probability below 1, found 1.0"),
         (
-            lambda: ring_attention(zigzag, zigzag, zigzag, alibi_slopes=torch.zeros(4)),
+            lambda: ring_attention(zigzag, zigzag, zigzag, alibi_slopes=torch.zeros(4, 3)),
+            ValueError,
+            "(4,) or (4, 4), found (4, 3)",
+        ),
+        (lambda: ring_attention(zigzag, zigzag, zigzag, alibi_slopes=torch.zeros(4).half()), TypeError, "plain float32 tensor"),
+        (
+            lambda: ring_attention(zigzag, zigzag, zigzag, alibi_slopes=torch.zeros(4, requires_grad=True)),
             NotImplementedError,
-            "does not support alibi_slopes yet",
+            "get no gradient: pass alibi_slopes.detach()",
+        ),
+        (
+            lambda: ring_attention(zigzag, zigzag, zigzag, kernel="torch_cpu", dropout_p=0.1),
+            NotImplementedError,
+            "torch_cpu: has no dropout",
         ),
         (lambda: ring_attention(zigzag, zigzag, zigzag, window=(3, 1)), ValueError, "looks 1 tokens ahead"),
         (lambda: ring_attention(zigzag, zigzag, zigzag, strategy="ulysses"), NotImplementedError, "use 'ring' or 'gather'"),
@@ -330,9 +343,9 @@ def wrong_layout_argument():
     mesh = _mesh()
     placed = distribute_tensor(torch.randn(1, 8, 2, 4), mesh, [Zigzag(1)])
     none = DTensor.from_local(torch.empty(0, dtype=torch.int64), mesh, [Replicate()], run_check=False)
-    rest = 8, 8, 0.5, 0.0, False, "causal", "stripe:1", "ring", "math", mesh.get_group().group_name
+    rest = 8, 8, 0.5, 0.0, 0.0, False, "causal", "stripe:1", "ring", "math", mesh.get_group().group_name
     _refused(
-        lambda: torch.ops.dtensor_ring.attention(placed, placed, placed, none, *rest),
+        lambda: torch.ops.dtensor_ring.attention(placed, placed, placed, None, None, none, *rest),
         RuntimeError,
         "was given layout='stripe:1'",
         "Zigzag(1)",

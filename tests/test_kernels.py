@@ -34,7 +34,7 @@ def test_a_block_is_exact_in_float64(kernel, window, lengths, heads):
     if not seen_rows(case, window):
         return
     options = Options(8**-0.5)
-    out, lse = KERNELS[kernel].forward(*case.inputs, window, options)
+    out, lse, _ = KERNELS[kernel].forward(*case.inputs, window, options)
     grads = KERNELS[kernel].backward(case.dout, *case.inputs, out, lse, window, options)
     want_out, want_lse, want_grads = exact(case, window)
     for found, wanted in zip((out, lse, *grads), (want_out, want_lse, *want_grads), strict=True):
@@ -46,7 +46,7 @@ def test_a_block_is_exact_in_float64(kernel, window, lengths, heads):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_block_is_as_exact_as_its_dtype(kernel, dtype):
     case = make_case(40, dtype=dtype)
-    out, lse = KERNELS[kernel].forward(*case.inputs, (-1, 0), Options(8**-0.5))
+    out, lse, _ = KERNELS[kernel].forward(*case.inputs, (-1, 0), Options(8**-0.5))
     grads = KERNELS[kernel].backward(case.dout, *case.inputs, out.to(dtype), lse, (-1, 0), Options(8**-0.5))
     want_out, want_lse, want_grads = exact(case, (-1, 0))
     assert lse.dtype == torch.float32
@@ -76,7 +76,7 @@ def test_packed_segments_are_problems_of_their_own(kernel):
     q, k, v, dout = (x[0] for x in (*case.inputs, case.dout))
     spans = [Span(2, 7, 1, 9), Span(7, 8, 9, 10), Span(12, 20, 14, 25)]
     packing, options = Packing.of(spans, 20, 26, q.device), Options(8**-0.5)
-    out, lse = KERNELS[kernel].forward_packed(q, k, v, packing, (-1, 0), options)
+    out, lse, _ = KERNELS[kernel].forward_packed(q, k, v, packing, (-1, 0), options)
     grads = KERNELS[kernel].backward_packed(dout, q, k, v, out, lse, packing, (-1, 0), options)
     idle_q, idle_k = torch.ones(20, dtype=torch.bool), torch.ones(26, dtype=torch.bool)
     for q0, q1, k0, k1 in spans:
@@ -106,7 +106,7 @@ def test_a_packing_gives_gaps_to_sequences_without_keys_or_without_queries():
 def test_softcap_and_its_gradient_are_exact_in_math():
     case = make_case(11, softcap=1.5)
     options = Options(8**-0.5, softcap=1.5)
-    out, lse = KERNELS["math"].forward(*case.inputs, (-1, 0), options)
+    out, lse, _ = KERNELS["math"].forward(*case.inputs, (-1, 0), options)
     grads = KERNELS["math"].backward(case.dout, *case.inputs, out, lse, (-1, 0), options)
     want_out, want_lse, want_grads = exact(case, (-1, 0))
     for found, wanted in zip((out, lse, *grads), (want_out, want_lse, *want_grads), strict=True):
@@ -115,7 +115,7 @@ def test_softcap_and_its_gradient_are_exact_in_math():
 
 def test_a_value_dim_of_its_own_is_exact_in_math():
     case = make_case(11, v_dim=5)
-    out, _ = KERNELS["math"].forward(*case.inputs, (-1, 0), Options(8**-0.5))
+    out, *_ = KERNELS["math"].forward(*case.inputs, (-1, 0), Options(8**-0.5))
     torch.testing.assert_close(out, exact(case, (-1, 0))[0], rtol=0, atol=1e-12)
 
 
@@ -134,7 +134,7 @@ def test_long_blocks_are_computed_in_strips_alike():
     for window in [(-1, 0), (300, 0)]:
         found = KERNELS["torch_cpu"].forward(*case.inputs, window, Options(0.5))
         wanted = KERNELS["math"].forward(*case.inputs, window, Options(0.5))
-        for a, b in zip(found, wanted, strict=True):
+        for a, b in zip(found[:2], wanted[:2], strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
@@ -148,7 +148,7 @@ def test_the_first_kernel_that_does_not_refuse_is_chosen():
 
 
 def test_an_unknown_kernel_is_named():
-    with pytest.raises(ValueError, match="unknown kernel 'cudnn': choose one of torch_flash, torch_cpu, math"):
+    with pytest.raises(ValueError, match=r"unknown kernel 'cudnn': choose one of flash_attn_4, .*torch_flash, torch_cpu, math"):
         choose_kernel("cudnn", NEED)
 
 

@@ -13,95 +13,239 @@ the rank's own keys; the backward pass ends with them, so that the last gradient
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from dtensor_ring.comm import Message, Pending, Transport
-from dtensor_ring.ops.kernels import Kernel, Options, Packing, Span
-from dtensor_ring.ops.merge import GradSum, OutputSum, accumulate_dtype
+from dtensor_ring.ops.kernels import Extras, Kernel, Options, Packing, Result, Span
+from dtensor_ring.ops.merge import GradSum, OutputSum, accumulate_dtype, sink_gradient
 from dtensor_ring.ops.schedule import Call, Plan, Problem, Rows, Step, plan
 
 _Pair = tuple[Tensor, Tensor]
 
 
-def forward(todo: Plan, wire: Transport, kernel: Kernel, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, options: Options) -> _Pair:
-    """Out (B, Sq/W, H, Dv) in the dtype of q, and lse (B, H, Sq/W) in float32 (float64 for float64), of this rank's queries."""
-    total = OutputSum(q_BSHD, v_BSHD.shape[-1], todo.q_parts)
-    packs = _packings(todo.problem, todo.rank, q_BSHD.shape[0], q_BSHD.device)
-    for index, keys in _visits(todo, wire, (k_BSHD, v_BSHD), range(len(todo.steps))):
-        for call, pack in zip(todo.steps[index].calls, packs[index], strict=True):
-            total.add(*_forward_call(kernel, q_BSHD, *keys, call, pack, options))
-    return total.result()
+@dataclass(frozen=True, slots=True)
+class Executor:
+    """One attention on one rank.
 
+    Attributes:
+        plan: what to do.
+        wire: how to exchange.
+        kernel: what computes a block.
+        options: scale, softcap, dropout.
+        sinks: a score (H,) that every query of a head also sees, with no value; None for none.
+        alibi: slopes (H,) or (B, H), float32; None for none.
+    """
 
-def backward(
-    todo: Plan,
-    wire: Transport,
-    kernel: Kernel,
-    dout_BSHD: Tensor,
-    q_BSHD: Tensor,
-    k_BSHD: Tensor,
-    v_BSHD: Tensor,
-    out_BSHD: Tensor,
-    lse_BHS: Tensor,
-    options: Options,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of this rank's shares in the dtypes of q, k, v; out and lse are what `forward` returned."""
-    dq = GradSum(q_BSHD, todo.q_parts)
-    own = GradSum(k_BSHD, todo.k_parts), GradSum(v_BSHD, todo.k_parts)
-    packs = _packings(todo.problem, todo.rank, q_BSHD.shape[0], q_BSHD.device)
-    order = [*range(1, len(todo.steps)), 0] if todo.steps else []
-    returning: Pending[None] | None = None
-    for index, keys in _visits(todo, wire, (k_BSHD, v_BSHD), order):
-        step = todo.steps[index]
-        sums = tuple(GradSum(x, 1 + 2 * step.sums) for x in keys)
-        for call, pack in zip(step.calls, packs[index], strict=True):
-            inputs = dout_BSHD, q_BSHD, *keys, out_BSHD, lse_BHS
-            q_start, k_start, grads = _backward_call(kernel, *inputs, call, pack, options)
-            dq.add(q_start, grads[0])
-            for total, grad in zip(sums, grads[1:], strict=True):
-                total.add(k_start, grad)
+    plan: Plan
+    wire: Transport
+    kernel: Kernel
+    options: Options
+    sinks: Tensor | None = None
+    alibi: Tensor | None = None
+
+    def forward(self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Out (B, Sq/W, H, Dv) in the dtype of q, lse (B, H, Sq/W) in float32 (float64 for float64), and what replays dropout.
+
+        `seed` makes the dropout mask of kernels that hash positions; others draw from the generator, whose states are kept.
+        """
+        total = OutputSum(q_BSHD, v_BSHD.shape[-1], self.plan.q_parts, self.sinks)
+        states: list[Tensor] = []
+        for index, keys in self._visits((k_BSHD, v_BSHD), range(len(self.plan.steps))):
+            for call, pack in self._calls(index, q_BSHD):
+                extras = self._extras(index, q_BSHD.device, seed, None)
+                start, stop, block = self._forward_call(q_BSHD, *keys, call, pack, extras)
+                total.add(start, stop, block.out, block.lse)
+                states += [] if block.rng is None else [block.rng]
+        if states:
+            return *total.result(), torch.stack(states).view(torch.int64)
+        return *total.result(), torch.tensor([seed] if self.options.dropout_p else [], dtype=torch.int64)
+
+    def backward(
+        self,
+        dout_BSHD: Tensor,
+        q_BSHD: Tensor,
+        k_BSHD: Tensor,
+        v_BSHD: Tensor,
+        out_BSHD: Tensor,
+        lse_BHS: Tensor,
+        replay: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """dq, dk, dv of this rank's shares in the dtypes of q, k, v, and this rank's part of dsinks (H,)."""
+        dq = GradSum(q_BSHD, self.plan.q_parts)
+        own = GradSum(k_BSHD, self.plan.k_parts), GradSum(v_BSHD, self.plan.k_parts)
+        order = [*range(1, len(self.plan.steps)), 0] if self.plan.steps else []
+        first_call = self._first_calls()
+        returning: Pending[None] | None = None
+        for index, keys in self._visits((k_BSHD, v_BSHD), order):
+            sums = tuple(GradSum(x, 1 + 2 * self.plan.steps[index].sums) for x in keys)
+            for number, (call, pack) in enumerate(self._calls(index, q_BSHD), first_call[index]):
+                extras = self._extras(index, q_BSHD.device, 0, replay, number)
+                inputs = dout_BSHD, q_BSHD, *keys, out_BSHD, lse_BHS
+                q_start, k_start, grads = self._backward_call(*inputs, call, pack, extras)
+                dq.add(q_start, grads[0])
+                for total, grad in zip(sums, grads[1:], strict=True):
+                    total.add(k_start, grad)
+            if returning is not None:
+                returning.wait()
+            returning = self._give_back(index, sums, own)
         if returning is not None:
             returning.wait()
-        returning = _give_back(todo, index, wire, kernel, sums, own)
-    if returning is not None:
-        returning.wait()
-    return dq.result(q_BSHD.dtype), own[0].result(k_BSHD.dtype), own[1].result(v_BSHD.dtype)
+        dsinks = None if self.sinks is None else sink_gradient(dout_BSHD, out_BSHD, lse_BHS, self.sinks)
+        return dq.result(q_BSHD.dtype), own[0].result(k_BSHD.dtype), own[1].result(v_BSHD.dtype), dsinks
 
+    def _calls(self, index: int, q_BSHD: Tensor) -> Iterator[tuple[Call, Packing | None]]:
+        packs = _packings(self.plan.problem, self.plan.rank, q_BSHD.shape[0], q_BSHD.device)
+        return zip(self.plan.steps[index].calls, packs[index], strict=True)
 
-def _visits(todo: Plan, wire: Transport, kv: _Pair, order: Sequence[int]) -> Iterator[tuple[int, _Pair]]:
-    """Each step's keys in the given order, the next step's transfer already under way."""
-    pending = _fetch(todo, order[0], wire, kv) if order else None
-    for place, index in enumerate(order):
-        assert pending is not None, "every step but the first is fetched one step ahead"
-        ahead = _fetch(todo, order[place + 1], wire, kv) if place + 1 < len(order) else None
-        yield index, pending.wait()
-        pending = ahead
+    def _first_calls(self) -> list[int]:
+        """The number of each step's first call, counted as the forward pass makes them."""
+        numbers = [0]
+        for step in self.plan.steps:
+            numbers.append(numbers[-1] + len(step.calls))
+        return numbers
 
+    def _extras(self, index: int, device: torch.device, seed: int, replay: Tensor | None, number: int = 0) -> Extras | None:
+        if not self.options.dropout_p and self.alibi is None:
+            return None
+        rng = None
+        if replay is not None and self.options.dropout_p:
+            if replay.dim() == 1:
+                seed = int(replay[0])
+            else:
+                rng = replay[number].view(torch.uint64)
+        q_positions, k_positions = _positions(self.plan.problem, self.plan.rank, device)
+        return Extras(self.alibi, seed, rng, q_positions, k_positions[index])
 
-def _fetch(todo: Plan, index: int, wire: Transport, kv: _Pair) -> Pending[_Pair]:
-    """Start to send what others need in this step and to receive what this rank needs."""
-    step = todo.steps[index]
-    if todo.problem.collective:
-        gathers = [wire.all_gather(_padded(todo, x)) for x in kv]
-        return Pending(lambda: _pair(_assemble(step, todo.rank, x, list(g.wait())) for x, g in zip(kv, gathers, strict=True)))
-    sends = [Message(send.rank, _take(x, send.rows)) for send in todo.sends[index] for x in kv]
-    counts: dict[int, int] = {}
-    for rows in step.keys:
-        counts[rows.source] = counts.get(rows.source, 0) + rows.size
-    arrived: list[dict[int, Tensor]] = [
-        {source: wire.empty((x.shape[0], n, *x.shape[2:]), x) for source, n in counts.items() if source != todo.rank} for x in kv
-    ]
-    receives = [Message(source, buffers[source]) for source in arrived[0] for buffers in arrived]
-    pending = wire.exchange(sends, receives)
+    def _forward_call(
+        self, q: Tensor, k: Tensor, v: Tensor, call: Call, pack: Packing | None, extras: Extras | None
+    ) -> tuple[int, int, Result]:
+        """First and last row, out and lse of one call."""
+        if pack is None:
+            rows, columns = _box(call)
+            part = None if extras is None else extras.part(rows, columns)
+            block = self.kernel.forward(q[:, rows], k[:, columns], v[:, columns], call.window, self.options, part)
+            return rows.start, rows.stop, block
+        flat = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        out, lse, rng = self.kernel.forward_packed(*flat, pack, call.window, self.options, extras)
+        return 0, q.shape[1], Result(out.unflatten(0, q.shape[:2]), lse.unflatten(1, q.shape[:2]).transpose(0, 1), rng)
 
-    def finish() -> _Pair:
-        pending.wait()
-        return _pair(_assemble(step, todo.rank, x, buffers) for x, buffers in zip(kv, arrived, strict=True))
+    def _backward_call(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        call: Call,
+        pack: Packing | None,
+        extras: Extras | None,
+    ) -> tuple[int, int, tuple[Tensor, Tensor, Tensor]]:
+        """First query and key row, and the gradients of one call."""
+        if pack is None:
+            r, c = _box(call)
+            part = None if extras is None else extras.part(r, c)
+            blocks = dout[:, r], q[:, r], k[:, c], v[:, c], out[:, r], lse[:, :, r]
+            return r.start, c.start, self.kernel.backward(*blocks, call.window, self.options, part)
+        flat_dout, flat_q, flat_k, flat_v, flat_out = (x.flatten(0, 1) for x in (dout, q, k, v, out))
+        inputs = flat_dout, flat_q, flat_k, flat_v, flat_out, lse.transpose(0, 1).flatten(1)
+        grads = self.kernel.backward_packed(*inputs, pack, call.window, self.options, extras)
+        dq, dk, dv = (grad.unflatten(0, x.shape[:2]) for grad, x in zip(grads, (q, k, v), strict=True))
+        return 0, 0, (dq, dk, dv)
 
-    return Pending(finish)
+    def _visits(self, kv: _Pair, order: Sequence[int]) -> Iterator[tuple[int, _Pair]]:
+        """Each step's keys in the given order, the next step's transfer already under way."""
+        pending = self._fetch(order[0], kv) if order else None
+        for place, index in enumerate(order):
+            assert pending is not None, "every step but the first is fetched one step ahead"
+            ahead = self._fetch(order[place + 1], kv) if place + 1 < len(order) else None
+            yield index, pending.wait()
+            pending = ahead
+
+    def _fetch(self, index: int, kv: _Pair) -> Pending[_Pair]:
+        """Start to send what others need in this step and to receive what this rank needs."""
+        step, rank, wire = self.plan.steps[index], self.plan.rank, self.wire
+        if self.plan.problem.collective:
+            gathers = [wire.all_gather(_padded(self.plan, x)) for x in kv]
+            return Pending(lambda: _pair(_assemble(step, rank, x, list(g.wait())) for x, g in zip(kv, gathers, strict=True)))
+        sends = [Message(send.rank, _take(x, send.rows)) for send in self.plan.sends[index] for x in kv]
+        counts: dict[int, int] = {}
+        for rows in step.keys:
+            counts[rows.source] = counts.get(rows.source, 0) + rows.size
+        arrived: list[dict[int, Tensor]] = [
+            {source: wire.empty((x.shape[0], n, *x.shape[2:]), x) for source, n in counts.items() if source != rank} for x in kv
+        ]
+        receives = [Message(source, buffers[source]) for source in arrived[0] for buffers in arrived]
+        pending = wire.exchange(sends, receives)
+
+        def finish() -> _Pair:
+            pending.wait()
+            return _pair(_assemble(step, rank, x, buffers) for x, buffers in zip(kv, arrived, strict=True))
+
+        return Pending(finish)
+
+    def _give_back(self, index: int, sums: Sequence[GradSum], own: Sequence[GradSum]) -> Pending[None]:
+        """Start to return the gradients of a step's keys; once it is over, `own` holds what this rank's keys got in the step."""
+        step, rank = self.plan.steps[index], self.plan.rank
+        grads = [total.result() for total in sums]
+        if self.plan.problem.collective:
+            return self._reduce(step, grads, own)
+        sends: list[Message] = []
+        starts = list(_offsets(step))
+        for source in dict.fromkeys(rows.source for rows in step.keys):
+            places = [(start, rows) for start, rows in starts if rows.source == source]
+            for grad, total in zip(grads, own, strict=True):
+                if source == rank:
+                    for start, rows in places:
+                        total.add(rows.start, grad[:, start : start + rows.size])
+                else:
+                    dtype = accumulate_dtype(grad.dtype) if step.sums else grad.dtype
+                    parts = [grad[:, start : start + rows.size] for start, rows in places]
+                    whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+                    sends.append(Message(source, whole.to(dtype).contiguous()))
+        receives: list[Message] = []
+        arrivals: list[tuple[GradSum, tuple[Rows, ...], Tensor]] = []
+        for send in self.plan.sends[index]:
+            for total in own:
+                like = total.like
+                dtype = accumulate_dtype(like.dtype) if send.sums else self.kernel.grad_dtype(like.dtype)
+                shape = like.shape[0], sum(rows.size for rows in send.rows), *like.shape[2:]
+                buffer = self.wire.empty(shape, like, dtype)
+                receives.append(Message(send.rank, buffer))
+                arrivals.append((total, send.rows, buffer))
+        pending = self.wire.exchange(sends, receives)
+
+        def finish() -> None:
+            pending.wait()
+            for total, places, buffer in arrivals:
+                start = 0
+                for rows in places:
+                    total.add(rows.start, buffer[:, start : start + rows.size])
+                    start += rows.size
+
+        return Pending(finish)
+
+    def _reduce(self, step: Step, grads: Sequence[Tensor], own: Sequence[GradSum]) -> Pending[None]:
+        """Sum the gradients of gathered keys over the ranks in float32, each rank keeping its shard."""
+        problem = self.plan.problem
+        largest = max(problem.k_rows(rank) for rank in range(problem.world))
+        waits: list[tuple[GradSum, Pending[Tensor]]] = []
+        for grad, total in zip(grads, own, strict=True):
+            batch, _, *rest = grad.shape
+            shards = grad.new_zeros((problem.world, batch, largest, *rest), dtype=accumulate_dtype(grad.dtype))
+            for start, rows in _offsets(step):
+                shards[rows.source, :, rows.start : rows.stop] = grad[:, start : start + rows.size]
+            waits.append((total, self.wire.reduce_scatter(shards)))
+
+        def finish() -> None:
+            for total, pending in waits:
+                total.add(0, pending.wait()[:, : total.like.shape[1]])
+
+        return Pending(finish)
 
 
 def _pair(tensors: Iterator[Tensor]) -> _Pair:
@@ -139,66 +283,6 @@ def _assemble(step: Step, rank: int, own: Tensor, arrived: dict[int, Tensor] | l
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _give_back(
-    todo: Plan, index: int, wire: Transport, kernel: Kernel, sums: Sequence[GradSum], own: Sequence[GradSum]
-) -> Pending[None]:
-    """Start to return the gradients of a step's keys; once it is over, `own` holds what this rank's keys got in the step."""
-    step = todo.steps[index]
-    grads = [total.result() for total in sums]
-    if todo.problem.collective:
-        return _reduce(todo, wire, step, grads, own)
-    sends: list[Message] = []
-    starts = list(_offsets(step))
-    for source in dict.fromkeys(rows.source for rows in step.keys):
-        places = [(start, rows) for start, rows in starts if rows.source == source]
-        for grad, total in zip(grads, own, strict=True):
-            if source == todo.rank:
-                for start, rows in places:
-                    total.add(rows.start, grad[:, start : start + rows.size])
-            else:
-                dtype = accumulate_dtype(grad.dtype) if step.sums else grad.dtype
-                parts = [grad[:, start : start + rows.size] for start, rows in places]
-                sends.append(Message(source, torch.cat(parts, 1).to(dtype).contiguous()))
-    receives: list[Message] = []
-    arrivals: list[tuple[GradSum, tuple[Rows, ...], Tensor]] = []
-    for send in todo.sends[index]:
-        for total in own:
-            like = total.like
-            dtype = accumulate_dtype(like.dtype) if send.sums else kernel.grad_dtype(like.dtype)
-            buffer = wire.empty((like.shape[0], sum(rows.size for rows in send.rows), *like.shape[2:]), like, dtype)
-            receives.append(Message(send.rank, buffer))
-            arrivals.append((total, send.rows, buffer))
-    pending = wire.exchange(sends, receives)
-
-    def finish() -> None:
-        pending.wait()
-        for total, places, buffer in arrivals:
-            start = 0
-            for rows in places:
-                total.add(rows.start, buffer[:, start : start + rows.size])
-                start += rows.size
-
-    return Pending(finish)
-
-
-def _reduce(todo: Plan, wire: Transport, step: Step, grads: Sequence[Tensor], own: Sequence[GradSum]) -> Pending[None]:
-    """Sum the gradients of gathered keys over the ranks in float32, each rank keeping its shard."""
-    largest = max(todo.problem.k_rows(rank) for rank in range(todo.problem.world))
-    waits: list[tuple[GradSum, Pending[Tensor]]] = []
-    for grad, total in zip(grads, own, strict=True):
-        batch, _, *rest = grad.shape
-        shards = grad.new_zeros((todo.problem.world, batch, largest, *rest), dtype=accumulate_dtype(grad.dtype))
-        for start, rows in _offsets(step):
-            shards[rows.source, :, rows.start : rows.stop] = grad[:, start : start + rows.size]
-        waits.append((total, wire.reduce_scatter(shards)))
-
-    def finish() -> None:
-        for total, pending in waits:
-            total.add(0, pending.wait()[:, : total.like.shape[1]])
-
-    return Pending(finish)
-
-
 def _offsets(step: Step) -> Iterator[tuple[int, Rows]]:
     start = 0
     for rows in step.keys:
@@ -206,13 +290,18 @@ def _offsets(step: Step) -> Iterator[tuple[int, Rows]]:
         start += rows.size
 
 
+def _box(call: Call) -> tuple[slice, slice]:
+    """Rows and keys of a call of one segment."""
+    (_, q0, q1, k0, k1), *_ = call.segments
+    return slice(q0, q1), slice(k0, k1)
+
+
 @lru_cache(maxsize=64)
 def _packings(problem: Problem, rank: int, batch: int, device: torch.device) -> tuple[tuple[Packing | None, ...], ...]:
     """For each call of each step the packing of a batch, None where one segment goes to the kernel as a dense block."""
-    todo = plan(problem, rank)
-    q_rows = problem.q_rows(rank)
+    q_rows, steps = problem.q_rows(rank), plan(problem, rank).steps
     return tuple(
-        tuple(_packing(call, len(problem.bounds), batch, q_rows, step.rows, device) for call in step.calls) for step in todo.steps
+        tuple(_packing(call, len(problem.bounds), batch, q_rows, step.rows, device) for call in step.calls) for step in steps
     )
 
 
@@ -228,40 +317,9 @@ def _packing(call: Call, doc_rows: int, batch: int, q_rows: int, k_rows: int, de
     return Packing.of(spans, batch * q_rows, batch * k_rows, device)
 
 
-def _forward_call(
-    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, call: Call, pack: Packing | None, options: Options
-) -> tuple[int, int, Tensor, Tensor]:
-    """First and last row, out and lse of one call."""
-    if pack is None:
-        (_, q0, q1, k0, k1), *_ = call.segments
-        return q0, q1, *kernel.forward(q[:, q0:q1], k[:, k0:k1], v[:, k0:k1], call.window, options)
-    out, lse = kernel.forward_packed(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), pack, call.window, options)
-    return 0, q.shape[1], out.unflatten(0, q.shape[:2]), lse.unflatten(1, q.shape[:2]).transpose(0, 1)
-
-
-def _backward_call(
-    kernel: Kernel,
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    call: Call,
-    pack: Packing | None,
-    options: Options,
-) -> tuple[int, int, tuple[Tensor, Tensor, Tensor]]:
-    """First query and key row, and the gradients of one call."""
-    if pack is None:
-        (_, q0, q1, k0, k1), *_ = call.segments
-        cut_q, cut_k = (
-            partial(torch.narrow, dim=1, start=q0, length=q1 - q0),
-            partial(torch.narrow, dim=1, start=k0, length=k1 - k0),
-        )
-        blocks = cut_q(dout), cut_q(q), cut_k(k), cut_k(v), cut_q(out), lse[:, :, q0:q1]
-        return q0, k0, kernel.backward(*blocks, call.window, options)
-    flat_dout, flat_q, flat_k, flat_v, flat_out = (x.flatten(0, 1) for x in (dout, q, k, v, out))
-    inputs = flat_dout, flat_q, flat_k, flat_v, flat_out, lse.transpose(0, 1).flatten(1)
-    grads = kernel.backward_packed(*inputs, pack, call.window, options)
-    dq, dk, dv = (grad.unflatten(0, x.shape[:2]) for grad, x in zip(grads, (q, k, v), strict=True))
-    return 0, 0, (dq, dk, dv)
+@lru_cache(maxsize=64)
+def _positions(problem: Problem, rank: int, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Positions of this rank's queries, and of the keys in each step's buffer."""
+    q_positions, k_positions = plan(problem, rank).positions
+    keys = tuple(torch.tensor(positions, dtype=torch.int64, device=device) for positions in k_positions)
+    return torch.tensor(q_positions, dtype=torch.int64, device=device), keys

@@ -19,41 +19,50 @@ from dtensor_ring._torch import resolve_group
 from dtensor_ring.comm import AloneTransport, Transport, transport_of
 from dtensor_ring.documents import Documents
 from dtensor_ring.layout import Layout
-from dtensor_ring.ops import execute
+from dtensor_ring.ops.execute import Executor
 from dtensor_ring.ops.kernels import KERNELS, Options
 from dtensor_ring.ops.mask import Band
 from dtensor_ring.ops.merge import accumulate_dtype
-from dtensor_ring.ops.schedule import Plan, Problem, plan
+from dtensor_ring.ops.schedule import Problem, plan
 from dtensor_ring.placements import redistribute
 
 
-@torch.library.custom_op("dtensor_ring::attention", mutates_args=())
+@torch.library.custom_op("dtensor_ring::attention", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sinks: Tensor | None,
+    alibi: Tensor | None,
     documents: Tensor,
     q_length: int,
     k_length: int,
     scale: float,
     softcap: float,
+    dropout_p: float,
     deterministic: bool,
     mask: str,
     layout: str,
     strategy: str,
     kernel: str,
     group: str,
-) -> tuple[Tensor, Tensor]:
-    """Out and lse of this rank's queries."""
-    wire = _wire(group)
-    todo = _plan(documents, q_length, k_length, mask, layout, strategy, wire)
-    return execute.forward(todo, wire, KERNELS[kernel], _inner(q), _inner(k), _inner(v), Options(scale, softcap, deterministic))
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Out and lse of this rank's queries, and what replays its dropout masks."""
+    options = Options(scale, softcap, deterministic, dropout_p)
+    problem = documents, q_length, k_length, mask, layout, strategy
+    seed = int(torch.randint(1 << 62, ())) if dropout_p else 0
+    return _executor(*problem, kernel, group, options, sinks, alibi).forward(_inner(q), _inner(k), _inner(v), seed)
 
 
 @attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_rest: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
+    dropout_p, kernel = rest[7], rest[12]
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=accumulate_dtype(q.dtype))
-    return q.new_empty((*q.shape[:3], v.shape[3])), lse
+    if dropout_p and KERNELS[kernel].draws:
+        replay = q.new_empty((torch.library.get_ctx().new_dynamic_size(), 2), dtype=torch.int64)
+    else:
+        replay = torch.empty(int(dropout_p > 0), dtype=torch.int64)
+    return q.new_empty((*q.shape[:3], v.shape[3])), lse, replay
 
 
 @torch.library.custom_op("dtensor_ring::attention_backward", mutates_args=())
@@ -62,44 +71,51 @@ def attention_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sinks: Tensor | None,
+    alibi: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    replay: Tensor,
     documents: Tensor,
     q_length: int,
     k_length: int,
     scale: float,
     softcap: float,
+    dropout_p: float,
     deterministic: bool,
     mask: str,
     layout: str,
     strategy: str,
     kernel: str,
     group: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of this rank's shares."""
-    wire = _wire(group)
-    todo = _plan(documents, q_length, k_length, mask, layout, strategy, wire)
-    inputs = dout.contiguous(), _inner(q), _inner(k), _inner(v), out, lse
-    return execute.backward(todo, wire, KERNELS[kernel], *inputs, Options(scale, softcap, deterministic))
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv of this rank's shares, and its part of dsinks, empty without sinks."""
+    options = Options(scale, softcap, deterministic, dropout_p)
+    problem = documents, q_length, k_length, mask, layout, strategy
+    executor = _executor(*problem, kernel, group, options, sinks, alibi)
+    dq, dk, dv, dsinks = executor.backward(dout.contiguous(), _inner(q), _inner(k), _inner(v), out, lse, replay)
+    return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
 @attention_backward.register_fake
-def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_rest: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *_rest: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
+    dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ANN401
-    q, k, v, documents, *ctx.rest = inputs
-    ctx.save_for_backward(q, k, v, *output, documents)
-    ctx.mark_non_differentiable(output[1])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:  # noqa: ANN401
+    q, k, v, sinks, alibi, documents, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, sinks, alibi, *output, documents)
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx: Any, dout: Tensor, _dlse: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-    q, k, v, out, lse, documents = ctx.saved_tensors
+def _backward(ctx: Any, dout: Tensor, *_others: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    q, k, v, sinks, alibi, out, lse, replay, documents = ctx.saved_tensors
     if isinstance(dout, DTensor) and dout.placements != out.placements:
         dout = redistribute(dout, out.placements)
-    grads = torch.ops.dtensor_ring.attention_backward(dout, q, k, v, out, lse, documents, *ctx.rest)
-    return (*grads, None, *(None for _ in ctx.rest))
+    tensors = dout, q, k, v, sinks, alibi, out, lse, replay, documents
+    dq, dk, dv, dsinks = torch.ops.dtensor_ring.attention_backward(*tensors, *ctx.rest)
+    return dq, dk, dv, None if sinks is None else dsinks, None, None, *(None for _ in ctx.rest)
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)
@@ -110,11 +126,20 @@ def _inner(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _wire(group: str) -> Transport:
-    return transport_of(resolve_group(group)) if group else AloneTransport()
-
-
-def _plan(documents: Tensor, q_length: int, k_length: int, mask: str, layout: str, strategy: str, wire: Transport) -> Plan:
+def _executor(
+    documents: Tensor,
+    q_length: int,
+    k_length: int,
+    mask: str,
+    layout: str,
+    strategy: str,
+    kernel: str,
+    group: str,
+    options: Options,
+    sinks: Tensor | None,
+    alibi: Tensor | None,
+) -> Executor:
+    wire: Transport = transport_of(resolve_group(group)) if group else AloneTransport()
     found = Documents.unpack(documents)
     problem = Problem(Layout.parse(layout), Band.parse(mask), q_length, k_length, wire.world, strategy, found)
-    return plan(problem, wire.rank)
+    return Executor(plan(problem, wire.rank), wire, KERNELS[kernel], options, sinks, alibi)

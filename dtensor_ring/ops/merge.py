@@ -49,12 +49,14 @@ class OutputSum:
         q_BSHD: the queries, for shape, device and dtype.
         v_head_dim: last dim of out.
         parts: the most contributions any row gets.
+        sinks_H: a score of each head that every query also sees, with no value; taken in once, at the end.
     """
 
-    def __init__(self, q_BSHD: Tensor, v_head_dim: int, parts: int) -> None:
+    def __init__(self, q_BSHD: Tensor, v_head_dim: int, parts: int, sinks_H: Tensor | None = None) -> None:
         self._q = q_BSHD
         self._v_head_dim = v_head_dim
-        self._keep_wide = parts > 2
+        self._sinks = sinks_H
+        self._keep_wide = parts > 2 or sinks_H is not None
         self._work = accumulate_dtype(q_BSHD.dtype)
         self._out: Tensor | None = None
         self._lse: Tensor | None = None
@@ -81,7 +83,24 @@ class OutputSum:
         if self._out is None or self._lse is None:
             self._start(self._q.dtype)
         assert self._out is not None and self._lse is not None, "started above"
-        return self._out.to(self._q.dtype).contiguous(), self._lse.contiguous()
+        out, lse = self._out, self._lse
+        if self._sinks is not None:
+            out, lse = _with_sinks(out, lse, self._sinks)
+        return out.to(self._q.dtype).contiguous(), lse.contiguous()
+
+
+def _with_sinks(out_BSHD: Tensor, lse_BHS: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor]:
+    """Out and lse after each query also saw the score of its head's sink (attention sinks as in gpt-oss)."""
+    with_sink = torch.logaddexp(lse_BHS, sinks_H.to(lse_BHS.dtype)[:, None])
+    share = torch.exp(lse_BHS - with_sink).transpose(1, 2)[..., None]
+    return out_BSHD.to(share.dtype) * share, with_sink
+
+
+def sink_gradient(dout_BSHD: Tensor, out_BSHD: Tensor, lse_BHS: Tensor, sinks_H: Tensor) -> Tensor:
+    """This rank's part of the gradient of the sinks: -sum of exp(sink - lse) * (dout . out) over its queries."""
+    delta_BHS = (dout_BSHD.to(lse_BHS.dtype) * out_BSHD.to(lse_BHS.dtype)).sum(-1).transpose(1, 2)
+    weight = torch.exp(sinks_H.to(lse_BHS.dtype)[:, None] - lse_BHS)
+    return -(weight * delta_BHS).sum((0, 2)).to(sinks_H.dtype)
 
 
 class GradSum:

@@ -19,9 +19,15 @@ def reference_attention(
     scale: float | None = None,
     window: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     documents: Documents | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Out (B, Sq, H, Dv) and lse (B, H, Sq) of whole sequences on one device, differentiable; arguments as `ring_attention`."""
+    """Out (B, Sq, H, Dv) and lse (B, H, Sq) of whole sequences on one device, differentiable; arguments as `ring_attention`.
+
+    `kept` (B, H, Sq, Sk) is what dropout leaves of each weight: 0, or 1 / (1 - p).
+    """
     work = torch.float64 if q_BSHD.dtype == torch.float64 else torch.float32
     q, k, v = (x.to(work).transpose(1, 2) for x in (q_BSHD, k_BSHD, v_BSHD))
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
@@ -29,6 +35,8 @@ def reference_attention(
     scores = softcap * torch.tanh(scores / softcap) if softcap else scores
     position = torch.arange(q.shape[2], device=q.device)[:, None] + k.shape[2] - q.shape[2]
     distance = position - torch.arange(k.shape[2], device=q.device)
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes.to(work)[..., None, None] * distance.abs()
     left, right = window[0], 0 if is_causal else window[1]
     seen = torch.ones_like(distance, dtype=torch.bool)[None]
     seen = seen & (distance <= left) if left >= 0 else seen
@@ -38,5 +46,6 @@ def reference_attention(
         seen = seen & (starts.transpose(1, 2) == starts)
     scores = scores.masked_fill(~seen[:, None], -math.inf)
     lse = torch.logsumexp(scores, -1)
+    lse = lse if sinks is None else torch.logaddexp(lse, sinks.to(work)[:, None])
     p = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
-    return (p @ v).transpose(1, 2), lse
+    return ((p if kept is None else p * kept) @ v).transpose(1, 2), lse

@@ -113,6 +113,14 @@ class Problem:
         """Keys on a rank."""
         return self.layout.local_length(self.k_length, self.world, rank)
 
+    def q_tokens(self, rank: int) -> list[int]:
+        """Tokens of a rank's queries, in storage order."""
+        return self.layout.tokens(self.q_length, self.world, rank)
+
+    def k_tokens(self, rank: int) -> list[int]:
+        """Tokens of a rank's keys, in storage order."""
+        return self.layout.tokens(self.k_length, self.world, rank)
+
     @property
     def in_order(self) -> bool:
         """Whether keys are gathered into position order, which needs local runs of neighbouring tokens."""
@@ -164,6 +172,31 @@ class Plan:
         return sum(rows.size for sends in self.sends for send in sends for rows in send.rows)
 
     @property
+    def positions(self) -> tuple[list[int], list[list[int]]]:
+        """Positions of this rank's queries, and of the keys in each step's buffer; queries count from k_length - q_length."""
+        problem = self.problem
+        shift = problem.k_length - problem.q_length
+        held = {source: problem.k_tokens(source) for source in range(problem.world)}
+        queries = [token + shift for token in problem.q_tokens(self.rank)]
+        return queries, [[t for rows in step.keys for t in held[rows.source][rows.start : rows.stop]] for step in self.steps]
+
+    @property
+    def ends_together(self) -> bool:
+        """Whether in every segment queries and keys are neighbours in position and end at the same one.
+
+        Then a kernel that measures distances from the bottom right corner of a block measures them rightly.
+        """
+        queries, keys = self.positions
+        for step, held in zip(self.steps, keys, strict=True):
+            for segment in (segment for call in step.calls for segment in call.segments):
+                q_last, k_last = queries[segment.q1 - 1], held[segment.k1 - 1]
+                whole_q = q_last - queries[segment.q0] == segment.q1 - segment.q0 - 1
+                whole_k = k_last - held[segment.k0] == segment.k1 - segment.k0 - 1
+                if not (whole_q and whole_k and q_last == k_last):
+                    return False
+        return True
+
+    @property
     def messages(self) -> int:
         """Ranks this rank sends keys to, summed over the steps."""
         return self.problem.world - 1 if self.problem.collective else sum(len(sends) for sends in self.sends)
@@ -180,6 +213,12 @@ def plan(problem: Problem, rank: int) -> Plan:
     rows = {segment.row for segment in segments}
     q_parts = max((_deepest([(s.q0, s.q1) for s in segments if s.row == row]) for row in rows), default=0)
     return Plan(problem, rank, steps, sends, q_parts, _deepest(returned + own))
+
+
+@lru_cache(maxsize=128)
+def ends_together(problem: Problem) -> bool:
+    """Whether `Plan.ends_together` holds on every rank."""
+    return all(plan(problem, rank).ends_together for rank in range(problem.world))
 
 
 def _step_count(problem: Problem) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from dtensor_ring._torch import DTensorSpec, OpSchema, OutputSharding, register_attention_rule
@@ -112,20 +112,46 @@ def _check(schema: OpSchema, q: DTensorSpec, k: DTensorSpec, v: DTensorSpec) -> 
 
 
 def attention_rule(schema: OpSchema) -> OutputSharding:
-    """The sharding rule of `dtensor_ring::attention`."""
-    q, k, v = (spec for spec in schema.args_schema[:3] if isinstance(spec, DTensorSpec))
+    """The sharding rule of `dtensor_ring::attention`: out, lse, and the opaque replay tensor, each rank's own."""
+    q, k, v, sinks = schema.args_schema[:4]
+    assert isinstance(q, DTensorSpec) and isinstance(k, DTensorSpec) and isinstance(v, DTensorSpec), "q, k, v are DTensors"
     _check(schema, q, k, v)
+    _check_sinks(schema, q, sinks)
     lse = tuple(_of_lse(placement) for placement in q.placements)
-    return OutputSharding((DTensorSpec(q.mesh, q.placements), DTensorSpec(q.mesh, lse)))
+    own = (Replicate(),) * q.mesh.ndim
+    return OutputSharding(tuple(DTensorSpec(q.mesh, placements) for placements in (q.placements, lse, own)))
 
 
 def attention_backward_rule(schema: OpSchema) -> OutputSharding:
-    """The sharding rule of `dtensor_ring::attention_backward`."""
-    dout, q, k, v, out, _lse = (spec for spec in schema.args_schema[:6] if isinstance(spec, DTensorSpec))
+    """The sharding rule of `dtensor_ring::attention_backward`: dsinks is a part of the sum on axes that split queries."""
+    dout, q, k, v, sinks, _alibi, out = schema.args_schema[:7]
+    assert isinstance(q, DTensorSpec) and isinstance(k, DTensorSpec) and isinstance(v, DTensorSpec), "q, k, v are DTensors"
+    assert isinstance(dout, DTensorSpec) and isinstance(out, DTensorSpec), "so are dout and out"
     _check(schema, q, k, v)
+    _check_sinks(schema, q, sinks)
     assert dout.placements == out.placements == q.placements, "autograd brings dout to the placements of out"
-    return OutputSharding(tuple(DTensorSpec(q.mesh, q.placements) for _ in range(3)))
+    dsinks = tuple(_of_dsinks(p) if isinstance(sinks, DTensorSpec) else Replicate() for p in q.placements)
+    grads = (q.placements, q.placements, q.placements, dsinks)
+    return OutputSharding(tuple(DTensorSpec(q.mesh, placements) for placements in grads))
 
 
-register_attention_rule(torch.ops.dtensor_ring.attention.default, attention_rule, static_argnum=4)
-register_attention_rule(torch.ops.dtensor_ring.attention_backward.default, attention_backward_rule, static_argnum=7)
+def sink_placements(q: Sequence[Placement]) -> tuple[Placement, ...]:
+    """How sinks (H,) must lie beside q: split with the heads, whole on every other axis."""
+    return tuple(Shard(0) if placement == Shard(_HEADS) else Replicate() for placement in q)
+
+
+def _of_dsinks(placement: Placement) -> Placement:
+    if placement == Shard(_HEADS):
+        return Shard(0)
+    return Replicate() if isinstance(placement, Replicate) else Partial()
+
+
+def _check_sinks(schema: OpSchema, q: DTensorSpec, sinks: object) -> None:
+    if isinstance(sinks, DTensorSpec) and sinks.placements != sink_placements(q.placements):
+        raise ValueError(
+            f"{schema.op}: sinks are {sinks.placements}, beside q {q.placements} they must be {sink_placements(q.placements)}"
+        )
+
+
+register_attention_rule(torch.ops.dtensor_ring.attention.default, attention_rule, static_argnum=6)
+register_attention_rule(torch.ops.dtensor_ring.attention_backward.default, attention_backward_rule, static_argnum=10)

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from dtensor_ring.ops.kernels.base import Kernel, Need, Options, Packing, Span
+from dtensor_ring.ops.kernels.base import Extras, Kernel, Need, Options, Packing, Result, Span
+from dtensor_ring.ops.kernels.flash_attn_2 import FlashAttn2Kernel
+from dtensor_ring.ops.kernels.flash_attn_3 import FlashAttn3Kernel
+from dtensor_ring.ops.kernels.flash_attn_4 import FlashAttn4Kernel
 from dtensor_ring.ops.kernels.math import MathKernel
 from dtensor_ring.ops.kernels.torch_cpu import TorchCpuKernel
 from dtensor_ring.ops.kernels.torch_flash import TorchFlashKernel
 
-KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (TorchFlashKernel(), TorchCpuKernel(), MathKernel())}
+KERNELS: dict[str, Kernel] = {
+    kernel.name: kernel
+    for kernel in (
+        FlashAttn4Kernel(),
+        FlashAttn3Kernel(),
+        FlashAttn2Kernel(),
+        TorchFlashKernel(),
+        TorchCpuKernel(),
+        MathKernel(),
+    )
+}
 
 
 def choose_kernel(name: str | None, need: Need) -> Kernel:
@@ -30,4 +43,4 @@ def choose_kernel(name: str | None, need: Need) -> Kernel:
     raise NotImplementedError(f"{who}. {listed}")
 
 
-__all__ = ["KERNELS", "Kernel", "Need", "Options", "Packing", "Span", "choose_kernel"]
+__all__ = ["KERNELS", "Extras", "Kernel", "Need", "Options", "Packing", "Result", "Span", "choose_kernel"]

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,15 +35,58 @@ class Need:
     packed: bool = False
     softcap: float = 0.0
     deterministic: bool = False
+    dropout: bool = False
+    alibi: Literal["no", "aligned", "shifted"] = "no"
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The arguments of attention that change no shapes: `scale` multiplies q.k, `softcap` > 0 bounds scores by a tanh."""
+    """The arguments of attention that change no shapes.
+
+    `scale` multiplies q.k, `softcap` > 0 bounds scores by a tanh, `dropout_p` is the probability that a weight is dropped.
+    """
 
     scale: float
     softcap: float = 0.0
     deterministic: bool = False
+    dropout_p: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What ALiBi and dropout need of a block besides its tensors.
+
+    Attributes:
+        alibi: slopes (H,) or (B, H), float32; a score loses slope * |p - t|.
+        seed: of the dropout mask of kernels that make their own from it.
+        rng: in backward, what a kernel that draws from the generator returned in forward.
+        q_positions: positions of the rows (Sq,), int64.
+        k_positions: positions of the keys (Sk,), int64.
+        batch: the first batch row.
+    """
+
+    alibi: Tensor | None
+    seed: int
+    rng: Tensor | None
+    q_positions: Tensor
+    k_positions: Tensor
+    batch: int = 0
+
+    def part(self, rows: slice, columns: slice, batch: int | None = None) -> Extras:
+        """Those of rows and columns of the block, in one batch row if given."""
+        alibi = self.alibi
+        if alibi is not None and alibi.dim() == 2 and batch is not None:
+            alibi = alibi[batch : batch + 1]
+        at = self.batch if batch is None else batch
+        return replace(self, alibi=alibi, q_positions=self.q_positions[rows], k_positions=self.k_positions[columns], batch=at)
+
+
+class Result(NamedTuple):
+    """Out and lse of a block, and the generator's state that backward needs, if the kernel drew a dropout mask from it."""
+
+    out: Tensor
+    lse: Tensor
+    rng: Tensor | None = None
 
 
 class Span(NamedTuple):
@@ -97,6 +140,7 @@ class Kernel(ABC):
     """
 
     name: ClassVar[str]
+    draws: ClassVar[bool] = False  # whether dropout masks come from the generator, not from `Extras.seed`
 
     @abstractmethod
     def refuses(self, need: Need) -> str | None:
@@ -104,9 +148,15 @@ class Kernel(ABC):
 
     @abstractmethod
     def forward(
-        self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, window: tuple[int, int], options: Options
-    ) -> tuple[Tensor, Tensor]:
-        """Out and lse of one block."""
+        self,
+        q_BSHD: Tensor,
+        k_BSHD: Tensor,
+        v_BSHD: Tensor,
+        window: tuple[int, int],
+        options: Options,
+        extras: Extras | None = None,
+    ) -> Result:
+        """Out and lse of one block; `extras` is given where there is dropout or ALiBi."""
 
     @abstractmethod
     def backward(
@@ -119,6 +169,7 @@ class Kernel(ABC):
         lse_BHS: Tensor,
         window: tuple[int, int],
         options: Options,
+        extras: Extras | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """This block's share of dq, dk, dv, given the out and lse of the whole attention."""
 
@@ -127,18 +178,25 @@ class Kernel(ABC):
         return dtype
 
     def forward_packed(
-        self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, packing: Packing, window: tuple[int, int], options: Options
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        q_THD: Tensor,
+        k_THD: Tensor,
+        v_THD: Tensor,
+        packing: Packing,
+        window: tuple[int, int],
+        options: Options,
+        extras: Extras | None = None,
+    ) -> Result:
         """Out (T, H, Dv) and lse (H, T) of many segments; here one block after the other."""
         accumulate = torch.float64 if q_THD.dtype == torch.float64 else torch.float32
         out, lse = None, q_THD.new_full((q_THD.shape[1], q_THD.shape[0]), -math.inf, dtype=accumulate)
-        for q, k in _slices(packing):
-            block, block_lse = self.forward(q_THD[None, q], k_THD[None, k], v_THD[None, k], window, options)
+        for q, k, part in _parts(packing, extras):
+            block = self.forward(q_THD[None, q], k_THD[None, k], v_THD[None, k], window, options, part)
             if out is None:
-                out = block.new_zeros((*q_THD.shape[:2], v_THD.shape[-1]))
-            out[q] = block[0]
-            lse[:, q] = block_lse[0]
-        return q_THD.new_zeros((*q_THD.shape[:2], v_THD.shape[-1])) if out is None else out, lse
+                out = block.out.new_zeros((*q_THD.shape[:2], v_THD.shape[-1]))
+            out[q] = block.out[0]
+            lse[:, q] = block.lse[0]
+        return Result(q_THD.new_zeros((*q_THD.shape[:2], v_THD.shape[-1])) if out is None else out, lse)
 
     def backward_packed(
         self,
@@ -151,19 +209,27 @@ class Kernel(ABC):
         packing: Packing,
         window: tuple[int, int],
         options: Options,
+        extras: Extras | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The share of many segments in dq, dk, dv."""
         dq, dk, dv = (torch.zeros_like(x, dtype=self.grad_dtype(x.dtype)) for x in (q_THD, k_THD, v_THD))
-        for q, k in _slices(packing):
+        for q, k, part in _parts(packing, extras):
             inputs = dout_THD[None, q], q_THD[None, q], k_THD[None, k], v_THD[None, k], out_THD[None, q], lse_HT[None, :, q]
-            parts = self.backward(*inputs, window, options)
-            for grad, part, rows in zip((dq, dk, dv), parts, (q, k, k), strict=True):
-                grad[rows] = part[0]
+            shares = self.backward(*inputs, window, options, part)
+            for grad, share, rows in zip((dq, dk, dv), shares, (q, k, k), strict=True):
+                grad[rows] = share[0]
         return dq, dk, dv
 
 
-def _slices(packing: Packing) -> list[tuple[slice, slice]]:
-    return [(slice(span.q0, span.q1), slice(span.k0, span.k1)) for span in packing.spans]
+def _parts(packing: Packing, extras: Extras | None) -> Iterator[tuple[slice, slice, Extras | None]]:
+    """Flattened rows and keys of each span, and its extras, whose positions are those of one batch row."""
+    for q0, q1, k0, k1 in packing.spans:
+        part = None
+        if extras is not None:
+            rows, keys = len(extras.q_positions), len(extras.k_positions)
+            batch = q0 // rows
+            part = extras.part(slice(q0 - batch * rows, q1 - batch * rows), slice(k0 - batch * keys, k1 - batch * keys), batch)
+        yield slice(q0, q1), slice(k0, k1), part
 
 
 def band_mask(rows: range, columns: range, offset: int, window: tuple[int, int], device: torch.device) -> Tensor:

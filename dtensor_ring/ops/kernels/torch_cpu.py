@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from dtensor_ring.ops.kernels.base import Kernel, Need, Options, band_mask, row_blocks
+from dtensor_ring.ops.kernels.base import Extras, Kernel, Need, Options, Result, band_mask, row_blocks
 
 _STRIP = 512
 
@@ -25,7 +25,7 @@ class TorchCpuKernel(Kernel):
 
     @override
     def refuses(self, need: Need) -> str | None:
-        """Needs a CPU, q and v of one head dim, and no softcap."""
+        """Needs a CPU, q and v of one head dim; no softcap, dropout or ALiBi."""
         if need.device != "cpu":
             return f"runs on CPU tensors, found {need.device}"
         if need.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -34,12 +34,22 @@ class TorchCpuKernel(Kernel):
             return f"needs one head dim for q, k and v, found {need.head_dim} and {need.v_head_dim}"
         if need.softcap:
             return "has no softcap"
+        if need.dropout:
+            return "has no dropout"
+        if need.alibi != "no":
+            return "has no ALiBi"
         return None
 
     @override
     def forward(
-        self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, window: tuple[int, int], options: Options
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        q_BSHD: Tensor,
+        k_BSHD: Tensor,
+        v_BSHD: Tensor,
+        window: tuple[int, int],
+        options: Options,
+        extras: Extras | None = None,
+    ) -> Result:
         """Out in the input dtype, lse in float32 (float64 for float64)."""
         q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BSHD, v_BSHD))
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -50,7 +60,7 @@ class TorchCpuKernel(Kernel):
             outs.append(out.transpose(1, 2))
             lses.append(lse)
         whole = len(outs) == 1
-        return (outs[0] if whole else torch.cat(outs, 1)).contiguous(), lses[0] if whole else torch.cat(lses, -1)
+        return Result((outs[0] if whole else torch.cat(outs, 1)).contiguous(), lses[0] if whole else torch.cat(lses, -1))
 
     @override
     def backward(
@@ -63,6 +73,7 @@ class TorchCpuKernel(Kernel):
         lse_BHS: Tensor,
         window: tuple[int, int],
         options: Options,
+        extras: Extras | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv in the input dtype; strips add up in float32."""
         q, k, v, dout, out = (x.transpose(1, 2) for x in (q_BSHD, k_BSHD, v_BSHD, dout_BSHD, out_BSHD))

@@ -1,0 +1,170 @@
+"""What the flash-attention kernels have in common: one dense and one varlen call, aligned bottom-right, 16-bit tensors.
+
+Each adapter says how its package is called, in its own order of arguments; callers see `Kernel` and never branch.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from dtensor_ring.ops.kernels.base import Extras, Kernel, Need, Options, Packing, Result
+
+
+class Bounds(NamedTuple):
+    """The varlen arguments: cumulative lengths, int32 on the device, and the longest sequence of each."""
+
+    cu_q: Tensor
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+
+
+class Side(NamedTuple):
+    """A window in the terms of flash-attn: causal, or left and right, -1 for unbounded."""
+
+    is_causal: bool
+    left: int
+    right: int
+
+    @classmethod
+    def of(cls, window: tuple[int, int]) -> Side:
+        """Causal where it is just that."""
+        left, right = window
+        return cls(True, -1, -1) if window == (-1, 0) else cls(False, left, right)
+
+
+def refuses_tensors(need: Need, largest_head_dim: int = 256, smallest_capability: tuple[int, int] = (8, 0)) -> str | None:
+    """Why flash kernels for GPUs cannot take these tensors, or None."""
+    if need.device != "cuda":
+        return f"runs on CUDA tensors, found {need.device}"
+    capability = torch.cuda.get_device_capability()
+    if capability < smallest_capability:
+        needed = ".".join(map(str, smallest_capability))
+        return f"needs compute capability {needed}, this GPU has {'.'.join(map(str, capability))}"
+    if need.dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bfloat16 or float16, found {need.dtype}"
+    if need.head_dim % 8 or need.head_dim > largest_head_dim:
+        return f"needs a head dim that is a multiple of 8 up to {largest_head_dim}, found {need.head_dim}"
+    return None
+
+
+@cache
+def load(module: str, package: str, needs: tuple[str, ...]) -> ModuleType | str:
+    """A module with the functions it `needs`, or why `package` cannot be used."""
+    try:
+        found = import_module(module)
+    except ModuleNotFoundError as failure:
+        return f"the package {package} is not installed (no module {failure.name!r})"
+    except (ImportError, OSError, RuntimeError) as failure:
+        return f"the installed {package} does not load: {failure}"
+    missing = [name for name in needs if not hasattr(found, name)]
+    return f"the installed {package} has no {' and no '.join(missing)}: another version is needed" if missing else found
+
+
+class FlashKernel(Kernel):
+    """A kernel with a dense and a varlen call; out and gradients come back in the input dtype, lse in float32."""
+
+    draws: ClassVar[bool] = True
+
+    @abstractmethod
+    def call_forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bounds: Bounds | None,
+        window: tuple[int, int],
+        options: Options,
+        extras: Extras | None,
+    ) -> Result:
+        """The package's forward: (B, S, H, D) tensors without bounds, (T, H, D) with them; lse (B, H, S) or (H, T)."""
+
+    @abstractmethod
+    def call_backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        bounds: Bounds | None,
+        window: tuple[int, int],
+        options: Options,
+        extras: Extras | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The package's backward."""
+
+    @override
+    def forward(
+        self,
+        q_BSHD: Tensor,
+        k_BSHD: Tensor,
+        v_BSHD: Tensor,
+        window: tuple[int, int],
+        options: Options,
+        extras: Extras | None = None,
+    ) -> Result:
+        """One dense call."""
+        return self.call_forward(q_BSHD, k_BSHD, v_BSHD, None, window, options, extras)
+
+    @override
+    def backward(
+        self,
+        dout_BSHD: Tensor,
+        q_BSHD: Tensor,
+        k_BSHD: Tensor,
+        v_BSHD: Tensor,
+        out_BSHD: Tensor,
+        lse_BHS: Tensor,
+        window: tuple[int, int],
+        options: Options,
+        extras: Extras | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One dense call."""
+        tensors = dout_BSHD, q_BSHD, k_BSHD, v_BSHD, out_BSHD, lse_BHS.contiguous()
+        return self.call_backward(*tensors, None, window, options, extras)
+
+    @override
+    def forward_packed(
+        self,
+        q_THD: Tensor,
+        k_THD: Tensor,
+        v_THD: Tensor,
+        packing: Packing,
+        window: tuple[int, int],
+        options: Options,
+        extras: Extras | None = None,
+    ) -> Result:
+        """One varlen call; rows without keys, whose lse the kernels give as +inf or -inf, get -inf."""
+        bounds = Bounds(packing.cu_q, packing.cu_k, packing.max_q, packing.max_k)
+        found = self.call_forward(q_THD, k_THD, v_THD, bounds, window, options, extras)
+        return found._replace(lse=found.lse.masked_fill(found.lse == math.inf, -math.inf))
+
+    @override
+    def backward_packed(
+        self,
+        dout_THD: Tensor,
+        q_THD: Tensor,
+        k_THD: Tensor,
+        v_THD: Tensor,
+        out_THD: Tensor,
+        lse_HT: Tensor,
+        packing: Packing,
+        window: tuple[int, int],
+        options: Options,
+        extras: Extras | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One varlen call; keys without queries get gradients 0."""
+        bounds = Bounds(packing.cu_q, packing.cu_k, packing.max_q, packing.max_k)
+        tensors = dout_THD, q_THD, k_THD, v_THD, out_THD, lse_HT.contiguous()
+        return self.call_backward(*tensors, bounds, window, options, extras)

@@ -1,0 +1,92 @@
+"""`flash_attn_2`: the package `flash-attn`, FlashAttention-2, from version 2.7 on.
+
+Its forward and backward are registered operators since 2.7, called here by keyword.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from dtensor_ring.ops.kernels.base import Extras, Need, Options, Result
+from dtensor_ring.ops.kernels.flash import Bounds, FlashKernel, Side, load, refuses_tensors
+
+
+class FlashAttn2Kernel(FlashKernel):
+    """`flash_attn.flash_attn_interface`: windows, softcap, ALiBi, dropout, deterministic backward."""
+
+    name: ClassVar[str] = "flash_attn_2"
+
+    @override
+    def refuses(self, need: Need) -> str | None:
+        """Needs the package, CUDA of compute capability 8.0 or more, 16-bit tensors, one head dim up to 256."""
+        reason = refuses_tensors(need)
+        if reason is not None:
+            return reason
+        module = load("flash_attn.flash_attn_interface", "flash-attn", ("_wrapped_flash_attn_forward",))  # since 2.7
+        if isinstance(module, str):
+            return module
+        if need.head_dim != need.v_head_dim:
+            return f"needs one head dim for q, k and v, found {need.head_dim} and {need.v_head_dim}"
+        if need.softcap and need.dropout:
+            return "has no softcap together with dropout"
+        if need.alibi == "shifted":
+            return "takes ALiBi distances from the end of a block, which here is not the end of its queries (strategy='gather' is)"
+        return None
+
+    @override
+    def call_forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bounds: Bounds | None,
+        window: tuple[int, int],
+        options: Options,
+        extras: Extras | None,
+    ) -> Result:
+        """Dropout masks come from the CUDA generator; its state is returned."""
+        op = torch.ops.flash_attn._flash_attn_forward if bounds is None else torch.ops.flash_attn._flash_attn_varlen_forward
+        out, lse, _, rng = op(q, k, v, **_common(bounds, window, options, extras), return_softmax=False)
+        return Result(out, lse, rng if options.dropout_p else None)
+
+    @override
+    def call_backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        bounds: Bounds | None,
+        window: tuple[int, int],
+        options: Options,
+        extras: Extras | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The operators write dq, dk, dv into tensors given to them."""
+        op = torch.ops.flash_attn._flash_attn_backward if bounds is None else torch.ops.flash_attn._flash_attn_varlen_backward
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        rng = None if extras is None else extras.rng
+        common = _common(bounds, window, options, extras)
+        op(dout, q, k, v, out, lse, dq, dk, dv, **common, deterministic=options.deterministic, rng_state=rng)
+        return dq, dk, dv
+
+
+def _common(bounds: Bounds | None, window: tuple[int, int], options: Options, extras: Extras | None) -> dict[str, Any]:
+    is_causal, left, right = Side.of(window)
+    common: dict[str, Any] = {
+        "dropout_p": options.dropout_p,
+        "softmax_scale": options.scale,
+        "causal": is_causal,
+        "window_size_left": left,
+        "window_size_right": 0 if is_causal else right,
+        "softcap": options.softcap,
+        "alibi_slopes": None if extras is None else extras.alibi,
+    }
+    if bounds is not None:
+        common |= dict(zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), bounds, strict=True))
+    return common

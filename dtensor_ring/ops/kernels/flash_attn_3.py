@@ -1,0 +1,126 @@
+"""`flash_attn_3`: FlashAttention-3 for Hopper, the module `flash_attn_interface`.
+
+Builds differ: some have no backward and are refused for training. Functions are called by keyword, and results are told apart by
+shape, since builds return different numbers of them.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from dtensor_ring.ops.kernels.base import Extras, Need, Options, Result
+from dtensor_ring.ops.kernels.flash import Bounds, FlashKernel, Side, load, refuses_tensors
+
+
+class FlashAttn3Kernel(FlashKernel):
+    """`flash_attn_interface._flash_attn_forward` and `_flash_attn_backward`."""
+
+    name: ClassVar[str] = "flash_attn_3"
+
+    @override
+    def refuses(self, need: Need) -> str | None:
+        """Needs the package, a Hopper GPU, 16-bit tensors; a backward where gradients are needed; has no dropout and no ALiBi."""
+        reason = refuses_tensors(need, smallest_capability=(9, 0))
+        if reason is not None:
+            return reason
+        if torch.cuda.get_device_capability()[0] != 9:
+            return "is for Hopper GPUs (compute capability 9)"
+        module = _module()
+        if isinstance(module, str):
+            return module
+        if need.training and not _has_backward():
+            return "this build is forward-only: use another kernel for training"
+        if need.head_dim != need.v_head_dim:
+            return f"needs one head dim for q, k and v, found {need.head_dim} and {need.v_head_dim}"
+        if need.dropout:
+            return "has no dropout"
+        if need.alibi != "no":
+            return "has no ALiBi"
+        if need.softcap and need.training:
+            return "has no softcap in backward"
+        return None
+
+    @override
+    def call_forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bounds: Bounds | None,
+        window: tuple[int, int],
+        options: Options,
+        extras: Extras | None,
+    ) -> Result:
+        """Out is the result shaped as q, lse the float32 result without a head dim."""
+        module = _module()
+        assert isinstance(module, ModuleType), "refused otherwise"
+        lengths = _lengths(bounds)
+        results = module._flash_attn_forward(
+            q, k, v, softmax_scale=options.scale, softcap=options.softcap, **_sides(window), **lengths
+        )
+        rows = q.shape[:-2]
+        shape = (q.shape[1], q.shape[0]) if bounds is not None else (rows[0], q.shape[2], rows[1])
+        out = next(x for x in results if isinstance(x, Tensor) and x.shape == (*q.shape[:-1], v.shape[-1]))
+        lse = next(x for x in results if isinstance(x, Tensor) and x.shape == shape and x.dtype == torch.float32)
+        return Result(out, lse)
+
+    @override
+    def call_backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        bounds: Bounds | None,
+        window: tuple[int, int],
+        options: Options,
+        extras: Extras | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The function writes dq, dk, dv into tensors given to it."""
+        module = _module()
+        assert isinstance(module, ModuleType), "refused otherwise"
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        sides, lengths = _sides(window), _lengths(bounds)
+        sides["is_causal"] = sides.pop("causal")
+        options_given = {"softmax_scale": options.scale, "softcap": options.softcap, "deterministic": options.deterministic}
+        module._flash_attn_backward(dout, q, k, v, out, lse, dq=dq, dk=dk, dv=dv, **sides, **lengths, **options_given)
+        return dq, dk, dv
+
+
+def _module() -> ModuleType | str:
+    return load("flash_attn_interface", "flash-attn-3", ("_flash_attn_forward",))
+
+
+@cache
+def _has_backward() -> bool:
+    """Whether this build computes gradients, asked by a tiny call: some builds have the function, which then raises."""
+    module = _module()
+    if isinstance(module, str) or not hasattr(module, "_flash_attn_backward"):
+        return False
+    kernel, options = FlashAttn3Kernel(), Options(1.0)
+    x = torch.zeros((1, 8, 1, 64), dtype=torch.bfloat16, device="cuda")
+    try:
+        found = kernel.call_forward(x, x, x, None, (-1, -1), options, None)
+        kernel.call_backward(x, x, x, x, found.out, found.lse, None, (-1, -1), options, None)
+    except (RuntimeError, NotImplementedError, TypeError):
+        return False
+    return True
+
+
+def _sides(window: tuple[int, int]) -> dict[str, Any]:
+    is_causal, left, right = Side.of(window)
+    return {"causal": is_causal, "window_size_left": left, "window_size_right": 0 if is_causal else right}
+
+
+def _lengths(bounds: Bounds | None) -> dict[str, Any]:
+    if bounds is None:
+        return {}
+    return dict(zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), bounds, strict=True))

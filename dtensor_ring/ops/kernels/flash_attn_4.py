@@ -1,0 +1,96 @@
+"""`flash_attn_4`: the package `flash-attn-4`, FlashAttention-4 in the CuTe DSL, compiled at first use, for Hopper and Blackwell."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, ClassVar
+
+from torch import Tensor
+from typing_extensions import override
+
+from dtensor_ring.ops.kernels.base import Extras, Need, Options, Result
+from dtensor_ring.ops.kernels.flash import Bounds, FlashKernel, Side, load, refuses_tensors
+
+
+class FlashAttn4Kernel(FlashKernel):
+    """`flash_attn.cute.interface._flash_attn_fwd` and `_flash_attn_bwd`."""
+
+    name: ClassVar[str] = "flash_attn_4"
+
+    @override
+    def refuses(self, need: Need) -> str | None:
+        """Needs the package, compute capability 9.0 or more, 16-bit tensors, head dims up to 128; no dropout, no ALiBi."""
+        reason = refuses_tensors(need, largest_head_dim=128, smallest_capability=(9, 0))
+        if reason is not None:
+            return reason
+        module = _module()
+        if isinstance(module, str):
+            return module
+        if need.v_head_dim != need.head_dim:
+            return f"needs one head dim for q, k and v, found {need.head_dim} and {need.v_head_dim}"
+        if need.dropout:
+            return "has no dropout"
+        if need.alibi != "no":
+            return "has no ALiBi"
+        return None
+
+    @override
+    def call_forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bounds: Bounds | None,
+        window: tuple[int, int],
+        options: Options,
+        extras: Extras | None,
+    ) -> Result:
+        """Called by keyword."""
+        module = _module()
+        assert isinstance(module, ModuleType), "refused otherwise"
+        softcap = options.softcap or None
+        out, lse, *_ = module._flash_attn_fwd(
+            q, k, v, softmax_scale=options.scale, softcap=softcap, return_lse=True, **_sides(window), **_lengths(bounds)
+        )
+        return Result(out, lse)
+
+    @override
+    def call_backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        bounds: Bounds | None,
+        window: tuple[int, int],
+        options: Options,
+        extras: Extras | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The package's order is q, k, v, out, dout, lse."""
+        module = _module()
+        assert isinstance(module, ModuleType), "refused otherwise"
+        given = {"softmax_scale": options.scale, "softcap": options.softcap, "deterministic": options.deterministic}
+        dq, dk, dv, *_ = module._flash_attn_bwd(q, k, v, out, dout, lse, **given, **_sides(window), **_lengths(bounds))
+        return dq, dk, dv
+
+
+def _module() -> ModuleType | str:
+    return load("flash_attn.cute.interface", "flash-attn-4", ("_flash_attn_fwd", "_flash_attn_bwd"))
+
+
+def _sides(window: tuple[int, int]) -> dict[str, Any]:
+    """None, not -1, is unbounded."""
+    is_causal, left, right = Side.of(window)
+    return {
+        "causal": is_causal,
+        "window_size_left": None if left < 0 else left,
+        "window_size_right": None if right < 0 else right,
+    }
+
+
+def _lengths(bounds: Bounds | None) -> dict[str, Any]:
+    if bounds is None:
+        return {}
+    return dict(zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), bounds, strict=True))

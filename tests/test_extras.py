@@ -1,0 +1,195 @@
+"""Sinks, dropout and ALiBi: exact on every layout, with every gradient."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import LAYOUTS, assert_exact, make_case, run_loopback, share
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from dtensor_ring import Contiguous, Documents, Stripe, Zigzag, distribute_tensor, from_local, full_tensor, ring_attention
+from dtensor_ring.attention import choose_for_alibi
+from dtensor_ring.layout import Layout
+from dtensor_ring.ops.kernels import Need, choose_kernel
+from dtensor_ring.ops.kernels.math import keep_mask
+from dtensor_ring.ops.mask import Band
+from dtensor_ring.ops.reference import reference_attention
+from dtensor_ring.ops.schedule import Problem
+
+STRATEGIES = ("ring", "gather")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_dropout_mask_does_not_depend_on_the_ranks_and_is_replayed(layout, strategy, world):
+    for mask, documents in (("causal", None), ("full", None), ("window", None), ("causal", Documents.from_lengths([9, 20, 4]))):
+        case = make_case(33, mask=mask, documents=documents)
+        case.dropout_p = 0.3
+        assert_exact(run_loopback(case, layout, world, strategy, "math")[0], case.exact())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("per_row", [False, True])
+def test_alibi_measures_positions_across_ranks(layout, strategy, per_row):
+    documents = Documents(((0, 9, 33), (0, 20, 33)))
+    for world, (mask, packed) in itertools.product(
+        (1, 3), (("causal", None), ("full", None), ("window", None), ("causal", documents))
+    ):
+        case = make_case(33, mask=mask, documents=packed)
+        case.alibi = torch.rand((2, 4) if per_row else 4)
+        assert_exact(run_loopback(case, layout, world, strategy, "math")[0], case.exact())
+
+
+def test_alibi_of_two_lengths_counts_from_the_end():
+    case = make_case(7, k_length=30)
+    case.alibi = torch.rand(4)
+    assert_exact(run_loopback(case, "zigzag", 3, "ring", "math")[0], case.exact())
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_keeps_the_share_it_says_in_every_direction(p):
+    mask = keep_mask(1, 0, 3, 4, torch.arange(200), torch.arange(300), p).double()
+    assert mask.mean().item() == pytest.approx(1 - p, abs=0.005)
+    for dim in range(4):
+        others = [d for d in range(4) if d != dim]
+        deviation = (p * (1 - p) * mask.shape[dim] / mask.numel()) ** 0.5
+        assert (mask.mean(others) - (1 - p)).abs().max() < 5 * deviation
+    again = keep_mask(2, 0, 3, 4, torch.arange(200), torch.arange(300), p).double()
+    assert (mask * again).mean().item() == pytest.approx((1 - p) ** 2, abs=0.01)
+    for shifted in (mask[:, :, 1:] * mask[:, :, :-1], mask[..., 1:] * mask[..., :-1], mask[:, 1:] * mask[:, :-1]):
+        assert shifted.mean().item() == pytest.approx((1 - p) ** 2, abs=0.01)
+
+
+def test_zero_dropout_keeps_everything():
+    assert keep_mask(1, 0, 2, 2, torch.arange(9), torch.arange(9), 0.0).all()
+
+
+def test_which_blocks_let_flash_kernels_measure_distances():
+    def chosen(layout, band, world, strategy=None):
+        return choose_for_alibi(strategy, Problem(Layout.parse(layout), band, 64, 64, world))
+
+    causal = Band(0, None)
+    assert chosen("zigzag", causal, 4) == ("gather", "aligned")
+    assert chosen("contiguous", causal, 4) == ("gather", "aligned")
+    assert chosen("zigzag", causal, 4, "ring") == ("ring", "shifted")
+    assert chosen("stripe", causal, 4) == ("ring", "shifted")
+    assert chosen("zigzag", Band(), 4) == ("ring", "shifted")
+    assert chosen("zigzag", causal, 1) == ("ring", "aligned")
+    assert chosen("zigzag", Band(0, 5), 4) == ("ring", "aligned")
+
+
+def test_dropout_and_alibi_on_plain_tensors_follow_the_generator():
+    case = make_case(20)
+    outs = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        outs.append(ring_attention(*case.inputs, dropout_p=0.4, alibi_slopes=torch.rand(4)))
+    assert torch.equal(*outs)
+    assert not torch.equal(outs[0], ring_attention(*case.inputs, dropout_p=0.4, alibi_slopes=torch.rand(4)))
+
+
+def over_ranks():
+    world, rank = dist.get_world_size(), dist.get_rank()
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("cp",))
+    sinks, slopes = torch.randn(4, dtype=torch.float64), torch.rand(4)
+    for placement, strategy, documents in itertools.product(
+        (Zigzag(1), Stripe(1), Contiguous(1)), STRATEGIES, (None, Documents.from_lengths([9, 8]))
+    ):
+        case = make_case(17)
+        leaves = [x.clone().requires_grad_() for x in (*case.inputs, sinks)]
+        torch.manual_seed(9)
+        seed = int(torch.randint(1 << 62, ()))
+        case.dropout_p = 0.2
+        options = {"alibi_slopes": slopes, "documents": documents}
+        exact, exact_lse = reference_attention(*leaves[:3], sinks=leaves[3], kept=case.kept(seed), **options)
+        wanted = torch.autograd.grad(exact, leaves, case.dout)
+
+        mine = sinks.clone().requires_grad_()  # a plain parameter gets this rank's part
+        whole = distribute_tensor(sinks, mesh, [Replicate()]).requires_grad_()  # a DTensor the whole
+        for given in (mine, whole):
+            shares = [share(x, str(placement.layout), world, rank).requires_grad_() for x in case.inputs]
+            placed = [from_local(x, mesh, [placement], length=17) for x in shares]
+            torch.manual_seed(9)
+            out, lse = ring_attention(*placed, sinks=given, dropout_p=0.2, strategy=strategy, return_lse=True, **options)
+            torch.testing.assert_close(full_tensor(out), exact, rtol=0, atol=1e-10)
+            torch.testing.assert_close(full_tensor(lse), exact_lse, rtol=0, atol=1e-10)
+            local_dout = share(case.dout, str(placement.layout), world, rank)
+            *found, dsinks = torch.autograd.grad(out.to_local(), [*shares, given], local_dout)
+            for a, b in zip(found, wanted, strict=False):
+                torch.testing.assert_close(a, share(b, str(placement.layout), world, rank), rtol=0, atol=1e-10)
+            if isinstance(dsinks, DTensor):
+                dsinks = dsinks.to_local()
+            else:
+                dist.all_reduce(dsinks)
+            torch.testing.assert_close(dsinks, wanted[3], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_sinks_dropout_and_alibi_together_are_exact_with_every_gradient(pools, world):
+    pools.run(world, over_ranks)
+
+
+def over_two_axes():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("other", "cp"))
+    sinks, slopes = torch.randn(4, dtype=torch.float64), torch.rand(2, 4)
+    for other, sinks_placement in ((Shard(0), Replicate()), (Shard(2), Shard(0)), (Replicate(), Replicate())):
+        case = make_case(13)
+        leaves = [x.clone().requires_grad_() for x in (*case.inputs, sinks)]
+        exact, _ = reference_attention(*leaves[:3], sinks=leaves[3], alibi_slopes=slopes)
+        wanted = torch.autograd.grad(exact, leaves, case.dout)
+        ours = [x.clone().requires_grad_() for x in (*case.inputs, sinks)]
+        placed = [distribute_tensor(x, mesh, [other, Zigzag(1)], src_data_rank=None) for x in ours[:3]]
+        for given in (ours[3], distribute_tensor(sinks, mesh, [sinks_placement, Replicate()]).detach().requires_grad_()):
+            out = full_tensor(ring_attention(*placed, sinks=given, alibi_slopes=slopes))
+            torch.testing.assert_close(out, exact, rtol=0, atol=1e-10)
+            *found, dsinks = torch.autograd.grad(out, [*ours[:3], given], case.dout, retain_graph=True)
+            for a, b in zip(found, wanted, strict=False):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+            if isinstance(dsinks, DTensor):
+                dsinks = dsinks.full_tensor()
+            else:
+                dist.all_reduce(dsinks)  # over the ranks that share the queries; replicas each have the whole
+                dsinks /= 2 if other == Replicate() else 1
+            torch.testing.assert_close(dsinks, wanted[3], rtol=0, atol=1e-10)
+
+
+def test_sinks_and_slopes_follow_heads_and_batch_on_two_axes(pools):
+    pools.run(4, over_two_axes)
+
+
+def refusals():
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("cp",))
+    x = torch.randn(2, 8, 4, 8)
+    placed = distribute_tensor(x, mesh, [Zigzag(1)])
+    for act, error, text in (
+        (
+            lambda: ring_attention(x, x, x, sinks=distribute_tensor(torch.zeros(4), mesh, [Replicate()])),
+            TypeError,
+            "are plain tensors",
+        ),
+        (
+            lambda: ring_attention(placed, placed, placed, sinks=distribute_tensor(torch.zeros(4), mesh, [Shard(0)])),
+            ValueError,
+            "beside q they must be (Replicate(),)",
+        ),
+    ):
+        with pytest.raises(error) as failure:
+            act()
+        assert text in str(failure.value)
+
+
+def test_sinks_that_lie_elsewhere_are_refused(pools):
+    pools.run(2, refusals)
+
+
+def test_flash_kernels_refuse_what_their_blocks_would_measure_wrongly():
+    need = Need("cpu", torch.bfloat16, 64, 64, alibi="shifted")
+    assert choose_kernel(None, need).name == "math"
+    with pytest.raises(NotImplementedError, match="torch_cpu: has no ALiBi"):
+        choose_kernel("torch_cpu", need)
