@@ -1,4 +1,4 @@
-"""`python -m dtensor_ring plan ...`: print the plan of an attention."""
+"""`python -m dtensor_ring plan ...` prints the plan of an attention, `python -m dtensor_ring kernels` what each kernel supports."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from dtensor_ring.debug import draw
+from dtensor_ring.debug import draw, kernel_table
 from dtensor_ring.documents import Documents
 from dtensor_ring.layout import Layout
 from dtensor_ring.ops.mask import Band, mask_text
@@ -26,7 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     masks.add_argument("--window", type=int, nargs=2, metavar=("L", "R"), help="keys from L back to R ahead; -1 is unbounded")
     plan.add_argument("--documents", metavar="LENGTHS", help="lengths of packed documents, such as 10,20,34")
     plan.add_argument("--strategy", choices=("ring", "gather"), default="ring")
+    commands.add_parser("kernels", help="which kernel supports which argument, and why not")
     options = parser.parse_args(arguments)
+    if options.command == "kernels":
+        print(kernel_table())  # noqa: T201  the command's output
+        return 0
     try:
         print(draw(_problem(options)))  # noqa: T201  the command's output
     except ValueError as error:

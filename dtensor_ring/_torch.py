@@ -6,7 +6,8 @@ Ran on torch 2.11 and 2.13. Features are asked for by name, once, here; versions
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,7 @@ __all__ = [
     "resolve_group",
 ]
 
+T = TypeVar("T")
 Rule = Callable[[OpSchema], OutputSharding | None]
 
 # What `split_factor` of our placements raises. PyTorch's redistribute planner catches just this class and falls back to its
@@ -121,6 +123,23 @@ replicated: Callable[[Tensor, DTensor], DTensor] = torch.compiler.allow_in_graph
 def resolve_group(name: str) -> dist.ProcessGroup:
     """The process group of a `ProcessGroup.group_name`: ops take strings, not groups."""
     return _resolve_process_group(GroupName(name))
+
+
+class TensorCache(Generic[T]):
+    """Values worked out from tensors, kept as long as the tensor lives unchanged (`Tensor._version` counts in-place changes)."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, tuple[ref[Tensor], int, T]] = {}
+
+    def get(self, tensor: Tensor) -> T | None:
+        """The value put for this very tensor, None if there is none or the tensor was changed since."""
+        entry = self._entries.get(id(tensor))
+        return entry[2] if entry is not None and entry[0]() is tensor and entry[1] == tensor._version else None
+
+    def put(self, tensor: Tensor, value: T) -> None:
+        """Keep a value for the tensor."""
+        key = id(tensor)
+        self._entries[key] = ref(tensor, lambda _: self._entries.pop(key, None)), tensor._version, value
 
 
 def specs_of(schema: OpSchema) -> Sequence[DTensorSpec]:

@@ -9,10 +9,13 @@ print(traffic(mesh["cp"]).since(before).bytes)
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
+import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtensor_ring.comm import Traffic, transport_of
+from dtensor_ring.ops.kernels import KERNELS, Need
 from dtensor_ring.ops.schedule import Call, Plan, Problem, Rows, Segment, Step, plan
 
 _WIDEST = 32
@@ -36,6 +39,42 @@ def draw(problem: Problem) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def kernel_table() -> str:
+    """Which kernel supports what, as Markdown, asked of the kernels themselves; where one does not, its reason follows."""
+    base = Need("cuda", torch.bfloat16, 64, 64, training=True)
+    probes = {
+        "float64": replace(base, dtype=torch.float64),
+        "float32": replace(base, dtype=torch.float32),
+        "bfloat16": base,
+        "float16": replace(base, dtype=torch.float16),
+        "head dim 128": replace(base, head_dim=128, v_head_dim=128),
+        "head dim 256": replace(base, head_dim=256, v_head_dim=256),
+        "head dim 80": replace(base, head_dim=80, v_head_dim=80),
+        "value dim of its own": replace(base, head_dim=128, v_head_dim=64),
+        "window": replace(base, windowed=True),
+        "packed documents": replace(base, packed=True),
+        "softcap": replace(base, softcap=30.0),
+        "dropout": replace(base, dropout=True),
+        "softcap and dropout": replace(base, softcap=30.0, dropout=True),
+        "ALiBi, blocks that end together": replace(base, alibi="aligned"),
+        "ALiBi, any blocks": replace(base, alibi="shifted"),
+        "deterministic backward": replace(base, deterministic=True),
+    }
+    names = list(KERNELS)
+    lines = ["| | " + " | ".join(f"`{name}`" for name in names) + " |", "|---" * (len(names) + 1) + "|"]
+    reasons: dict[str, list[str]] = {name: [] for name in names}
+    for feature, need in probes.items():
+        cells = []
+        for name in names:
+            reason = KERNELS[name].lacks(need)
+            cells.append("yes" if reason is None else "no")
+            if reason is not None and reason not in reasons[name]:
+                reasons[name].append(reason)
+        lines.append(f"| {feature} | " + " | ".join(cells) + " |")
+    notes = [f"- `{name}`: {'; '.join(found)}." for name, found in reasons.items() if found]
+    return "\n".join([*lines, "", *notes])
+
+
 def balance(plans: Sequence[Plan]) -> float:
     """Mean work over the most loaded rank's: 1 is perfect."""
     most = max(each.cells for each in plans)
@@ -56,7 +95,7 @@ def _title(problem: Problem) -> str:
 def _holdings(problem: Problem) -> str:
     lines = ["who holds what"]
     for rank in range(problem.world):
-        runs = problem.layout.runs(problem.q_length, problem.world, rank)
+        runs = problem.q_runs(rank)
         what = " | ".join(_tokens(run.start, run.count, run.stride, run.block) for run in runs) or "nothing"
         lines.append(f"  rank {rank}: {what:<40} {sum(run.count for run in runs)} tokens")
     return "\n".join(lines)
@@ -79,9 +118,9 @@ def _matrix(problem: Problem, plans: Sequence[Plan]) -> str:
     scale = -(-max(problem.q_length, problem.k_length) // _WIDEST)
     rows, columns = -(-problem.q_length // scale), -(-problem.k_length // scale)
     cells = [["."] * columns for _ in range(rows)]
-    held = [problem.layout.tokens(problem.k_length, problem.world, rank) for rank in range(problem.world)]
+    held = [problem.k_tokens(rank) for rank in range(problem.world)]
     for each in plans:
-        queries = problem.layout.tokens(problem.q_length, problem.world, each.rank)
+        queries = problem.q_tokens(each.rank)
         for index, step in enumerate(each.steps):
             keys = [held[part.source][i] for part in step.keys for i in range(part.start, part.stop)]
             for call in step.calls:

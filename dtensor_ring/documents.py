@@ -129,8 +129,8 @@ class Documents:
         return torch.stack([_positions(row) for row in self.bounds])
 
     @staticmethod
-    def unpack(packed: Tensor) -> Documents | None:
-        """The documents with this `packed` tensor; an empty one stands for no documents."""
+    def unpack(packed: Tensor) -> Documents | Slices | None:
+        """The documents, or slices, with this `packed` tensor; an empty one stands for no documents."""
         return _unpack(packed.numpy().tobytes()) if packed.numel() else None
 
     @staticmethod
@@ -150,6 +150,35 @@ class Documents:
     def __str__(self) -> str:
         count = sum(len(row) - 1 for row in self.bounds)
         return f"Documents({count} in {self.rows} row{'s' * (self.rows > 1)} of {self.length} tokens, {self.digest[:8]})"
+
+
+@dataclass(frozen=True, slots=True)
+class Slices:
+    """What one rank knows of documents packed over all ranks: its part of each, and the keys that each part may see.
+
+    Part i holds this rank's tokens [cu_q[i], cu_q[i+1]) and sees positions [k_start + cu_k[i], k_start + cu_k[i+1]) of the whole
+    row. This is what `llama3_flash_attn_prepare_cu_seqlens` returns.
+
+    Raises:
+        ValueError: the two do not have the same number of parts, do not start at 0 or decrease.
+    """
+
+    cu_q: tuple[int, ...]
+    cu_k: tuple[int, ...]
+    k_start: int
+
+    def __post_init__(self) -> None:
+        if len(self.cu_q) != len(self.cu_k):
+            raise ValueError(
+                f"cu_seqlens_q has {len(self.cu_q) - 1} documents, cu_seqlens_k has {len(self.cu_k) - 1}: they must match"
+            )
+        for row in (self.cu_q, self.cu_k):
+            _check_row(0, row, row)
+
+    @property
+    def packed(self) -> Tensor:
+        """As `Documents.packed`, told apart by a negative first value."""
+        return torch.tensor([-1, self.k_start, *self.cu_q, *self.cu_k], dtype=torch.int64)
 
 
 def _check_row(i: int, row: tuple[int, ...], first: tuple[int, ...]) -> None:
@@ -190,9 +219,12 @@ def _pack(rows: tuple[tuple[int, ...], ...]) -> bytes:
 
 
 @lru_cache(maxsize=256)
-def _unpack(packed: bytes) -> Documents:
+def _unpack(packed: bytes) -> Documents | Slices:
     flat = array("q")
     flat.frombytes(packed)
+    if flat[0] < 0:
+        half = len(flat) // 2 + 1
+        return Slices(tuple(flat[2:half]), tuple(flat[half:]), flat[1])
     rows: list[tuple[int, ...]] = []
     at = 0
     while at < len(flat):

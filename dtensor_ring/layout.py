@@ -6,6 +6,8 @@
     rank 2:  8  9 10 11                  4  5 | 10 11            2  6 10 14             4  5 | 12 13
     rank 3: 12 13 14 15                  6  7 |  8  9            3  7 11 15             6  7 | 14 15
 
+    zigzag of each document, packed documents of 12, 3 and 1 tokens over 2 ranks: see `dtensor_ring.balance`
+
 A layout is a pure map from integers to integers: `Layout.runs(length, world, rank)` lists a rank's tokens in storage order
 as arithmetic runs. It is defined for every length from 0 up and every world size; rank totals differ by at most one token,
 so with fewer tokens than ranks some ranks hold none.
@@ -16,11 +18,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Literal
 
+from dtensor_ring.balance import share_documents
 from dtensor_ring.documents import Documents
 
 Kind = Literal["contiguous", "zigzag", "stripe"]
+Cut = Literal["", "even", "documents"]
+Bounds = tuple[int, ...] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +80,18 @@ class Layout:
     Args:
         kind: "contiguous" (one chunk a rank), "zigzag" (chunks r and 2W-1-r of 2W) or "stripe" (blocks dealt out in turn).
         block: tokens dealt at a time; only stripes have more than 1.
+        cut: what is spread. "": the whole row. "even": every document by itself, in equal parts, which its length must allow.
+            "documents": every document by itself, short ones whole, so that work and tokens are balanced.
     """
 
     kind: Kind
     block: int = 1
+    cut: Cut = ""
 
     def __str__(self) -> str:
-        """`contiguous`, `zigzag`, `stripe:1`: what `Layout.parse` reads."""
-        return f"stripe:{self.block}" if self.kind == "stripe" else self.kind
+        """`contiguous`, `zigzag`, `stripe:1`, `zigzag/even`, `zigzag/documents`: what `Layout.parse` reads."""
+        name = f"stripe:{self.block}" if self.kind == "stripe" else self.kind
+        return f"{name}/{self.cut}" if self.cut else name
 
     @classmethod
     @lru_cache(maxsize=64)
@@ -91,19 +101,22 @@ class Layout:
         Raises:
             ValueError: the text names no layout.
         """
+        if text in _NAMED:
+            return _NAMED[text]
         kind, _, block = text.partition(":")
         if kind == "stripe" and (not block or block.isdigit()) and block != "0":
             return cls("stripe", int(block or 1))
-        if not block and kind == "contiguous":
-            return cls("contiguous")
-        if not block and kind == "zigzag":
-            return cls("zigzag")
-        raise ValueError(f"unknown layout {text!r}: use 'contiguous', 'zigzag', 'stripe' or 'stripe:BLOCK'")
+        raise ValueError(f"unknown layout {text!r}: use {', '.join(map(repr, _NAMED))}, 'stripe' or 'stripe:BLOCK'")
 
-    def runs(self, length: int, world: int, rank: int) -> tuple[Run, ...]:
-        """The tokens of `rank` in storage order; empty runs are left out."""
+    def runs(self, length: int, world: int, rank: int, bounds: Bounds = None) -> tuple[Run, ...]:
+        """The tokens of `rank` in storage order; empty runs are left out.
+
+        `bounds` are the cumulative document bounds, one document without; only layouts that cut documents depend on them.
+        """
         if world == 1:
             found: tuple[Run, ...] = (Run(0, length),)
+        elif self.cut:
+            found = self._document_runs(bounds or (0, length), world, rank)
         elif self.kind == "contiguous":
             found = (Run(_before(length, world, rank), _share(length, world, rank)),)
         elif self.kind == "zigzag":
@@ -112,20 +125,39 @@ class Layout:
             found = _stripe(length, world, rank, self.block)
         return tuple(run for run in found if run.count)
 
+    def _document_runs(self, bounds: tuple[int, ...], world: int, rank: int) -> tuple[Run, ...]:
+        if self.cut == "documents":
+            totals = tuple(_share(bounds[-1], world, r) for r in range(world))
+            return tuple(Run(start, count) for start, count in share_documents(bounds, totals)[rank])
+        whole = Layout(self.kind)
+        return tuple(
+            Run(start + run.start, run.count) for start, stop in pairwise(bounds) for run in whole.runs(stop - start, world, rank)
+        )
+
     def local_length(self, length: int, world: int, rank: int) -> int:
-        """How many tokens `rank` holds."""
+        """How many tokens `rank` holds: by layout alone, whatever the documents."""
+        if self.cut:
+            return _share(length, world, rank)
         return sum(run.count for run in self.runs(length, world, rank))
 
-    def tokens(self, length: int, world: int, rank: int) -> list[int]:
+    def tokens(self, length: int, world: int, rank: int, bounds: Bounds = None) -> list[int]:
         """The global indices of the rank's tokens in storage order."""
-        return [token for run in self.runs(length, world, rank) for token in run.tokens()]
-
-    def pieces(self, length: int, world: int, rank: int, bounds: tuple[int, ...] | None = None) -> tuple[Piece, ...]:
-        """The rank's runs cut at the document `bounds` (cumulative, from 0 to `length`), in storage order."""
-        return cut(self.runs(length, world, rank), bounds)
+        return [token for run in self.runs(length, world, rank, bounds) for token in run.tokens()]
 
 
-def cut(runs: tuple[Run, ...], bounds: tuple[int, ...] | None) -> tuple[Piece, ...]:
+_NAMED = {
+    str(layout): layout
+    for layout in (
+        Layout("contiguous"),
+        Layout("zigzag"),
+        Layout("zigzag", cut="documents"),
+        Layout("contiguous", cut="even"),
+        Layout("zigzag", cut="even"),
+    )
+}
+
+
+def cut(runs: tuple[Run, ...], bounds: Bounds) -> tuple[Piece, ...]:
     """Cut runs, given in storage order, where documents begin; without `bounds` everything is document 0."""
     found: list[Piece] = []
     offset = 0

@@ -36,6 +36,7 @@ class Case:
     softcap: float = 0.0
     dropout_p: float = 0.0
     alibi: Tensor | None = None
+    seed: int = SEED
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,11 +51,11 @@ class Case:
         out, lse = reference_attention(*inputs, **masks, softcap=self.softcap, alibi_slopes=self.alibi, kept=kept)
         return out.detach(), lse.detach(), *torch.autograd.grad(out, inputs, self.dout.to(wide))
 
-    def kept(self, seed: int = SEED) -> Tensor:
+    def kept(self) -> Tensor:
         """What dropout leaves of every weight, with the mask of the math kernel for whole sequences."""
         batch, q_length, heads, _ = self.q.shape
         q_positions = torch.arange(q_length) + self.k.shape[1] - q_length
-        mask = keep_mask(seed, 0, batch, heads, q_positions, torch.arange(self.k.shape[1]), self.dropout_p)
+        mask = keep_mask(self.seed, 0, batch, heads, q_positions, torch.arange(self.k.shape[1]), self.dropout_p)
         return mask.double() / (1 - self.dropout_p)
 
     def problem(self, layout: str, world: int, strategy: str) -> Problem:

@@ -17,10 +17,10 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-from dtensor_ring.documents import Documents
+from dtensor_ring.documents import Documents, Slices
 from dtensor_ring.layout import Layout, Piece, Run, cut
 from dtensor_ring.ops.mask import Band, Tile, coalesce, tiles_between, whole_sequence
 
@@ -93,7 +93,7 @@ class Problem:
     k_length: int
     world: int
     strategy: str = "ring"
-    documents: Documents | None = None
+    documents: Documents | Slices | None = None
 
     @property
     def position_band(self) -> Band:
@@ -103,7 +103,30 @@ class Problem:
     @property
     def bounds(self) -> tuple[tuple[int, ...] | None, ...]:
         """Document bounds, one entry for the batch or one a batch row."""
-        return (None,) if self.documents is None else self.documents.bounds
+        return self.documents.bounds if isinstance(self.documents, Documents) else (None,)
+
+    def q_pieces(self, rank: int, row: int) -> tuple[Piece, ...]:
+        """A rank's queries cut into documents, in one batch row."""
+        runs = self.q_runs(rank)
+        if isinstance(self.documents, Slices):
+            first = runs[0].start if runs else 0
+            return tuple(Piece(Run(first + a, b - a), a, i) for i, (a, b) in enumerate(pairwise(self.documents.cu_q)) if b > a)
+        return cut(runs, self.bounds[row])
+
+    def k_pieces(self, runs: tuple[Run, ...], row: int) -> tuple[Piece, ...]:
+        """Keys in runs cut into documents, in one batch row."""
+        if isinstance(self.documents, Slices):
+            start, cu_k = self.documents.k_start, self.documents.cu_k
+            return tuple(Piece(Run(start + a, b - a), start + a, i) for i, (a, b) in enumerate(pairwise(cu_k)) if b > a)
+        return cut(runs, self.bounds[row])
+
+    def q_runs(self, rank: int) -> tuple[Run, ...]:
+        """Runs of a rank's queries, in storage order."""
+        return self.layout.runs(self.q_length, self.world, rank, self.bounds[0])
+
+    def k_runs(self, rank: int) -> tuple[Run, ...]:
+        """Runs of a rank's keys, in storage order."""
+        return self.layout.runs(self.k_length, self.world, rank, self.bounds[0])
 
     def q_rows(self, rank: int) -> int:
         """Queries on a rank."""
@@ -115,11 +138,11 @@ class Problem:
 
     def q_tokens(self, rank: int) -> list[int]:
         """Tokens of a rank's queries, in storage order."""
-        return self.layout.tokens(self.q_length, self.world, rank)
+        return [token for run in self.q_runs(rank) for token in run.tokens()]
 
     def k_tokens(self, rank: int) -> list[int]:
         """Tokens of a rank's keys, in storage order."""
-        return self.layout.tokens(self.k_length, self.world, rank)
+        return [token for run in self.k_runs(rank) for token in run.tokens()]
 
     @property
     def in_order(self) -> bool:
@@ -129,15 +152,15 @@ class Problem:
     @property
     def is_halo(self) -> bool:
         """Whether a window is served by fetching the keys just around each local run, at most twice the local keys."""
-        band, runs = self.band, 2 if self.layout.kind == "zigzag" else 1
-        if band.lo is None or band.hi is None or not self.in_order or self.world == 1:
+        if not self.band.bounded or not self.in_order or self.world == 1 or isinstance(self.documents, Slices):
             return False
-        return runs * max(0, band.hi - min(band.lo, 0)) * self.world <= 2 * self.k_length
+        return _halo_rows(self) * self.world <= 2 * self.k_length
 
     @property
     def collective(self) -> bool:
         """Whether the keys of all ranks are fetched by one all-gather; otherwise exact rows go from rank to rank."""
-        return self.strategy == "gather" and self.world > 1 and self.documents is None and not self.is_halo
+        whole = self.documents is None or isinstance(self.documents, Slices)
+        return self.strategy == "gather" and self.world > 1 and whole and not self.is_halo
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,8 +268,8 @@ def _step(problem: Problem, rank: int, index: int) -> Step:
     if problem.strategy == "ring":
         source = (rank - index) % problem.world
         keys = [Rows(source, 0, problem.k_rows(source))]
-        return _finish(problem, rank, keys, problem.layout.runs(problem.k_length, problem.world, source))
-    shards = [(r, problem.layout.runs(problem.k_length, problem.world, r)) for r in range(problem.world)]
+        return _finish(problem, rank, keys, problem.k_runs(source))
+    shards = [(r, problem.k_runs(r)) for r in range(problem.world)]
     if not problem.in_order:
         keys = [Rows(r, 0, problem.k_rows(r)) for r, _ in shards]
         return _finish(problem, rank, keys, *(runs for _, runs in shards))
@@ -263,12 +286,11 @@ def _with_rows(rank: int, runs: Sequence[Run]) -> Iterable[tuple[Run, Rows]]:
 
 def _finish(problem: Problem, rank: int, keys: list[Rows], *shards: tuple[Run, ...]) -> Step:
     """Tiles of this rank's queries and the keys given, shard after shard in buffer order; keys without a tile are dropped."""
-    runs = problem.layout.runs(problem.q_length, problem.world, rank)
     tiles: list[tuple[int, Tile]] = []
-    for row, bounds in enumerate(problem.bounds):
-        queries, offset = cut(runs, bounds), 0
+    for row in range(len(problem.bounds)):
+        queries, offset = problem.q_pieces(rank, row), 0
         for shard in shards:
-            found = _document_tiles(queries, cut(shard, bounds), problem.position_band)
+            found = _document_tiles(queries, problem.k_pieces(shard, row), problem.position_band)
             tiles += [(row, tile.moved(0, offset)) for tile in found]
             offset += sum(run.count for run in shard)
     if problem.collective:
@@ -311,32 +333,47 @@ def _keep_needed(keys: Sequence[Rows], tiles: list[tuple[int, Tile]]) -> tuple[t
     return tuple(kept), moved
 
 
+@lru_cache(maxsize=128)
+def _halo_rows(problem: Problem) -> int:
+    """Key rows that the most loaded rank fetches for a window, at most."""
+    band = problem.position_band
+    assert band.lo is not None and band.hi is not None, "a halo needs a window"
+    reach = max(0, band.hi - min(band.lo, 0))
+    if not problem.layout.cut:
+        return reach * (2 if problem.layout.kind == "zigzag" else 1)
+    bounds = problem.bounds[0] or (0, problem.q_length)
+    return max(
+        sum(min(reach, run.start - bounds[Documents.find(bounds, run.start)] - min(band.lo, 0)) for run in problem.q_runs(rank))
+        for rank in range(problem.world)
+    )
+
+
 def _halo_step(problem: Problem, rank: int) -> Step:
     """A window's keys around each local run, fetched into position order run by run: one window serves every run."""
     band = problem.position_band
     assert band.lo is not None and band.hi is not None, "a halo needs a window"
     holders = sorted(
-        (run.start, run.start + run.count, rows)
-        for r in range(problem.world)
-        for run, rows in _with_rows(r, problem.layout.runs(problem.k_length, problem.world, r))
+        (run.start, run.start + run.count, rows) for r in range(problem.world) for run, rows in _with_rows(r, problem.k_runs(r))
     )
+    ends = [stop for _, stop, _ in holders]
     keys: list[Rows] = []
+    offset = 0
     tiles: list[tuple[int, Tile]] = []
-    for piece in cut(problem.layout.runs(problem.q_length, problem.world, rank), None):
+    for piece in cut(problem.q_runs(rank), None):
         run = piece.run
         low, high = max(0, run.start - band.hi), min(problem.k_length, run.start + run.count - band.lo)
         if low >= high:
             continue
-        offset = sum(rows.size for rows in keys)
         for row, bounds in enumerate(problem.bounds):
             q_pieces = [Piece(p.run, p.offset + piece.offset, p.document) for p in cut((run,), bounds)]
             near = [Piece(Run(low, high - low), 0, 0)] if bounds is None else _between(bounds, low, high)
             tiles += [(row, tile.moved(0, offset)) for tile in _document_tiles(q_pieces, near, band)]
-        keys += [
-            Rows(rows.source, rows.start + max(low, a) - a, rows.start + min(high, b) - a)
-            for a, b, rows in holders
-            if max(low, a) < min(high, b)
-        ]
+        at = bisect_right(ends, low)
+        while at < len(holders) and holders[at][0] < high:
+            a, b, rows = holders[at]
+            keys.append(Rows(rows.source, rows.start + max(low, a) - a, rows.start + min(high, b) - a))
+            at += 1
+        offset += high - low
     return _step_of(*_keep_needed(keys, tiles))
 
 

@@ -142,9 +142,17 @@ class Kernel(ABC):
     name: ClassVar[str]
     draws: ClassVar[bool] = False  # whether dropout masks come from the generator, not from `Extras.seed`
 
-    @abstractmethod
     def refuses(self, need: Need) -> str | None:
         """Why this kernel cannot do what is needed, or None if it can."""
+        return self.unavailable(need) or self.lacks(need)
+
+    @abstractmethod
+    def unavailable(self, need: Need) -> str | None:
+        """Why it cannot run here: device, package, build. None if it can."""
+
+    @abstractmethod
+    def lacks(self, need: Need) -> str | None:
+        """What it has not wherever it runs: dtypes, head dims, features. None if it has all that is needed."""
 
     @abstractmethod
     def forward(

@@ -42,18 +42,25 @@ class Side(NamedTuple):
         return cls(True, -1, -1) if window == (-1, 0) else cls(False, left, right)
 
 
-def refuses_tensors(need: Need, largest_head_dim: int = 256, smallest_capability: tuple[int, int] = (8, 0)) -> str | None:
-    """Why flash kernels for GPUs cannot take these tensors, or None."""
+def lacks_gpu(need: Need, smallest_capability: tuple[int, int] = (8, 0)) -> str | None:
+    """Why kernels for GPUs of a compute capability cannot run here, or None."""
     if need.device != "cuda":
         return f"runs on CUDA tensors, found {need.device}"
     capability = torch.cuda.get_device_capability()
     if capability < smallest_capability:
         needed = ".".join(map(str, smallest_capability))
         return f"needs compute capability {needed}, this GPU has {'.'.join(map(str, capability))}"
+    return None
+
+
+def lacks_tensors(need: Need, largest_head_dim: int = 256) -> str | None:
+    """Why flash kernels cannot take tensors of this dtype and head dim, or None."""
     if need.dtype not in (torch.bfloat16, torch.float16):
         return f"needs bfloat16 or float16, found {need.dtype}"
     if need.head_dim % 8 or need.head_dim > largest_head_dim:
         return f"needs a head dim that is a multiple of 8 up to {largest_head_dim}, found {need.head_dim}"
+    if need.head_dim != need.v_head_dim:
+        return f"needs one head dim for q, k and v, found {need.head_dim} and {need.v_head_dim}"
     return None
 
 

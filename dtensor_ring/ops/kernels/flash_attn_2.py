@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dtensor_ring.ops.kernels.base import Extras, Need, Options, Result
-from dtensor_ring.ops.kernels.flash import Bounds, FlashKernel, Side, load, refuses_tensors
+from dtensor_ring.ops.kernels.flash import Bounds, FlashKernel, Side, lacks_gpu, lacks_tensors, load
 
 
 class FlashAttn2Kernel(FlashKernel):
@@ -21,16 +21,20 @@ class FlashAttn2Kernel(FlashKernel):
     name: ClassVar[str] = "flash_attn_2"
 
     @override
-    def refuses(self, need: Need) -> str | None:
-        """Needs the package, CUDA of compute capability 8.0 or more, 16-bit tensors, one head dim up to 256."""
-        reason = refuses_tensors(need)
+    def unavailable(self, need: Need) -> str | None:
+        """Needs the package, and CUDA of compute capability 8.0 or more."""
+        reason = lacks_gpu(need)
         if reason is not None:
             return reason
         module = load("flash_attn.flash_attn_interface", "flash-attn", ("_wrapped_flash_attn_forward",))  # since 2.7
-        if isinstance(module, str):
-            return module
-        if need.head_dim != need.v_head_dim:
-            return f"needs one head dim for q, k and v, found {need.head_dim} and {need.v_head_dim}"
+        return module if isinstance(module, str) else None
+
+    @override
+    def lacks(self, need: Need) -> str | None:
+        """Needs 16-bit tensors and one head dim, a multiple of 8 up to 256."""
+        reason = lacks_tensors(need)
+        if reason is not None:
+            return reason
         if need.softcap and need.dropout:
             return "has no softcap together with dropout"
         if need.alibi == "shifted":

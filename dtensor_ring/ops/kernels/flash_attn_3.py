@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dtensor_ring.ops.kernels.base import Extras, Need, Options, Result
-from dtensor_ring.ops.kernels.flash import Bounds, FlashKernel, Side, load, refuses_tensors
+from dtensor_ring.ops.kernels.flash import Bounds, FlashKernel, Side, lacks_gpu, lacks_tensors, load
 
 
 class FlashAttn3Kernel(FlashKernel):
@@ -24,9 +24,9 @@ class FlashAttn3Kernel(FlashKernel):
     name: ClassVar[str] = "flash_attn_3"
 
     @override
-    def refuses(self, need: Need) -> str | None:
-        """Needs the package, a Hopper GPU, 16-bit tensors; a backward where gradients are needed; has no dropout and no ALiBi."""
-        reason = refuses_tensors(need, smallest_capability=(9, 0))
+    def unavailable(self, need: Need) -> str | None:
+        """Needs the package and a Hopper GPU, and a backward where gradients are needed."""
+        reason = lacks_gpu(need, (9, 0))
         if reason is not None:
             return reason
         if torch.cuda.get_device_capability()[0] != 9:
@@ -36,8 +36,14 @@ class FlashAttn3Kernel(FlashKernel):
             return module
         if need.training and not _has_backward():
             return "this build is forward-only: use another kernel for training"
-        if need.head_dim != need.v_head_dim:
-            return f"needs one head dim for q, k and v, found {need.head_dim} and {need.v_head_dim}"
+        return None
+
+    @override
+    def lacks(self, need: Need) -> str | None:
+        """Needs 16-bit tensors and one head dim; has no dropout and no ALiBi, and softcap in forward only."""
+        reason = lacks_tensors(need)
+        if reason is not None:
+            return reason
         if need.dropout:
             return "has no dropout"
         if need.alibi != "no":

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dtensor_ring.ops.kernels.base import Extras, Need, Options, Result
-from dtensor_ring.ops.kernels.flash import Bounds, FlashKernel, Side, load, refuses_tensors
+from dtensor_ring.ops.kernels.flash import Bounds, FlashKernel, Side, lacks_gpu, lacks_tensors, load
 
 
 class FlashAttn4Kernel(FlashKernel):
@@ -18,16 +18,20 @@ class FlashAttn4Kernel(FlashKernel):
     name: ClassVar[str] = "flash_attn_4"
 
     @override
-    def refuses(self, need: Need) -> str | None:
-        """Needs the package, compute capability 9.0 or more, 16-bit tensors, head dims up to 128; no dropout, no ALiBi."""
-        reason = refuses_tensors(need, largest_head_dim=128, smallest_capability=(9, 0))
+    def unavailable(self, need: Need) -> str | None:
+        """Needs the package and compute capability 9.0 or more."""
+        reason = lacks_gpu(need, (9, 0))
         if reason is not None:
             return reason
         module = _module()
-        if isinstance(module, str):
-            return module
-        if need.v_head_dim != need.head_dim:
-            return f"needs one head dim for q, k and v, found {need.head_dim} and {need.v_head_dim}"
+        return module if isinstance(module, str) else None
+
+    @override
+    def lacks(self, need: Need) -> str | None:
+        """Needs 16-bit tensors and one head dim up to 128; has no dropout and no ALiBi."""
+        reason = lacks_tensors(need, largest_head_dim=128)
+        if reason is not None:
+            return reason
         if need.dropout:
             return "has no dropout"
         if need.alibi != "no":

@@ -25,8 +25,13 @@ class MathKernel(Kernel):
     name: ClassVar[str] = "math"
 
     @override
-    def refuses(self, need: Need) -> str | None:
-        """Never refuses a floating-point input."""
+    def unavailable(self, need: Need) -> str | None:
+        """Runs everywhere."""
+        return None
+
+    @override
+    def lacks(self, need: Need) -> str | None:
+        """Takes any floating-point input."""
         return None if need.dtype.is_floating_point else f"needs floating-point tensors, found {need.dtype}"
 
     @override

@@ -24,10 +24,13 @@ class TorchCpuKernel(Kernel):
     name: ClassVar[str] = "torch_cpu"
 
     @override
-    def refuses(self, need: Need) -> str | None:
-        """Needs a CPU, q and v of one head dim; no softcap, dropout or ALiBi."""
-        if need.device != "cpu":
-            return f"runs on CPU tensors, found {need.device}"
+    def unavailable(self, need: Need) -> str | None:
+        """Runs on CPUs."""
+        return None if need.device == "cpu" else f"runs on CPU tensors, found {need.device}"
+
+    @override
+    def lacks(self, need: Need) -> str | None:
+        """Needs q and v of one head dim; has no softcap, dropout or ALiBi."""
         if need.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             return f"needs float64, float32, bfloat16 or float16, found {need.dtype}"
         if need.head_dim != need.v_head_dim:

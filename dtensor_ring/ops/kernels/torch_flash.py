@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dtensor_ring.ops.kernels.base import Extras, Need, Options, Result
-from dtensor_ring.ops.kernels.flash import Bounds, FlashKernel, Side, refuses_tensors
+from dtensor_ring.ops.kernels.flash import Bounds, FlashKernel, Side, lacks_gpu, lacks_tensors
 
 
 class TorchFlashKernel(FlashKernel):
@@ -18,15 +18,19 @@ class TorchFlashKernel(FlashKernel):
     name: ClassVar[str] = "torch_flash"
 
     @override
-    def refuses(self, need: Need) -> str | None:
-        """Needs CUDA of compute capability 8.0 or more, 16-bit tensors, and one head dim, a multiple of 8 up to 256."""
-        reason = refuses_tensors(need)
+    def unavailable(self, need: Need) -> str | None:
+        """Needs CUDA of compute capability 8.0 or more and a PyTorch built with flash attention."""
+        reason = lacks_gpu(need)
+        if reason is None and not torch.backends.cuda.is_flash_attention_available():
+            return "this build of PyTorch has no flash attention"
+        return reason
+
+    @override
+    def lacks(self, need: Need) -> str | None:
+        """Needs 16-bit tensors and one head dim, a multiple of 8 up to 256; has no softcap and no ALiBi."""
+        reason = lacks_tensors(need)
         if reason is not None:
             return reason
-        if not torch.backends.cuda.is_flash_attention_available():
-            return "this build of PyTorch has no flash attention"
-        if need.head_dim != need.v_head_dim:
-            return f"needs one head dim for q, k and v, found {need.head_dim} and {need.v_head_dim}"
         if need.softcap:
             return "has no softcap"
         if need.alibi != "no":

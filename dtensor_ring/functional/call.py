@@ -1,0 +1,148 @@
+"""One call of attention on this rank's plain tensors: what all the functions of this package come down to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dtensor_ring.attention import choose_for_alibi
+from dtensor_ring.documents import Documents, Slices
+from dtensor_ring.layout import Layout
+from dtensor_ring.ops.kernels import Need, choose_kernel
+from dtensor_ring.ops.library import attention
+from dtensor_ring.ops.mask import Band, mask_text
+from dtensor_ring.ops.schedule import Problem
+
+Output = Tensor | tuple[Tensor, Tensor, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The arguments that all functions share, as flash-attn names them.
+
+    Attributes:
+        dropout_p: probability of dropping an attention weight.
+        softmax_scale: multiplies q.k; None is D ** -0.5.
+        causal: a query sees keys up to its own position.
+        window_size: (L, R) tokens back and ahead; -1 is unbounded. With `causal` R counts as 0, as in flash-attn.
+        alibi_slopes: (H,) or (B, H), float32.
+        deterministic: gradients are bitwise the same from run to run.
+        return_attn_probs: return (out, lse, None), as flash-attn does.
+        group: the ranks that share the sequence; None is the default group.
+        softcap: c > 0 bounds scores to c * tanh(score / c).
+        sinks: (H,) scores without a value, one of each head.
+    """
+
+    dropout_p: float = 0.0
+    softmax_scale: float | None = None
+    causal: bool = False
+    window_size: tuple[int, int] = (-1, -1)
+    alibi_slopes: Tensor | None = None
+    deterministic: bool = False
+    return_attn_probs: bool = False
+    group: dist.ProcessGroup | None = None
+    softcap: float = 0.0
+    sinks: Tensor | None = None
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """The group, or the default one."""
+        if self.group is not None:
+            return self.group
+        if not dist.is_initialized():
+            raise RuntimeError("no process group: call torch.distributed.init_process_group first, or pass group=")
+        group = dist.group.WORLD
+        assert group is not None, "there is a default group once it is initialized"
+        return group
+
+    @property
+    def world(self) -> int:
+        """Ranks that share the sequence."""
+        return dist.get_world_size(self.process_group)
+
+    @property
+    def mask(self) -> str:
+        """The mask as `Band.parse` reads it."""
+        left, right = self.window_size
+        return mask_text(self.causal, (left, min(right, 0) if self.causal else right))
+
+
+def attend(
+    q_BSHD: Tensor,
+    k_BSHD: Tensor,
+    v_BSHD: Tensor,
+    settings: Settings,
+    layout: Layout,
+    strategy: str = "ring",
+    documents: Documents | Slices | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Out (B, S/W, H, Dv) and lse (B, H, S/W) of this rank's tokens.
+
+    Every rank holds as many tokens, unless documents tell the length of the whole.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+        NotImplementedError: no kernel does what is asked; the text has each one's reason.
+    """
+    _check(q_BSHD, k_BSHD, v_BSHD, settings)
+    world = settings.world
+    q_length, k_length = world * q_BSHD.shape[1], world * k_BSHD.shape[1]
+    if isinstance(documents, Documents):
+        q_length = k_length = documents.length
+    need = Need(
+        device=q_BSHD.device.type,
+        dtype=q_BSHD.dtype,
+        head_dim=q_BSHD.shape[3],
+        v_head_dim=v_BSHD.shape[3],
+        training=torch.is_grad_enabled() and (q_BSHD.requires_grad or k_BSHD.requires_grad or v_BSHD.requires_grad),
+        windowed=settings.mask.startswith("window"),
+        packed=documents is not None,
+        softcap=settings.softcap,
+        deterministic=settings.deterministic,
+        dropout=settings.dropout_p > 0,
+    )
+    if settings.alibi_slopes is not None:
+        problem = Problem(layout, Band.parse(settings.mask), q_length, k_length, world, strategy, documents)
+        strategy, alignment = choose_for_alibi(None if strategy == "ring" else strategy, problem)
+        need = replace(need, alibi=alignment)
+    kernel = choose_kernel(None, need).name
+    scale = q_BSHD.shape[3] ** -0.5 if settings.softmax_scale is None else float(settings.softmax_scale)
+    bounds = torch.empty(0, dtype=torch.int64) if documents is None else documents.packed
+    options = (
+        scale,
+        float(settings.softcap),
+        float(settings.dropout_p),
+        settings.deterministic,
+        settings.mask,
+        str(layout),
+        strategy,
+        kernel,
+    )
+    tensors = q_BSHD, k_BSHD, v_BSHD, settings.sinks, settings.alibi_slopes, bounds
+    out, lse, _ = attention(*tensors, q_length, k_length, *options, settings.process_group.group_name)
+    return out, lse
+
+
+def answer(out: Tensor, lse: Tensor, settings: Settings) -> Output:
+    """What flash-attn's functions return."""
+    return (out, lse, None) if settings.return_attn_probs else out
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"queries, keys and values do not fit together: {shapes}")
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ValueError(f"query heads must be a multiple of key heads, found {q.shape[2]} and {k.shape[2]}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k and v must have one dtype, found {q.dtype}, {k.dtype}, {v.dtype}")
+    if not 0 <= settings.dropout_p < 1:
+        raise ValueError(f"dropout_p is a probability below 1, found {settings.dropout_p}")
+    slopes, allowed = settings.alibi_slopes, ((q.shape[2],), (q.shape[0], q.shape[2]))
+    if slopes is not None and (tuple(slopes.shape) not in allowed or slopes.dtype != torch.float32):
+        raise ValueError(
+            f"alibi_slopes must be float32 of shape {allowed[0]} or {allowed[1]}, found {slopes.dtype} {tuple(slopes.shape)}"
+        )

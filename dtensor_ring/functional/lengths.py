@@ -1,0 +1,38 @@
+"""Cumulative lengths on the host, read from the device once for each tensor, however many layers pass it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from torch import Tensor
+
+from dtensor_ring._torch import TensorCache
+
+_read: TensorCache[tuple[int, ...]] = TensorCache()
+
+
+def host_lengths(name: str, cu_seqlens: Tensor) -> tuple[int, ...]:
+    """The values of a 1-D integer tensor; the host waits for a GPU the first time it sees the tensor, or after it was changed.
+
+    Raises:
+        TypeError: not one-dimensional integers.
+        ValueError: does not start at 0, or decreases.
+    """
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
+        raise TypeError(f"{name} must be a 1-D integer tensor, found {cu_seqlens!r}")
+    values = _read.get(cu_seqlens)
+    if values is None:
+        values = tuple(cu_seqlens.tolist())
+        if not values or values[0] != 0 or any(b < a for a, b in pairwise(values)):
+            raise ValueError(f"{name} must start at 0 and never decrease, found {values[:8]}{'...' if len(values) > 8 else ''}")
+        _read.put(cu_seqlens, values)
+    return values
+
+
+def check_tokens(function: str, name: str, bounds: tuple[int, ...], tokens: int, longest: int) -> None:
+    """Raises ValueError unless bounds end at the number of tokens and no document is longer than said."""
+    if bounds[-1] != tokens:
+        raise ValueError(f"{function}: {name} ends at {bounds[-1]}, but there are {tokens} tokens")
+    found = max((b - a for a, b in pairwise(bounds)), default=0)
+    if found > longest:
+        raise ValueError(f"{function}: {name} has a document of {found} tokens, longer than the longest length given, {longest}")

@@ -1,0 +1,52 @@
+"""The three ways flash-attn passes q, k and v: apart, keys with values (`kvpacked`), all together (`qkvpacked`)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from dtensor_ring.functional.call import Output
+
+Function = Callable[..., Output]
+
+
+def packed_variants(func: Function, name: str) -> tuple[Function, Function]:
+    """`kvpacked_func` and `qkvpacked_func` of `func`: the same function on stacked inputs, named and documented after it.
+
+    `kv` is (..., 2, Hk, D), `qkv` (..., 3, H, D), stacked in the dim before the heads.
+    """
+
+    def kvpacked(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -> Output:  # noqa: ANN401
+        _check(name, "kv", kv, 2)
+        return func(q, kv.select(-3, 0), kv.select(-3, 1), *args, **kwargs)
+
+    def qkvpacked(qkv: Tensor, *args: Any, **kwargs: Any) -> Output:  # noqa: ANN401
+        _check(name, "qkv", qkv, 3)
+        return func(qkv.select(-3, 0), qkv.select(-3, 1), qkv.select(-3, 2), *args, **kwargs)
+
+    _describe(kvpacked, func, f"{name}_kvpacked_func", {"k": "kv", "v": None}, "`kv` stacks keys and values: (..., 2, Hk, D)")
+    _describe(
+        qkvpacked, func, f"{name}_qkvpacked_func", {"q": "qkv", "k": None, "v": None}, "`qkv` stacks all three: (..., 3, H, D)"
+    )
+    return kvpacked, qkvpacked
+
+
+def _check(name: str, argument: str, tensor: Tensor, parts: int) -> None:
+    if tensor.dim() < 4 or tensor.shape[-3] != parts:
+        raise ValueError(
+            f"{name}_{argument}packed_func: {argument} must have shape (..., {parts}, heads, D), found {tuple(tensor.shape)}"
+        )
+
+
+def _describe(variant: Function, func: Function, name: str, renamed: dict[str, str | None], what: str) -> None:
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(func).parameters.values():
+        new = renamed.get(parameter.name, parameter.name)
+        parameters += [] if new is None else [parameter.replace(name=new)]
+    variant.__name__ = variant.__qualname__ = name
+    variant.__module__ = "dtensor_ring.functional"
+    variant.__doc__ = f"As `{func.__name__}`; {what}."
+    variant.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -1,0 +1,168 @@
+"""The Hugging Face adapter of `ring-flash-attn`, drop-in: one call replaces flash attention in every model of the process.
+
+    handle = substitute_hf_flash_attn(group, heads_k_stride=1)
+    update_ring_flash_attn_params(cu_seqlens, group)                  # once a batch; or handle.update(cu_seqlens)
+    model(input_ids=torch.chunk(ids, W, dim=1)[rank], position_ids=torch.chunk(positions, W, dim=1)[rank])
+    handle.undo()
+
+This is the one place that changes a registry of another package and keeps state between calls, since that is what the functions it
+stands in for do; the state belongs to the process group and ends with it. New programs use `ring_plan`, which touches nothing but
+the model it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import is_flash_attn_2_available
+
+from dtensor_ring.documents import Documents
+from dtensor_ring.functional.call import Settings
+from dtensor_ring.functional.lengths import host_lengths
+from dtensor_ring.functional.llama3 import attend_by_heads
+from dtensor_ring.layout import Layout
+
+
+@dataclass(slots=True)
+class _State:
+    """What a process group's adapter knows: key heads gathered at a time, and the documents of the present batch."""
+
+    heads_k_stride: int
+    documents: Documents | None = None
+
+
+_states: WeakKeyDictionary[dist.ProcessGroup, _State] = WeakKeyDictionary()
+
+
+class AdapterHandle:
+    """The substitution: give it the documents of each batch, and take it back.
+
+    Made by `substitute_hf_flash_attn`.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, replaced: list[tuple[Any, str, Callable[..., object] | None]]) -> None:
+        self._group = ref(group)
+        self._replaced = replaced
+
+    def update(self, cu_seqlens: Tensor) -> None:
+        """As `update_ring_flash_attn_params` for this group."""
+        group = self._group()
+        if group is None:
+            raise RuntimeError("the process group was destroyed")
+        update_ring_flash_attn_params(cu_seqlens, group)
+
+    def undo(self) -> None:
+        """Put back what was replaced; a second call does nothing."""
+        for registry, name, before in self._replaced:
+            del registry[name]
+            if before is not None:
+                registry[name] = before
+        self._replaced = []
+        group = self._group()
+        if group is not None:
+            _states.pop(group, None)
+
+
+def substitute_hf_flash_attn(process_group: dist.ProcessGroup, heads_k_stride: int) -> AdapterHandle:
+    """Make every model with `attn_implementation="flash_attention_2"` attend over the ranks of `process_group`.
+
+    Each rank gives the model its chunk, as `torch.chunk(..., dim=1)` cuts it, of one packed row. Where flash-attn is not installed
+    transformers refuses that name when a model is created; there models are created with "eager", and this call switches those.
+
+    Args:
+        process_group: the ranks that share the packed row.
+        heads_k_stride: key heads gathered at a time; must divide the model's key heads.
+
+    Returns:
+        A handle with `update(cu_seqlens)` and `undo()`.
+    """
+    _states[process_group] = _State(heads_k_stride)
+    names = ["flash_attention_2"] if is_flash_attn_2_available() else ["flash_attention_2", "eager"]
+    attend, group = _attention_function(process_group), ref(process_group)
+    assert group() is process_group, "process groups can be referenced weakly"
+    replaced: list[tuple[Any, str, Callable[..., object] | None]] = []
+    for name in names:
+        for registry, function in ((ALL_ATTENTION_FUNCTIONS, attend), (ALL_MASK_ATTENTION_FUNCTIONS, _mask)):
+            replaced.append((registry, name, registry._local_mapping.get(name)))
+            registry[name] = function
+    return AdapterHandle(process_group, replaced)
+
+
+def update_ring_flash_attn_params(cu_seqlens: Tensor, process_group: dist.ProcessGroup) -> None:
+    """Tell the documents of the next batch: cumulative lengths over all ranks, 1-D integers.
+
+    Raises:
+        RuntimeError: `substitute_hf_flash_attn` was not called for this group.
+        ValueError: cu_seqlens do not start at 0, or decrease.
+    """
+    state = _states.get(process_group)
+    if state is None:
+        raise RuntimeError("call substitute_hf_flash_attn(process_group, heads_k_stride) first")
+    state.documents = Documents((host_lengths("cu_seqlens", cu_seqlens),))
+
+
+def _attention_function(process_group: dist.ProcessGroup) -> Callable[..., tuple[Tensor, None]]:
+    reference = ref(process_group)
+
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        is_causal: bool | None = None,
+        **_rest: object,
+    ) -> tuple[Tensor, None]:
+        """Attention of this rank's queries (B=1, H, S/W, D) over the packed row."""
+        group = reference()
+        state = None if group is None else _states.get(group)
+        if group is None or state is None or state.documents is None:
+            raise RuntimeError("call update_ring_flash_attn_params(cu_seqlens, process_group) before the model, once a batch")
+        if attention_mask is not None:
+            raise NotImplementedError("attention masks are not supported: pack documents without padding")
+        if query.shape[0] != 1:
+            raise ValueError(f"a packed row is one batch row, found {query.shape[0]}")
+        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        settings = Settings(
+            dropout_p=dropout,
+            softmax_scale=scaling,
+            causal=causal,
+            window_size=(-1, -1) if sliding_window is None else (sliding_window - 1, 0 if causal else sliding_window - 1),
+            group=group,
+            softcap=softcap or 0.0,
+            sinks=s_aux,
+        )
+        _check_share(query.shape[2], state.documents.length, group)
+        q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
+        out, _ = attend_by_heads(q, k, v, settings, Layout("contiguous"), state.documents, state.heads_k_stride)
+        return out[None], None
+
+    return attend
+
+
+def _check_share(tokens: int, length: int, group: dist.ProcessGroup) -> None:
+    world, rank = dist.get_world_size(group), dist.get_rank(group)
+    needed = Layout("contiguous").local_length(length, world, rank)
+    if tokens != needed:
+        raise ValueError(
+            f"rank {rank} of {world} has {tokens} tokens, but documents of {length} tokens give it {needed}: cut the packed row "
+            "with torch.chunk(..., dim=1), to a length that the number of ranks divides, and pass cu_seqlens of the whole row"
+        )
+
+
+def _mask(*_shapes: object, attention_mask: Tensor | None = None, **_mask: object) -> Tensor | None:
+    """Documents say what a query sees; a padding mask goes on to the attention function, which refuses it."""
+    return None if attention_mask is None or bool(torch.all(attention_mask)) else attention_mask

@@ -1,0 +1,387 @@
+"""The drop-in functions of ring-flash-attn: every name, every argument, exact over ranks."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import Case, assert_like_kernel, make_case, single_device
+
+from dtensor_ring import functional
+from dtensor_ring.documents import Documents
+from dtensor_ring.functional import llama3_flash_attn_prepare_cu_seqlens, zigzag_llama3_flash_attn_prepare_cu_seqlens
+from dtensor_ring.layout import Layout
+
+BATCH = {"ring_flash_attn": "contiguous", "zigzag_ring_flash_attn": "zigzag", "stripe_flash_attn": "stripe"}
+VARLEN = {"ring_flash_attn_varlen": "contiguous/even", "zigzag_ring_flash_attn_varlen": "zigzag/even"}
+GATHERED = {"llama3_flash_attn_varlen": "contiguous", "zigzag_llama3_flash_attn_varlen": "zigzag"}
+FAMILIES = BATCH | VARLEN | GATHERED
+PUBLIC = [
+    f"{family}_{variant}"
+    for family in (*BATCH, *VARLEN, "llama3_flash_attn_varlen")
+    for variant in ("func", "kvpacked_func", "qkvpacked_func")
+]
+PUBLIC += ["llama3_flash_attn_prepare_cu_seqlens", "substitute_hf_flash_attn", "update_ring_flash_attn_params"]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_of_the_reference_is_here(name):
+    assert callable(getattr(functional, name))
+    assert name in functional.__all__
+    assert getattr(functional, name).__doc__
+
+
+TAIL = {
+    "dropout_p": 0.0,
+    "softmax_scale": None,
+    "causal": False,
+    "window_size": (-1, -1),
+    "alibi_slopes": None,
+    "deterministic": False,
+    "return_attn_probs": False,
+    "group": None,
+}
+HEAD = {"func": ["q", "k", "v"], "kvpacked_func": ["q", "kv"], "qkvpacked_func": ["qkv"]}
+LLAMA3 = ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "heads_k_stride", "local_k_slice"]
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLIC if name.endswith("func")])
+def test_signatures_and_defaults_are_those_of_the_reference(name):
+    family, variant = next(
+        (f, name.removeprefix(f"{f}_")) for f in sorted(FAMILIES, key=len, reverse=True) if name.startswith(f"{f}_")
+    )
+    middle = ["cu_seqlens", "max_seqlen"] if family in VARLEN else LLAMA3 if family in GATHERED else []
+    parameters = inspect.signature(getattr(functional, name)).parameters
+    assert list(parameters) == [*HEAD[variant], *middle, *TAIL]
+    assert {key: parameters[key].default for key in TAIL} == TAIL
+    assert getattr(functional, name).__name__ == name
+
+
+def bounds_of(family: str, length: int, world: int) -> tuple[int, ...] | None:
+    if family in BATCH:
+        return None
+    step = 2 * world if family in VARLEN else 1
+    inner = sorted({length // 3 // step * step, length // 2 // step * step})
+    return (0, *(b for b in inner if 0 < b < length), length)
+
+
+def call(family: str, variant: str, q, k, v, bounds, world: int, rank: int, causal: bool, stride: int | None = None, **options):
+    """One of the functions on this rank's tensors, (B, S, H, D) for all families here."""
+    func = getattr(functional, f"{family}_{variant}_func" if variant else f"{family}_func")
+    packed = family not in BATCH
+    q, k, v = (x[0] if packed else x for x in (q, k, v))
+    if variant == "kvpacked":
+        tensors = (q, torch.stack([k, v], -3))
+    elif variant == "qkvpacked":
+        tensors = (torch.stack([q, k, v], -3),)
+    else:
+        tensors = (q, k, v)
+    if family in VARLEN:
+        local = torch.tensor([b // world for b in bounds], dtype=torch.int32)
+        tensors += (local, int(local.diff().max()))
+    elif family == "llama3_flash_attn_varlen":
+        cu_q, cu_k, max_q, max_k, k_slice = llama3_flash_attn_prepare_cu_seqlens(torch.tensor(bounds), causal, rank, world)
+        tensors += (cu_q, cu_k, max_q, max_k, stride or 1, k_slice)
+    elif family in GATHERED:
+        tensors += (zigzag_llama3_flash_attn_prepare_cu_seqlens(torch.tensor(bounds), causal, rank, world), stride)
+    out, lse, nothing = func(*tensors, causal=causal, return_attn_probs=True, **options)
+    assert nothing is None
+    return (out[None], lse[None]) if packed else (out, lse)
+
+
+def on_ranks(family: str, variant: str, case: Case, **options) -> tuple[torch.Tensor, ...]:
+    """out, lse, dq, dk, dv, put together on every rank."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    bounds = None if case.documents is None else case.documents.bounds[0]
+    layout = Layout.parse(FAMILIES[family])
+    tokens = [layout.tokens(case.q.shape[1], world, r, bounds) for r in range(world)]
+    mine = torch.tensor(tokens[rank], dtype=torch.int64)
+    leaves = [x[:, mine].clone().requires_grad_() for x in case.inputs]
+    out, lse = call(family, variant, *leaves, bounds, world, rank, case.is_causal, window_size=case.window, **options)
+    assert out.dtype == case.q.dtype
+    assert lse.dtype == (torch.float64 if case.q.dtype == torch.float64 else torch.float32)
+    grads = torch.autograd.grad(out, leaves, case.dout[:, mine])
+    order = torch.argsort(torch.tensor([token for part in tokens for token in part]))
+    found = []
+    for part, dim in zip((out.detach(), lse, *grads), (1, 2, 1, 1, 1), strict=True):
+        every = [torch.empty(0)] * world
+        dist.all_gather_object(every, part)
+        found.append(torch.cat(every, dim).index_select(dim, order))
+    return tuple(found)
+
+
+def family_case(family: str, world: int, length: int = 32, **options) -> Case:
+    bounds = bounds_of(family, length, world)
+    documents = None if bounds is None else Documents((bounds,))
+    return make_case(length, batch=2 if family in BATCH else 1, documents=documents, **options)
+
+
+def exact_results(family: str, variant: str):
+    world = dist.get_world_size()
+    for heads, mask in itertools.product(((4, 4), (4, 1), (4, 2)), ("causal", "full", "window", "two-sided")):
+        if variant == "qkvpacked" and heads[0] != heads[1]:
+            continue
+        case = family_case(family, world, heads=heads, mask=mask)
+        for found, wanted in zip(on_ranks(family, variant, case), case.exact(), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("variant", ["", "kvpacked", "qkvpacked"])
+def test_out_lse_and_gradients_are_exact_for_mha_gqa_and_mqa(pools, world, family, variant):
+    pools.run(world, exact_results, family, variant)
+
+
+def sixteen_bits(family: str, dtype: torch.dtype):
+    world = dist.get_world_size()
+    for heads, mask in itertools.product(((4, 4), (4, 1)), ("causal", "full")):
+        case = family_case(family, world, 512, heads=heads, mask=mask, dtype=dtype, dim=32)
+        assert_like_kernel(on_ranks(family, "", case), single_device(case, "torch_cpu"), case.exact())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_stay_what_they_are_and_err_like_one_device(pools, family, dtype):
+    pools.run(4, sixteen_bits, family, dtype)
+
+
+def own_test_shapes(family: str):
+    """The shapes that ring-flash-attn tests itself on."""
+    if family in BATCH:
+        case = make_case(3816, heads=(5, 5), dim=128, batch=1, dtype=torch.bfloat16)
+    else:
+        bounds = (0, 128, 1248, 4240) if family.startswith("zigzag") else (0, 120, 1248, 4232)
+        case = make_case(bounds[-1], heads=(5, 5), dim=128, batch=1, dtype=torch.bfloat16, documents=Documents((bounds,)))
+    assert_like_kernel(on_ranks(family, "qkvpacked", case), single_device(case, "torch_cpu"), case.exact())
+
+
+@pytest.mark.parametrize("family", ["zigzag_ring_flash_attn", "zigzag_ring_flash_attn_varlen", "llama3_flash_attn_varlen"])
+def test_the_reference_s_own_shapes(pools, family):
+    pools.run(2, own_test_shapes, family, timeout=200)
+
+
+def extras(family: str):
+    """Dropout is replayed, ALiBi measures positions, a scale is used: with every gradient."""
+    world = dist.get_world_size()
+    for mask in ("causal", "full"):
+        case = family_case(family, world, heads=(4, 2), mask=mask)
+        case.alibi = torch.rand(4)
+        for found, wanted in zip(on_ranks(family, "", case, alibi_slopes=case.alibi), case.exact(), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+        case.alibi, case.dropout_p = None, 0.25
+        torch.manual_seed(7)
+        seed = int(torch.randint(1 << 62, ()))
+        torch.manual_seed(7)
+        case.seed = seed
+        stride = {"stride": 2} if family in GATHERED else {}
+        for found, wanted in zip(on_ranks(family, "", case, dropout_p=0.25, **stride), case.exact(), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("world", [1, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropout_is_replayed_and_alibi_measures_positions_across_ranks(pools, world, family):
+    pools.run(world, extras, family)
+
+
+def deterministic(family: str):
+    case = family_case(family, dist.get_world_size(), 64, heads=(4, 2), dtype=torch.bfloat16)
+    first, second = (on_ranks(family, "", case, deterministic=True) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_deterministic_runs_are_bitwise_the_same(pools, family):
+    pools.run(4, deterministic, family)
+
+
+def strides():
+    world = dist.get_world_size()
+    for family in GATHERED:
+        case = family_case(family, world, heads=(8, 4))
+        results = [on_ranks(family, "", case, stride=stride) for stride in (1, 2, 4)]
+        for other in results[1:]:
+            for a, b in zip(results[0], other, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_heads_k_stride_changes_memory_not_results(pools):
+    pools.run(2, strides)
+
+
+def empty_documents_and_ranks_without_some():
+    world, rank = dist.get_world_size(), dist.get_rank()
+    for family, mask in itertools.product(GATHERED, ("causal", "full", "window")):
+        case = make_case(32, batch=1, mask=mask, documents=Documents(((0, 0, 1, 1, 3, 30, 30, 32, 32),)))
+        found = on_ranks(family, "", case)
+        assert not any(x.isnan().any() for x in found)
+        for a, b in zip(found, case.exact(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+    case = make_case(32, batch=1, documents=Documents(((0, 0, 16, 16, 32, 32),)))
+    for family in VARLEN:
+        for a, b in zip(on_ranks(family, "", case), case.exact(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+    return world, rank
+
+
+def test_documents_without_tokens_and_ranks_without_a_document_are_no_trouble(pools):
+    pools.run(4, empty_documents_and_ranks_without_some)
+
+
+def other_groups():
+    """group= names the ranks; None is the default group."""
+    rank = dist.get_rank()
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    group = pairs[rank // 2]
+    case = family_case("zigzag_ring_flash_attn", 2)
+    tokens = torch.tensor(Layout("zigzag").tokens(32, 2, rank % 2))
+    out = functional.zigzag_ring_flash_attn_func(*(x[:, tokens] for x in case.inputs), causal=True, group=group)
+    torch.testing.assert_close(out, case.exact()[0][:, tokens], rtol=0, atol=1e-10)
+
+
+def test_a_group_of_some_ranks(pools):
+    pools.run(4, other_groups)
+
+
+def refusals():
+    x, t = torch.zeros(1, 8, 4, 8), torch.zeros(8, 4, 8)
+    odd = torch.zeros(1, 7, 4, 8)
+    cu = torch.tensor([0, 3, 8], dtype=torch.int32)
+    world, rank = dist.get_world_size(), dist.get_rank()
+    llama3 = llama3_flash_attn_prepare_cu_seqlens(torch.tensor([0, 5, 16]), True, rank, world)
+    prepared = zigzag_llama3_flash_attn_prepare_cu_seqlens(torch.tensor([0, 5, 16]), True, rank, world)
+    f = functional
+    cases = [
+        (lambda: f.zigzag_ring_flash_attn_func(odd, odd, odd), ValueError, "q has 7 tokens: S must be divisible by 2 * 2"),
+        (lambda: f.zigzag_ring_flash_attn_varlen_func(t, t, t, cu, 5), ValueError, "but 3 tokens of document 0"),
+        (lambda: f.ring_flash_attn_varlen_func(t, t, t, cu, 4), ValueError, "a document of 5 tokens, longer than"),
+        (
+            lambda: f.ring_flash_attn_varlen_func(t[:7], t[:7], t[:7], cu, 5),
+            ValueError,
+            "cu_seqlens ends at 8, but there are 7 tokens",
+        ),
+        (lambda: f.ring_flash_attn_varlen_func(t, t, t, cu.float(), 5), TypeError, "must be a 1-D integer tensor"),
+        (lambda: f.ring_flash_attn_varlen_func(t, t, t, torch.tensor([1, 8]), 8), ValueError, "must start at 0 and never decrease"),
+        (lambda: f.ring_flash_attn_func(t, t, t), ValueError, "must be (B, S/W, H, D), found 3, 3 and 3 dims"),
+        (lambda: f.ring_flash_attn_varlen_func(x, x, x, cu, 5), ValueError, "must be (T/W, H, D), found 4, 4 and 4 dims"),
+        (lambda: f.ring_flash_attn_func(x, x, x.double()), TypeError, "one dtype"),
+        (lambda: f.ring_flash_attn_func(x, x[:, :, :3], x[:, :, :3]), ValueError, "multiple of key heads, found 4 and 3"),
+        (lambda: f.ring_flash_attn_func(x, x, x, dropout_p=1.5), ValueError, "a probability below 1"),
+        (
+            lambda: f.ring_flash_attn_func(x, x, x, alibi_slopes=torch.zeros(3)),
+            ValueError,
+            "alibi_slopes must be float32 of shape (4,)",
+        ),
+        (lambda: f.ring_flash_attn_func(x, x, x, window_size=(-3, 0)), ValueError, "a side is a number of tokens"),
+        (lambda: f.ring_flash_attn_kvpacked_func(x, x), ValueError, "kv must have shape (..., 2, heads, D), found (1, 8, 4, 8)"),
+        (lambda: f.ring_flash_attn_qkvpacked_func(x), ValueError, "qkv must have shape (..., 3, heads, D)"),
+        (
+            lambda: f.llama3_flash_attn_varlen_func(t, t, t, *llama3[:4], 3, llama3[4]),
+            ValueError,
+            "heads_k_stride must divide the 4 key heads",
+        ),
+        (
+            lambda: f.llama3_flash_attn_varlen_func(t[:4], t[:4], t[:4], *llama3[:4], 1, llama3[4]),
+            ValueError,
+            "cu_seqlens_q ends at 8",
+        ),
+        (lambda: f.zigzag_llama3_flash_attn_varlen_func(t, t, t, prepared), ValueError, "prepare once a batch"),
+        (
+            lambda: f.zigzag_llama3_flash_attn_varlen_func(t[:4], t[:4], t[:4], prepared, causal=True),
+            ValueError,
+            "prepare once a batch",
+        ),
+        (lambda: llama3_flash_attn_prepare_cu_seqlens(torch.tensor([0, 5, 17]), True, 0, 2), ValueError, "17 tokens over 2 ranks"),
+        (lambda: zigzag_llama3_flash_attn_prepare_cu_seqlens(torch.tensor([0, 18]), True, 0, 2), ValueError, "divisible by 2 * 2"),
+    ]
+    for act, error, text in cases:
+        try:
+            act()
+        except error as failure:
+            assert text in str(failure), f"{text!r} is not in: {failure}"
+        else:
+            raise AssertionError(f"nothing was raised for {text!r}")
+    # flash-attn takes R as 0 where attention is causal
+    assert torch.equal(
+        f.ring_flash_attn_func(x, x, x, causal=True, window_size=(3, 5)),
+        f.ring_flash_attn_func(x, x, x, causal=True, window_size=(3, 0)),
+    )
+
+
+def test_what_does_not_fit_is_refused_by_name(pools):
+    pools.run(2, refusals)
+
+
+def test_without_a_process_group_the_error_says_what_to_do():
+    x = torch.zeros(1, 8, 4, 8)
+    with pytest.raises(RuntimeError, match=r"call torch.distributed.init_process_group first, or pass group="):
+        functional.ring_flash_attn_func(x, x, x)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "causal", "rank", "world", "wanted"),
+    [
+        ((0, 120, 1248, 4232), True, 0, 8, ([0, 120, 529], [0, 120, 529], 409, 409, slice(0, 529))),
+        ((0, 120, 1248, 4232), True, 2, 8, ([0, 190, 529], [0, 1128, 1467], 339, 1128, slice(120, 1587))),
+        ((0, 120, 1248, 4232), True, 7, 8, ([0, 529], [0, 2984], 529, 2984, slice(1248, 4232))),
+        ((0, 120, 1248, 4232), False, 2, 8, ([0, 190, 529], [0, 1128, 4112], 339, 2984, slice(120, 4232))),
+        ((0, 8, 16), True, 1, 2, ([0, 8], [0, 8], 8, 8, slice(8, 16))),
+    ],
+)
+def test_prepared_llama3_lengths_are_those_of_the_reference(bounds, causal, rank, world, wanted):
+    cu_q, cu_k, max_q, max_k, k_slice = llama3_flash_attn_prepare_cu_seqlens(
+        torch.tensor(bounds, dtype=torch.int32), causal, rank, world
+    )
+    assert (cu_q.tolist(), cu_k.tolist(), max_q, max_k, k_slice) == wanted
+    assert cu_q.dtype == cu_k.dtype == torch.int32
+
+
+def test_prepared_lengths_cover_what_each_query_sees():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        world = int(torch.randint(1, 5, (), generator=generator))
+        share = int(torch.randint(1, 9, (), generator=generator))
+        total = world * share
+        inner = sorted(torch.randint(0, total + 1, (4,), generator=generator).tolist())
+        bounds = (0, *inner, total)
+        for rank, causal in itertools.product(range(world), (True, False)):
+            cu_q, cu_k, max_q, max_k, k_slice = llama3_flash_attn_prepare_cu_seqlens(torch.tensor(bounds), causal, rank, world)
+            assert cu_q[-1] == share
+            assert cu_k[-1] == k_slice.stop - k_slice.start
+            assert max_q == cu_q.diff().max()
+            assert max_k == cu_k.diff().max()
+            for i in range(len(cu_q) - 1):
+                for token in range(rank * share + int(cu_q[i]), rank * share + int(cu_q[i + 1])):
+                    document = Documents.find(bounds, token)
+                    low, high = k_slice.start + int(cu_k[i]), k_slice.start + int(cu_k[i + 1])
+                    assert low == bounds[document]
+                    assert high >= token + 1 if causal else high == bounds[document + 1]
+
+
+def test_zigzag_preparation_is_a_value():
+    prepared = [zigzag_llama3_flash_attn_prepare_cu_seqlens(torch.tensor([0, 5, 16]), True, 0, 2) for _ in range(2)]
+    assert prepared[0] == prepared[1]
+    assert hash(prepared[0]) == hash(prepared[1])
+    assert prepared[0].tokens == ((0, 4), (12, 16))
+
+
+def metadata_is_read_once():
+    """The values of a cu_seqlens tensor are read once, until it changes."""
+    from dtensor_ring.functional import lengths
+
+    cu = torch.tensor([0, 4, 8])
+    assert lengths.host_lengths("cu_seqlens", cu) is lengths.host_lengths("cu_seqlens", cu)
+    cu[1] = 6
+    assert lengths.host_lengths("cu_seqlens", cu) == (0, 6, 8)
+    key = id(cu)
+    del cu
+    assert key not in lengths._read._entries
+
+
+def test_lengths_are_read_from_a_tensor_once():
+    metadata_is_read_once()
