@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -69,6 +70,12 @@ def test_plan_says_what_is_wrong(capsys, arguments, text):
     with pytest.raises(SystemExit):
         main(["plan", *arguments])
     assert text in capsys.readouterr().err
+
+
+def test_the_kernel_table_in_the_docs_is_the_one_the_code_prints(capsys):
+    assert main(["kernels"]) == 0
+    text = (Path(dtensor_ring.__file__).parents[1] / "docs" / "kernels.md").read_text()
+    assert text.split("<!-- kernels: begin -->")[1].split("<!-- kernels: end -->")[0].strip() == capsys.readouterr().out.strip()
 
 
 @given(
