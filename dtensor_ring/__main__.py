@@ -43,7 +43,10 @@ def _problem(options: argparse.Namespace) -> Problem:
         raise ValueError(f"need at least one rank and no negative length, found --world {options.world} --length {options.length}")
     documents = None
     if options.documents is not None:
-        documents = Documents.of(Documents.from_lengths(int(part) for part in options.documents.split(",")), options.length)
+        parts = options.documents.split(",")
+        if not all(part.isdecimal() for part in parts):
+            raise ValueError(f"--documents takes lengths between commas, such as 10,20,34, found {options.documents!r}")
+        documents = Documents.of(Documents.from_lengths(map(int, parts)), options.length)
     window = (-1, -1) if options.window is None else (options.window[0], options.window[1])
     is_causal = not options.full and options.window is None
     band = Band.parse(mask_text(is_causal, window))

@@ -5,7 +5,8 @@ Ran on torch 2.11 and 2.13. Features are asked for by name, once, here; versions
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 from weakref import ref
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 from torch.distributed.tensor import DTensor, Replicate, _dtensor_spec
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
@@ -30,6 +32,7 @@ __all__ = [
     "OutputSharding",
     "PlacementBase",
     "install_rule",
+    "lasting",
     "register_attention_rule",
     "replicated",
     "resolve_group",
@@ -123,6 +126,13 @@ replicated: Callable[[Tensor, DTensor], DTensor] = torch.compiler.allow_in_graph
 def resolve_group(name: str) -> dist.ProcessGroup:
     """The process group of a `ProcessGroup.group_name`: ops take strings, not groups."""
     return _resolve_process_group(GroupName(name))
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """Tensors made here are ordinary CPU tensors, whatever modes are on, and so can be kept: no inference tensors, no fakes."""
+    with unset_fake_temporarily(), torch.inference_mode(False), torch.device("cpu"):
+        yield
 
 
 class TensorCache(Generic[T]):

@@ -16,14 +16,15 @@ from dtensor_ring._torch import local_of, replicated
 from dtensor_ring.documents import Documents
 from dtensor_ring.layout import Layout
 from dtensor_ring.ops.agree import check_agreement
-from dtensor_ring.ops.kernels import Need, choose_kernel
+from dtensor_ring.ops.arguments import check_extras, check_tensors, need_of
+from dtensor_ring.ops.kernels import choose_kernel
 from dtensor_ring.ops.library import attention
 from dtensor_ring.ops.mask import Band, mask_text
 from dtensor_ring.ops.schedule import Problem, ends_together
 from dtensor_ring.ops.sharding import attention_axis, sink_placements
 from dtensor_ring.placements import redistribute
 from dtensor_ring.placements.moves import Chunks
-from dtensor_ring.placements.redistribute import wrap
+from dtensor_ring.placements.redistribute import axis_name, wrap
 
 
 def ring_attention(
@@ -71,7 +72,7 @@ def ring_attention(
         alibi_slopes: (H,) or (B, H), float32: a score loses slope * distance (Press et al., 2022); no gradient.
         documents: bounds of packed documents, a `Documents` or a cu_seqlens; a query sees keys of its own document only.
         deterministic: gradients are bitwise the same from run to run.
-        return_lse: also return lse (B, H, Sq), float32 (float64 for float64), placed as q is; it carries no gradient.
+        return_lse: also return lse (B, H, Sq), float32 (float64 for float64), placed as q is; a gradient of it is refused.
         strategy: "ring" (memory bounded, one rank's keys at a time) or "gather" (all keys at once, no merging); None is "ring", or
             "gather" for ALiBi where only that lets flash kernels measure distances.
         kernel: a name in `dtensor_ring.ops.kernels.KERNELS`; None is the first that does not refuse.
@@ -81,43 +82,38 @@ def ring_attention(
 
     Raises:
         TypeError: DTensors mixed with plain tensors, or dtypes that differ.
-        ValueError: shapes, placements, window or documents that do not fit, or ranks that do not agree; on every rank.
+        ValueError: shapes, placements, window or documents that do not fit; or ranks that do not agree, which they find out
+            on every rank at the first call of a kind. What is wrong on one rank alone is raised there, while others wait for it.
         NotImplementedError: an argument not supported yet, or no kernel does what is asked; the text has each kernel's reason.
     """
-    _check_tensors(q, k, v)
-    _check_extras(q, sinks, dropout_p, alibi_slopes)
+    _check_kinds(q, k, v)
+    check_tensors(q, k, v)
+    check_extras(q, sinks, softcap, dropout_p, alibi_slopes)
     mask = mask_text(is_causal, window)
     where = _where(q, k, v)
     found = _documents(documents, q, k)
-    need = Need(
-        device=q.device.type,
-        dtype=q.dtype,
-        head_dim=q.shape[3],
-        v_head_dim=v.shape[3],
-        training=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)),
-        windowed=mask.startswith("window"),
-        packed=found is not None,
-        softcap=softcap,
-        deterministic=deterministic,
-        dropout=dropout_p > 0,
-    )
+    packed, softcap, dropout_p = found is not None, float(softcap), float(dropout_p)
+    need = need_of(q, k, v, sinks, mask=mask, packed=packed, softcap=softcap, deterministic=deterministic, dropout_p=dropout_p)
     if alibi_slopes is None:
         way = choose_strategy(strategy)
     else:
-        world = 1 if where.mesh is None or where.axis is None else where.mesh.size(where.axis)
-        problem = Problem(where.layout, Band.parse(mask), q.shape[1], k.shape[1], world, "ring", found)
-        way, alignment = choose_for_alibi(strategy, problem)
+        way, alignment = _choose_for_alibi(strategy, where, mask, q, k, found)
         need = replace(need, alibi=alignment)
     chosen = choose_kernel(kernel, need).name
-    if where.mesh is not None and where.axis is not None and not torch.compiler.is_compiling():
-        shares = tuple(tuple(local_of(x).shape) for x in (q, k, v) if isinstance(x, DTensor))
-        words = str(q.dtype), mask, way, chosen, found.digest if found is not None else "", f"{dropout_p} {softcap}"
-        shapes = tuple(q.shape), tuple(k.shape), tuple(v.shape)
-        check_agreement(where.mesh, where.axis, where.layout, shapes, shares, words)  # pyrefly: ignore[bad-argument-type]
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)
-    options = factor, float(softcap), float(dropout_p), deterministic, mask, str(where.layout), way, chosen, where.group
+    if where.mesh is not None and where.axis is not None and not torch.compiler.is_compiling():
+        name = f"ring_attention over mesh axis {axis_name(where.mesh, where.axis)}"
+        numbers = f"scale {factor}, softcap {softcap}, dropout_p {dropout_p}"
+        words = str(q.dtype), f"mask {mask}", way, chosen, numbers, str(found or "no documents")
+        assert isinstance(q, DTensor) and isinstance(k, DTensor), "tensors on a mesh are DTensors"
+        rows = local_of(q).shape[1], local_of(k).shape[1]
+        check_agreement(where.group, name, where.layout, (*q.shape, *k.shape, *v.shape), rows, words)
+    origin = (_share(q, 0).start, _share(q, 2).start) if dropout_p and isinstance(q, DTensor) else (0, 0)
+    options = factor, softcap, dropout_p, deterministic, mask, str(where.layout), way, chosen, where.group
     extras = _placed_sinks(sinks, q), _placed_slopes(alibi_slopes, q), _placed_bounds(found, q)
-    out, lse, _ = attention(q, k, v, *extras, q.shape[1], k.shape[1], *options)
+    out, lse, _ = attention(q, k, v, *extras, q.shape[1], k.shape[1], *origin, *options)
+    if return_lse and out.requires_grad and not torch.compiler.is_compiling():
+        lse = _NoGradient.apply(lse, out)
     return (out, lse) if return_lse else out
 
 
@@ -143,35 +139,21 @@ def choose_for_alibi(strategy: str | None, problem: Problem) -> tuple[str, Liter
     return choose_strategy(strategy), "shifted"
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _choose_for_alibi(
+    strategy: str | None, where: _Where, mask: str, q: Tensor, k: Tensor, documents: Documents | None
+) -> tuple[str, Literal["aligned", "shifted"]]:
+    world = 1 if where.mesh is None or where.axis is None else where.mesh.size(where.axis)
+    if torch.compiler.is_compiling():  # lengths are symbols, which no plan can be made of
+        return choose_strategy(strategy), "aligned" if world == 1 and not mask.startswith("window") else "shifted"
+    problem = Problem(where.layout, Band.parse(mask), q.shape[1], k.shape[1], world, "ring", documents)
+    return choose_for_alibi(strategy, problem)
+
+
+def _check_kinds(q: Tensor, k: Tensor, v: Tensor) -> None:
     kinds = {name: isinstance(x, DTensor) for name, x in (("q", q), ("k", k), ("v", v))}
     if len(set(kinds.values())) > 1:
         plain = ", ".join(name for name, is_dtensor in kinds.items() if not is_dtensor)
         raise TypeError(f"q, k and v must all be DTensors or all plain tensors; plain: {plain}. See dtensor_ring.from_local")
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if not q.ndim == k.ndim == v.ndim == 4:
-        raise ValueError(f"q, k and v must have shape (B, S, H, D), found {shapes}")
-    if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"needed q (B, Sq, H, D), k (B, Sk, Hk, D), v (B, Sk, Hk, Dv), found {shapes}")
-    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-        raise ValueError(f"query heads must be a multiple of key heads, found {q.shape[2]} and {k.shape[2]}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"q, k and v must have one dtype, found {q.dtype}, {k.dtype}, {v.dtype}")
-
-
-def _check_extras(q: Tensor, sinks: Tensor | None, dropout_p: float, alibi_slopes: Tensor | None) -> None:
-    batch, _, heads, _ = q.shape
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p is a probability below 1, found {dropout_p}")
-    if sinks is not None and tuple(sinks.shape) != (heads,):
-        raise ValueError(f"sinks must have shape (H,) = ({heads},), found {tuple(sinks.shape)}")
-    if alibi_slopes is not None:
-        if tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
-            raise ValueError(f"alibi_slopes must have shape ({heads},) or ({batch}, {heads}), found {tuple(alibi_slopes.shape)}")
-        if isinstance(alibi_slopes, DTensor) or alibi_slopes.dtype != torch.float32:
-            raise TypeError(f"alibi_slopes must be a plain float32 tensor, found {alibi_slopes.dtype}")
-        if alibi_slopes.requires_grad:
-            raise NotImplementedError("alibi_slopes get no gradient: pass alibi_slopes.detach()")
 
 
 class _Where(NamedTuple):
@@ -196,10 +178,8 @@ def _where(q: Tensor, k: Tensor, v: Tensor) -> _Where:
 def _documents(documents: Documents | Tensor | Sequence[int] | None, q: Tensor, k: Tensor) -> Documents | None:
     if documents is None:
         return None
-    if torch.compiler.is_compiling():
-        if not isinstance(documents, Documents):
-            raise TypeError("inside torch.compile documents must be a Documents, made outside of the compiled function")
-        return documents
+    if torch.compiler.is_compiling() and not isinstance(documents, Documents):
+        raise TypeError("inside torch.compile documents must be a Documents, made outside of the compiled function")
     if q.shape[1] != k.shape[1]:
         raise ValueError(f"documents need queries and keys of one length, found {q.shape[1]} and {k.shape[1]}")
     found = Documents.of(documents, q.shape[1])
@@ -226,7 +206,7 @@ def _placed_bounds(documents: Documents | None, q: Tensor) -> Tensor:
         packed = torch.empty(0, dtype=torch.int64)
     elif documents.rows > 1 and isinstance(q, DTensor):
         rows = _share(q, 0)
-        packed = documents.select(rows.start, rows.stop).packed
+        packed = (documents.select(rows.start, rows.stop) if rows.start < rows.stop else documents.select(0, 1)).packed
     else:
         packed = documents.packed
     return replicated(packed, q) if isinstance(q, DTensor) else packed
@@ -254,6 +234,22 @@ def _placed_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:
             f"sinks are placed {sinks.placements} on {sinks.device_mesh}, beside q they must be {needed} on {q.device_mesh}"
         )
     return _WholeGradient.apply(sinks)
+
+
+class _NoGradient(torch.autograd.Function):
+    """The lse beside an output that has a gradient: a gradient of its own is refused, not dropped in silence."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, lse: Tensor, out: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
+        if isinstance(lse, DTensor):
+            return wrap(local_of(lse), lse.device_mesh, lse.placements, lse.shape)
+        return lse.view_as(lse)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:  # pyrefly: ignore[bad-override]
+        raise NotImplementedError("the lse of ring_attention has no gradient: use lse.detach(), or compute the term from scores")
 
 
 class _LocalPart(torch.autograd.Function):

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
+from operator import index
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class Documents:
     packed: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        rows = tuple(tuple(int(bound) for bound in row) for row in self.bounds)
+        rows = tuple(tuple(index(bound) for bound in row) for row in self.bounds)
         if not rows:
             raise ValueError("Documents needs at least one row of bounds, found none")
         for i, row in enumerate(rows):
@@ -58,7 +59,7 @@ class Documents:
         """One row from document lengths in tokens: `[3, 4, 2]` has the bounds `(0, 3, 7, 9)`."""
         row = [0]
         for length in lengths:
-            row.append(row[-1] + int(length))
+            row.append(row[-1] + index(length))
         return cls((tuple(row),))
 
     @classmethod

@@ -104,7 +104,7 @@ class Layout:
         if text in _NAMED:
             return _NAMED[text]
         kind, _, block = text.partition(":")
-        if kind == "stripe" and (not block or block.isdigit()) and block != "0":
+        if kind == "stripe" and (not block or (block.isdecimal() and int(block) > 0)):
             return cls("stripe", int(block or 1))
         raise ValueError(f"unknown layout {text!r}: use {', '.join(map(repr, _NAMED))}, 'stripe' or 'stripe:BLOCK'")
 
@@ -129,7 +129,12 @@ class Layout:
         if self.cut == "documents":
             totals = tuple(_share(bounds[-1], world, r) for r in range(world))
             return tuple(Run(start, count) for start, count in share_documents(bounds, totals)[rank])
-        whole = Layout(self.kind)
+        whole, chunks = Layout(self.kind), world * (2 if self.kind == "zigzag" else 1)
+        for start, stop in pairwise(bounds):
+            if (stop - start) % chunks:
+                raise ValueError(
+                    f"{self} over {world} ranks needs documents that {chunks} divides, found one of {stop - start} tokens"
+                )
         return tuple(
             Run(start + run.start, run.count) for start, stop in pairwise(bounds) for run in whole.runs(stop - start, world, rank)
         )

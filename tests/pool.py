@@ -37,6 +37,7 @@ def _work(rank: int, world: int, port: int, device: str, paths: list[str], line:
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
     if device == "cuda":
+        warnings.filterwarnings("ignore", message="Attempting to run cuBLAS")  # PyTorch's autograd threads, the first time
         torch.cuda.set_device(rank)
         dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
     else:

@@ -54,20 +54,20 @@ def test_alibi_of_two_lengths_counts_from_the_end():
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_dropout_keeps_the_share_it_says_in_every_direction(p):
-    mask = keep_mask(1, 0, 3, 4, torch.arange(200), torch.arange(300), p).double()
+    mask = keep_mask(1, range(3), range(4), torch.arange(200), torch.arange(300), p).double()
     assert mask.mean().item() == pytest.approx(1 - p, abs=0.005)
     for dim in range(4):
         others = [d for d in range(4) if d != dim]
         deviation = (p * (1 - p) * mask.shape[dim] / mask.numel()) ** 0.5
         assert (mask.mean(others) - (1 - p)).abs().max() < 5 * deviation
-    again = keep_mask(2, 0, 3, 4, torch.arange(200), torch.arange(300), p).double()
+    again = keep_mask(2, range(3), range(4), torch.arange(200), torch.arange(300), p).double()
     assert (mask * again).mean().item() == pytest.approx((1 - p) ** 2, abs=0.01)
     for shifted in (mask[:, :, 1:] * mask[:, :, :-1], mask[..., 1:] * mask[..., :-1], mask[:, 1:] * mask[:, :-1]):
         assert shifted.mean().item() == pytest.approx((1 - p) ** 2, abs=0.01)
 
 
 def test_zero_dropout_keeps_everything():
-    assert keep_mask(1, 0, 2, 2, torch.arange(9), torch.arange(9), 0.0).all()
+    assert keep_mask(1, range(2), range(2), torch.arange(9), torch.arange(9), 0.0).all()
 
 
 def test_which_blocks_let_flash_kernels_measure_distances():

@@ -37,7 +37,7 @@ pytestmark = [
 PLACEMENTS = {"contiguous": Contiguous(1), "zigzag": Zigzag(1), "stripe": Stripe(1)}
 
 
-def _note(name: str, values: object) -> None:
+def note(name: str, values: object) -> None:
     """Measured figures for the record, where a folder is named for them."""
     folder = os.environ.get("DTENSOR_RING_TEST_NOTES")
     if folder:
@@ -84,7 +84,7 @@ COMBINATIONS = [
 def test_two_gpus_are_as_exact_as_one(pools, layout, strategy, dtype, mask, lengths):
     documents = None if lengths is None else Documents.from_lengths(lengths)
     ratios = pools.run(2, attend, layout, strategy, dtype, mask, documents, (4, 2), 2048, device="cuda")[0]
-    _note(f"{layout} {strategy} {dtype} {mask} {lengths}", ratios)
+    note(f"{layout} {strategy} {dtype} {mask} {lengths}", ratios)
 
 
 @pytest.mark.parametrize(("heads", "length"), [((8, 8), 1000), ((4, 1), 1001), ((6, 2), 33), ((4, 2), 7), ((4, 2), 1)])
@@ -171,16 +171,16 @@ def peak_memory_of_the_ring():
 
     out, lse = (x.to_local() for x in ring())
     arguments = (
-        *(torch.empty(0, dtype=torch.int64), world * tokens, world * tokens, dim**-0.5, 0.0, 0.0, False, "causal", "zigzag"),
+        *(torch.empty(0, dtype=torch.int64), world * tokens, world * tokens, 0, 0, dim**-0.5, 0.0, 0.0, False, "causal", "zigzag"),
         "ring",
     )
-    replay = torch.empty(0, dtype=torch.int64)
+    seed = torch.empty(0, dtype=torch.int64)
     group = mesh.get_group().group_name
     backward = torch.ops.dtensor_ring.attention_backward
     kv, q_bytes, lse_bytes = k.nbytes + v.nbytes, q.nbytes, lse.nbytes
     kernel_backward = peak(lambda: kernel.backward(dout, q, k, v, out, lse, (-1, 0), scale)) - q_bytes - kv
     forward = peak(ring)
-    both = peak(lambda: backward(dout, q, k, v, None, None, out, lse, replay, *arguments, "torch_flash", group))
+    both = peak(lambda: backward(dout, q, k, v, None, None, out, lse, seed, *arguments, "torch_flash", group))
     slack = 8 << 20
     assert forward <= 2 * kv + q_bytes + 2 * q_bytes + 2 * lse_bytes + slack
     assert both <= 2 * kv + 4 * kv + 2 * q_bytes + q_bytes + kv + kernel_backward + slack
@@ -188,7 +188,7 @@ def peak_memory_of_the_ring():
 
 
 def test_memory_of_the_ring_stays_within_its_bound(pools):
-    _note("peak memory", pools.run(2, peak_memory_of_the_ring, device="cuda")[0])
+    note("peak memory", pools.run(2, peak_memory_of_the_ring, device="cuda")[0])
 
 
 def test_a_layer_never_waits_for_the_gpu(pools):
@@ -217,7 +217,7 @@ def test_fused_merge_equals_the_plain_one(dtype, dim):
 def test_flash_kernel_windows_are_bottom_right(window, shape):
     kernel, options = KERNELS["torch_flash"], Options(128**-0.5)
     case = make_case(shape[0], k_length=shape[1], dim=128, dtype=torch.bfloat16, device="cuda")
-    out, lse, _ = kernel.forward(*case.inputs, window, options)
+    out, lse = kernel.forward(*case.inputs, window, options)
     exact, exact_lse = reference_attention(*case.inputs, is_causal=False, window=window)
     torch.testing.assert_close(out.float(), exact, rtol=0, atol=2e-2)
     torch.testing.assert_close(lse, exact_lse, rtol=0, atol=1e-3)
@@ -229,7 +229,7 @@ def test_packed_rows_without_keys_are_empty_and_keys_without_queries_get_no_grad
     case = make_case(64, k_length=96, dim=128, batch=1, dtype=torch.bfloat16, device="cuda")
     q, k, v, dout = (x[0] for x in (*case.inputs, case.dout))
     packing = Packing.of([Span(8, 24, 4, 30), Span(24, 50, 40, 90)], 64, 96, q.device)
-    out, lse, _ = kernel.forward_packed(q, k, v, packing, (-1, 0), options)
+    out, lse = kernel.forward_packed(q, k, v, packing, (-1, 0), options)
     assert (out[:8] == 0).all()
     assert (out[50:] == 0).all()
     assert (lse[:, :8] == -torch.inf).all()
@@ -240,5 +240,5 @@ def test_packed_rows_without_keys_are_empty_and_keys_without_queries_get_no_grad
     assert (dq[:8] == 0).all()
     assert (dq[50:] == 0).all()
     for rows, keys in ((slice(8, 24), slice(4, 30)), (slice(24, 50), slice(40, 90))):
-        block, *_ = kernel.forward(q[None, rows], k[None, keys], v[None, keys], (-1, 0), options)
+        block, _ = kernel.forward(q[None, rows], k[None, keys], v[None, keys], (-1, 0), options)
         assert torch.equal(block[0], out[rows])

@@ -11,7 +11,9 @@ from torch import Tensor
 from dtensor_ring.attention import choose_for_alibi
 from dtensor_ring.documents import Documents, Slices
 from dtensor_ring.layout import Layout
-from dtensor_ring.ops.kernels import Need, choose_kernel
+from dtensor_ring.ops.agree import check_agreement
+from dtensor_ring.ops.arguments import check_extras, check_tensors, need_of
+from dtensor_ring.ops.kernels import choose_kernel
 from dtensor_ring.ops.library import attention
 from dtensor_ring.ops.mask import Band, mask_text
 from dtensor_ring.ops.schedule import Problem
@@ -87,62 +89,43 @@ def attend(
         ValueError: shapes that do not fit together.
         NotImplementedError: no kernel does what is asked; the text has each one's reason.
     """
-    _check(q_BSHD, k_BSHD, v_BSHD, settings)
-    world = settings.world
+    check_tensors(q_BSHD, k_BSHD, v_BSHD)
+    check_extras(q_BSHD, settings.sinks, settings.softcap, settings.dropout_p, settings.alibi_slopes)
+    world, mask = settings.world, settings.mask
     q_length, k_length = world * q_BSHD.shape[1], world * k_BSHD.shape[1]
     if isinstance(documents, Documents):
         q_length = k_length = documents.length
-    need = Need(
-        device=q_BSHD.device.type,
-        dtype=q_BSHD.dtype,
-        head_dim=q_BSHD.shape[3],
-        v_head_dim=v_BSHD.shape[3],
-        training=torch.is_grad_enabled() and (q_BSHD.requires_grad or k_BSHD.requires_grad or v_BSHD.requires_grad),
-        windowed=settings.mask.startswith("window"),
-        packed=documents is not None,
-        softcap=settings.softcap,
-        deterministic=settings.deterministic,
-        dropout=settings.dropout_p > 0,
+    softcap, dropout_p, deterministic = float(settings.softcap), float(settings.dropout_p), settings.deterministic
+    tensors, packed = (q_BSHD, k_BSHD, v_BSHD), documents is not None
+    need = need_of(
+        *tensors,
+        settings.sinks,
+        mask=mask,
+        packed=packed,
+        softcap=softcap,
+        deterministic=deterministic,
+        dropout_p=dropout_p,
     )
     if settings.alibi_slopes is not None:
-        problem = Problem(layout, Band.parse(settings.mask), q_length, k_length, world, strategy, documents)
+        problem = Problem(layout, Band.parse(mask), q_length, k_length, world, strategy, documents)
         strategy, alignment = choose_for_alibi(None if strategy == "ring" else strategy, problem)
         need = replace(need, alibi=alignment)
     kernel = choose_kernel(None, need).name
     scale = q_BSHD.shape[3] ** -0.5 if settings.softmax_scale is None else float(settings.softmax_scale)
     bounds = torch.empty(0, dtype=torch.int64) if documents is None else documents.packed
-    options = (
-        scale,
-        float(settings.softcap),
-        float(settings.dropout_p),
-        settings.deterministic,
-        settings.mask,
-        str(layout),
-        strategy,
-        kernel,
-    )
-    tensors = q_BSHD, k_BSHD, v_BSHD, settings.sinks, settings.alibi_slopes, bounds
-    out, lse, _ = attention(*tensors, q_length, k_length, *options, settings.process_group.group_name)
+    group = settings.process_group.group_name
+    if not torch.compiler.is_compiling():
+        numbers = f"scale {scale}, softcap {softcap}, dropout_p {dropout_p}"
+        whole = str(documents) if isinstance(documents, Documents) else ""
+        words = str(q_BSHD.dtype), f"mask {mask}", strategy, kernel, numbers, whole
+        shapes = [(x.shape[0], length, *x.shape[2:]) for x, length in zip(tensors, (q_length, k_length, k_length), strict=True)]
+        rows = q_BSHD.shape[1], k_BSHD.shape[1]
+        check_agreement(group, "attention over a process group", layout, (*shapes[0], *shapes[1], *shapes[2]), rows, words)
+    options = scale, softcap, dropout_p, deterministic, mask, str(layout), strategy, kernel, group
+    out, lse, _ = attention(*tensors, settings.sinks, settings.alibi_slopes, bounds, q_length, k_length, 0, 0, *options)
     return out, lse
 
 
 def answer(out: Tensor, lse: Tensor, settings: Settings) -> Output:
     """What flash-attn's functions return."""
     return (out, lse, None) if settings.return_attn_probs else out
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> None:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"queries, keys and values do not fit together: {shapes}")
-    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-        raise ValueError(f"query heads must be a multiple of key heads, found {q.shape[2]} and {k.shape[2]}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"q, k and v must have one dtype, found {q.dtype}, {k.dtype}, {v.dtype}")
-    if not 0 <= settings.dropout_p < 1:
-        raise ValueError(f"dropout_p is a probability below 1, found {settings.dropout_p}")
-    slopes, allowed = settings.alibi_slopes, ((q.shape[2],), (q.shape[0], q.shape[2]))
-    if slopes is not None and (tuple(slopes.shape) not in allowed or slopes.dtype != torch.float32):
-        raise ValueError(
-            f"alibi_slopes must be float32 of shape {allowed[0]} or {allowed[1]}, found {slopes.dtype} {tuple(slopes.shape)}"
-        )

@@ -1,4 +1,4 @@
-"""Cumulative lengths on the host, read from the device once for each tensor, however many layers pass it."""
+"""Cumulative lengths on the host, read from a GPU once for each tensor, however many layers pass it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ def host_lengths(name: str, cu_seqlens: Tensor) -> tuple[int, ...]:
     """
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
         raise TypeError(f"{name} must be a 1-D integer tensor, found {cu_seqlens!r}")
-    values = _read.get(cu_seqlens)
+    kept = cu_seqlens.is_cuda and not cu_seqlens.is_inference()  # others do not count changes, or cost nothing to read
+    values = _read.get(cu_seqlens) if kept else None
     if values is None:
         values = tuple(cu_seqlens.tolist())
         if not values or values[0] != 0 or any(b < a for a, b in pairwise(values)):
             raise ValueError(f"{name} must start at 0 and never decrease, found {values[:8]}{'...' if len(values) > 8 else ''}")
-        _read.put(cu_seqlens, values)
+        if kept:
+            _read.put(cu_seqlens, values)
     return values
 
 

@@ -12,6 +12,7 @@ the rank's own keys; the backward pass ends with them, so that the last gradient
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -38,6 +39,7 @@ class Executor:
         options: scale, softcap, dropout.
         sinks: a score (H,) that every query of a head also sees, with no value; None for none.
         alibi: slopes (H,) or (B, H), float32; None for none.
+        origin: first batch row and head of this rank's tensors in the whole batch: dropout masks depend on them.
     """
 
     plan: Plan
@@ -46,23 +48,21 @@ class Executor:
     options: Options
     sinks: Tensor | None = None
     alibi: Tensor | None = None
+    origin: tuple[int, int] = (0, 0)
 
-    def forward(self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Out (B, Sq/W, H, Dv) in the dtype of q, lse (B, H, Sq/W) in float32 (float64 for float64), and what replays dropout.
+    def forward(self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Out (B, Sq/W, H, Dv) in the dtype of q, and lse (B, H, Sq/W) in float32 (float64 for float64).
 
-        `seed` makes the dropout mask of kernels that hash positions; others draw from the generator, whose states are kept.
+        `seed` makes the dropout mask: the same seed the same mask, in `backward` too.
         """
         total = OutputSum(q_BSHD, v_BSHD.shape[-1], self.plan.q_parts, self.sinks)
-        states: list[Tensor] = []
+        first_call = self._first_calls()
         for index, keys in self._visits((k_BSHD, v_BSHD), range(len(self.plan.steps))):
-            for call, pack in self._calls(index, q_BSHD):
-                extras = self._extras(index, q_BSHD.device, seed, None)
+            for number, (call, pack) in enumerate(self._calls(index, q_BSHD), first_call[index]):
+                extras = self._extras(index, q_BSHD.device, seed, number)
                 start, stop, block = self._forward_call(q_BSHD, *keys, call, pack, extras)
                 total.add(start, stop, block.out, block.lse)
-                states += [] if block.rng is None else [block.rng]
-        if states:
-            return *total.result(), torch.stack(states).view(torch.int64)
-        return *total.result(), torch.tensor([seed] if self.options.dropout_p else [], dtype=torch.int64)
+        return total.result()
 
     def backward(
         self,
@@ -72,7 +72,7 @@ class Executor:
         v_BSHD: Tensor,
         out_BSHD: Tensor,
         lse_BHS: Tensor,
-        replay: Tensor,
+        seed: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """dq, dk, dv of this rank's shares in the dtypes of q, k, v, and this rank's part of dsinks (H,)."""
         dq = GradSum(q_BSHD, self.plan.q_parts)
@@ -83,7 +83,7 @@ class Executor:
         for index, keys in self._visits((k_BSHD, v_BSHD), order):
             sums = tuple(GradSum(x, 1 + 2 * self.plan.steps[index].sums) for x in keys)
             for number, (call, pack) in enumerate(self._calls(index, q_BSHD), first_call[index]):
-                extras = self._extras(index, q_BSHD.device, 0, replay, number)
+                extras = self._extras(index, q_BSHD.device, seed, number)
                 inputs = dout_BSHD, q_BSHD, *keys, out_BSHD, lse_BHS
                 q_start, k_start, grads = self._backward_call(*inputs, call, pack, extras)
                 dq.add(q_start, grads[0])
@@ -108,17 +108,14 @@ class Executor:
             numbers.append(numbers[-1] + len(step.calls))
         return numbers
 
-    def _extras(self, index: int, device: torch.device, seed: int, replay: Tensor | None, number: int = 0) -> Extras | None:
+    def _extras(self, index: int, device: torch.device, seed: int, number: int) -> Extras | None:
         if not self.options.dropout_p and self.alibi is None:
             return None
-        rng = None
-        if replay is not None and self.options.dropout_p:
-            if replay.dim() == 1:
-                seed = int(replay[0])
-            else:
-                rng = replay[number].view(torch.uint64)
+        if not self.kernel.hashes_positions:  # equal seeds would give every call and rank the same mask
+            words = repr((seed, self.plan.rank, number, self.origin)).encode()
+            seed = int.from_bytes(hashlib.blake2b(words, digest_size=7).digest(), "big")
         q_positions, k_positions = _positions(self.plan.problem, self.plan.rank, device)
-        return Extras(self.alibi, seed, rng, q_positions, k_positions[index])
+        return Extras(self.alibi, seed, q_positions, k_positions[index], self.origin)
 
     def _forward_call(
         self, q: Tensor, k: Tensor, v: Tensor, call: Call, pack: Packing | None, extras: Extras | None
@@ -130,8 +127,8 @@ class Executor:
             block = self.kernel.forward(q[:, rows], k[:, columns], v[:, columns], call.window, self.options, part)
             return rows.start, rows.stop, block
         flat = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-        out, lse, rng = self.kernel.forward_packed(*flat, pack, call.window, self.options, extras)
-        return 0, q.shape[1], Result(out.unflatten(0, q.shape[:2]), lse.unflatten(1, q.shape[:2]).transpose(0, 1), rng)
+        out, lse = self.kernel.forward_packed(*flat, pack, call.window, self.options, extras)
+        return 0, q.shape[1], Result(out.unflatten(0, q.shape[:2]), lse.unflatten(1, q.shape[:2]).transpose(0, 1))
 
     def _backward_call(
         self,

@@ -37,6 +37,8 @@ def attention(
     documents: Tensor,
     q_length: int,
     k_length: int,
+    first_row: int,
+    first_head: int,
     scale: float,
     softcap: float,
     dropout_p: float,
@@ -47,22 +49,19 @@ def attention(
     kernel: str,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Out and lse of this rank's queries, and what replays its dropout masks."""
+    """Out and lse of this rank's queries, and the seed of its dropout masks (1,), on the CPU; empty without dropout."""
     options = Options(scale, softcap, deterministic, dropout_p)
     problem = documents, q_length, k_length, mask, layout, strategy
-    seed = int(torch.randint(1 << 62, ())) if dropout_p else 0
-    return _executor(*problem, kernel, group, options, sinks, alibi).forward(_inner(q), _inner(k), _inner(v), seed)
+    seed = torch.randint(1 << 62, (int(dropout_p > 0),))
+    executor = _executor(*problem, kernel, group, options, sinks, alibi, (first_row, first_head))
+    with torch.autocast(q.device.type, enabled=False):
+        return *executor.forward(_inner(q), _inner(k), _inner(v), _value(seed)), seed
 
 
 @attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
-    dropout_p, kernel = rest[7], rest[12]
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=accumulate_dtype(q.dtype))
-    if dropout_p and KERNELS[kernel].draws:
-        replay = q.new_empty((torch.library.get_ctx().new_dynamic_size(), 2), dtype=torch.int64)
-    else:
-        replay = torch.empty(int(dropout_p > 0), dtype=torch.int64)
-    return q.new_empty((*q.shape[:3], v.shape[3])), lse, replay
+    return q.new_empty((*q.shape[:3], v.shape[3])), lse, torch.empty(int(rest[9] > 0), dtype=torch.int64)
 
 
 @torch.library.custom_op("dtensor_ring::attention_backward", mutates_args=())
@@ -75,10 +74,12 @@ def attention_backward(
     alibi: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    replay: Tensor,
+    seed: Tensor,
     documents: Tensor,
     q_length: int,
     k_length: int,
+    first_row: int,
+    first_head: int,
     scale: float,
     softcap: float,
     dropout_p: float,
@@ -92,8 +93,9 @@ def attention_backward(
     """dq, dk, dv of this rank's shares, and its part of dsinks, empty without sinks."""
     options = Options(scale, softcap, deterministic, dropout_p)
     problem = documents, q_length, k_length, mask, layout, strategy
-    executor = _executor(*problem, kernel, group, options, sinks, alibi)
-    dq, dk, dv, dsinks = executor.backward(dout.contiguous(), _inner(q), _inner(k), _inner(v), out, lse, replay)
+    executor = _executor(*problem, kernel, group, options, sinks, alibi, (first_row, first_head))
+    with torch.autocast(q.device.type, enabled=False):
+        dq, dk, dv, dsinks = executor.backward(dout.contiguous(), _inner(q), _inner(k), _inner(v), out, lse, _value(seed))
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
@@ -110,15 +112,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, dout: Tensor, *_others: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-    q, k, v, sinks, alibi, out, lse, replay, documents = ctx.saved_tensors
+    q, k, v, sinks, alibi, out, lse, seed, documents = ctx.saved_tensors
     if isinstance(dout, DTensor) and dout.placements != out.placements:
         dout = redistribute(dout, out.placements)
-    tensors = dout, q, k, v, sinks, alibi, out, lse, replay, documents
+    tensors = dout, q, k, v, sinks, alibi, out, lse, seed, documents
     dq, dk, dv, dsinks = torch.ops.dtensor_ring.attention_backward(*tensors, *ctx.rest)
     return dq, dk, dv, None if sinks is None else dsinks, None, None, *(None for _ in ctx.rest)
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _value(seed: Tensor) -> int:
+    return int(seed[0]) if seed.numel() else 0
 
 
 def _inner(x: Tensor) -> Tensor:
@@ -138,8 +144,9 @@ def _executor(
     options: Options,
     sinks: Tensor | None,
     alibi: Tensor | None,
+    origin: tuple[int, int],
 ) -> Executor:
     wire: Transport = transport_of(resolve_group(group)) if group else AloneTransport()
     found = Documents.unpack(documents)
     problem = Problem(Layout.parse(layout), Band.parse(mask), q_length, k_length, wire.world, strategy, found)
-    return Executor(plan(problem, wire.rank), wire, KERNELS[kernel], options, sinks, alibi)
+    return Executor(plan(problem, wire.rank), wire, KERNELS[kernel], options, sinks, alibi, origin)

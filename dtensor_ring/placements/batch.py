@@ -25,6 +25,7 @@ from dtensor_ring.placements.moves import take_shard
 from dtensor_ring.placements.placement import SequencePlacement, Zigzag
 
 IGNORED = -100
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 CUT_KEYS = ("input_ids", "inputs_embeds", "position_ids", "labels", "shift_labels")
 BOUND_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
@@ -99,6 +100,8 @@ def sequence_length(batch: Mapping[str, object]) -> int:
     sizes: dict[str, tuple[int, ...]] = {}
     for key in CUT_KEYS:
         value = batch.get(key)
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{key} must be a tensor (B, S), found {type(value).__name__}")
         if isinstance(value, Tensor):
             if value.dim() < 2:
                 raise ValueError(f"{key} must have a batch and a sequence dim, found shape {tuple(value.shape)}")
@@ -114,8 +117,12 @@ def find_documents(
     batch: Mapping[str, object], length: int, documents: Documents | Tensor | Sequence[int] | None = None
 ) -> Documents | None:
     """The documents given, or those that `cu_seq_lens_q` or restarting `position_ids` tell; None for one document a row."""
+    rows = next((value.shape[0] for key in CUT_KEYS[:2] if isinstance(value := batch.get(key), Tensor)), 1)
     if documents is not None:
-        return Documents.of(documents, length)
+        found = Documents.of(documents, length)
+        if found.rows not in (1, rows):
+            raise ValueError(f"documents have {found.rows} rows, but the batch has {rows}: give one row, or one for each batch row")
+        return found
     bounds, keys = batch.get("cu_seq_lens_q"), batch.get("cu_seq_lens_k")
     if isinstance(bounds, Tensor):
         if isinstance(keys, Tensor) and not torch.equal(bounds, keys):
@@ -139,7 +146,7 @@ def check_same(batch: Mapping[str, object], length: int, documents: Documents | 
         [f"{key} {value.dtype} {tuple(value.shape)}" for key, value in tensors] + [documents.digest if documents else ""]
     )
     number = int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest(), "big")
-    sums = [_checksum(value) for key, value in tensors if key != "inputs_embeds"]
+    sums = [_checksum(value) for _, value in tensors]
     mine = [rows, length, number, sum(sums) % (1 << 61)]
     for rank, theirs in enumerate(wire.gather_values(mine)):
         if theirs[:2] != mine[:2]:
@@ -155,7 +162,8 @@ def check_same(batch: Mapping[str, object], length: int, documents: Documents | 
 
 
 def _checksum(values: Tensor) -> int:
-    flat = values.flatten().to(torch.int64)
+    flat = values.detach().flatten()
+    flat = (flat.contiguous().view(_BITS[flat.itemsize]) if flat.is_floating_point() else flat).to(torch.int64)
     weights = torch.arange(1, flat.numel() + 1, device=flat.device) % 65521
     return int((flat * weights).sum())
 

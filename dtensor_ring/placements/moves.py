@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dtensor_ring._torch import lasting
 from dtensor_ring.comm import Message, Transport
 from dtensor_ring.layout import Layout
 
@@ -34,14 +35,16 @@ Split = Layout | Chunks
 
 @lru_cache(maxsize=256)
 def _tokens(split: Split, length: int, world: int, rank: int) -> Tensor:
-    return torch.tensor(list(split.tokens(length, world, rank)), dtype=torch.int64)
+    with lasting():
+        return torch.tensor(list(split.tokens(length, world, rank)), dtype=torch.int64)
 
 
 @lru_cache(maxsize=256)
 def _orders(split: Split, length: int, world: int) -> tuple[Tensor, tuple[int, ...]]:
     """All ranks' tokens one after another, and how many each rank holds."""
     every = [_tokens(split, length, world, rank) for rank in range(world)]
-    return torch.cat(every), tuple(len(tokens) for tokens in every)
+    with lasting():
+        return torch.cat(every), tuple(len(tokens) for tokens in every)
 
 
 @lru_cache(maxsize=256)
@@ -49,8 +52,9 @@ def _padded_places(split: Split, length: int, world: int) -> Tensor:
     """Where each token lies in shards padded to the largest and stacked: token t at rank * largest + place on the rank."""
     order, counts = _orders(split, length, world)
     largest = max(counts)
-    stacked = torch.cat([rank * largest + torch.arange(count) for rank, count in enumerate(counts)])
-    return stacked[torch.argsort(order)]
+    with lasting():
+        stacked = torch.cat([rank * largest + torch.arange(count) for rank, count in enumerate(counts)])
+        return stacked[torch.argsort(order)]
 
 
 def local_size(split: Split, length: int, world: int, rank: int) -> int:
@@ -92,7 +96,13 @@ def _reshard_rows(
     old: Split, new: Split, length: int, world: int, rank: int
 ) -> tuple[Tensor, tuple[int, ...], Tensor, tuple[int, ...]]:
     """Local rows by target rank, how many go to each; where each arriving token belongs, how many come from each."""
+    with lasting():
+        return _make_reshard_rows(old, new, length, world, rank)
 
+
+def _make_reshard_rows(
+    old: Split, new: Split, length: int, world: int, rank: int
+) -> tuple[Tensor, tuple[int, ...], Tensor, tuple[int, ...]]:
     def owners(split: Split) -> Tensor:
         order, counts = _orders(split, length, world)
         owner = torch.empty(length, dtype=torch.int64)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
@@ -67,14 +68,20 @@ def distribute_tensor(
             has the same data and cuts its own share, so nothing is sent.
 
     Raises:
-        ValueError: a placement does not fit the tensor or the mesh.
+        TypeError: a DTensor.
+        ValueError: a placement does not fit the tensor or the mesh, or ranks that receive data hold a tensor of another shape or
+            dtype (raised on all ranks).
     """
+    if isinstance(tensor, DTensor):
+        raise TypeError("distribute_tensor takes a plain tensor, found a DTensor: move it with dtensor_ring.redistribute")
     targets = normalized(mesh, placements, tensor.ndim)
     for i, target in enumerate(targets):
         if not isinstance(target, (Replicate, Shard, SequencePlacement)):
             raise ValueError(
                 f"mesh axis {axis_name(mesh, i)}: a tensor cannot be distributed as {target!r}: use Replicate, Shard or ours"
             )
+    if src_data_rank is not None and not torch.compiler.is_compiling():
+        _check_whole(tensor, mesh, src_data_rank)
     local = _Distribute.apply(tensor, mesh, targets, src_data_rank)
     return wrap(local, mesh, targets, tensor.shape)
 
@@ -96,6 +103,7 @@ def redistribute(tensor: DTensor, placements: Sequence[Placement], *, mesh: Devi
     targets = normalized(tensor.device_mesh, placements, tensor.ndim)
     if not any(isinstance(p, SequencePlacement) for p in (*tensor.placements, *targets)):
         return tensor.redistribute(placements=targets)
+    normalized(tensor.device_mesh, tensor.placements, tensor.ndim)
     return _Redistribute.apply(tensor, targets)
 
 
@@ -124,13 +132,16 @@ def axis_name(mesh: DeviceMesh, i: int) -> str:
 
 def normalized(mesh: DeviceMesh, placements: Sequence[Placement], ndim: int) -> Placements:
     """The placements as a tuple, checked against mesh and tensor, `Shard` dims counted from the front."""
+    if isinstance(placements, Placement):
+        raise TypeError(f"placements is a sequence, one a mesh axis: [{placements!r}], found {placements!r} alone")
     if len(placements) != mesh.ndim:
         raise ValueError(f"the mesh has {mesh.ndim} axes, but {len(placements)} placements were given: {tuple(placements)}")
     found: list[Placement] = []
     for i, placement in enumerate(placements):
         if isinstance(placement, Shard) and placement.dim < 0:
             placement = Shard(placement.dim + ndim)
-        if not isinstance(placement, (Shard, SequencePlacement, Replicate, Partial)):
+        # subclasses of PyTorch's placements (_StridedShard, _MaskPartial, ...) mean more than their attributes tell
+        if not isinstance(placement, SequencePlacement) and type(placement) not in (Shard, Replicate, Partial):
             raise ValueError(
                 f"mesh axis {axis_name(mesh, i)}: {placement!r} is not supported: use Replicate, Shard, Partial or ours"
             )
@@ -188,6 +199,22 @@ def _check_shares(local: Tensor, mesh: DeviceMesh, axis: int, placement: Sequenc
             )
 
 
+def _check_whole(tensor: Tensor, mesh: DeviceMesh, source: int) -> None:
+    """What is about to be sent fits where it is received, on every axis."""
+    numbers = [tensor.ndim, _dtype_number(tensor.dtype), *tensor.shape]
+    for i in range(mesh.ndim):
+        if not 0 <= source < mesh.size(i):
+            raise ValueError(f"src_data_rank={source} is no rank of mesh axis {axis_name(mesh, i)}, which has {mesh.size(i)}")
+        wire = transport_of(mesh.get_group(i))
+        for rank, (ndim, dtype, *shape) in enumerate(wire.gather_values((numbers + [-1] * 12)[:12])):
+            if (ndim, dtype, shape[:ndim]) != (tensor.ndim, _dtype_number(tensor.dtype), list(tensor.shape)):
+                raise ValueError(
+                    f"distribute_tensor over mesh axis {axis_name(mesh, i)}: rank {wire.rank} has {tensor.dtype} "
+                    f"{tuple(tensor.shape)}, rank {rank} has {_DTYPES[dtype]} {tuple(shape[:ndim])}: every rank passes a tensor of "
+                    "the same shape and dtype"
+                )
+
+
 _DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 
 
@@ -217,6 +244,7 @@ class _Distribute(torch.autograd.Function):
 
     @staticmethod
     @override
+    @once_differentiable
     def backward(  # pyrefly: ignore[bad-override]
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor, None, None, None]:
@@ -236,6 +264,7 @@ class _Redistribute(torch.autograd.Function):
 
     @staticmethod
     @override
+    @once_differentiable
     def backward(  # pyrefly: ignore[bad-override]
         ctx: Any, grad: DTensor
     ) -> tuple[DTensor, None]:

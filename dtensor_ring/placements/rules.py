@@ -35,7 +35,7 @@ _ELEMENTWISE = {
     aten.detach.default,
     aten.alias.default,
 }
-# Right also where an axis holds partial sums.
+# Right also where an axis holds partial sums, as long as every operand holds them.
 _LINEAR = {
     aten.clone.default,
     aten.detach.default,
@@ -87,7 +87,7 @@ def rule(schema: OpSchema) -> OutputSharding | None:
         raise NotImplementedError(
             f"{_name(schema)} does not broadcast {_listed(specs)} of shapes {[tuple(s.shape) for s in specs]}"
         )
-    if schema.op not in _LINEAR and any(isinstance(placement, Partial) for placement in first.placements):
+    if not _keeps_sums(schema) and any(isinstance(placement, Partial) for placement in first.placements):
         raise NotImplementedError(
             f"{_name(schema)} on {_listed(specs)}: reduce the partial sums first with dtensor_ring.redistribute"
         )
@@ -98,6 +98,17 @@ def _is_elementwise(schema: OpSchema) -> bool:
     tags = schema.op.tags
     pure = torch.Tag.nondeterministic_seeded not in tags and torch.Tag.data_dependent_output not in tags
     return schema.op in _ELEMENTWISE or (torch.Tag.pointwise in tags and pure)
+
+
+def _keeps_sums(schema: OpSchema) -> bool:
+    """Whether the op on partial sums gives partial sums: copies of any kind of partial value, additions of sums alone."""
+    if schema.op not in _LINEAR:
+        return False
+    if schema.op not in (aten.add.Tensor, aten.add_.Tensor):
+        return True
+    operands = [specs for specs in schema.args_schema[:2] if isinstance(specs, DTensorSpec) and specs.ndim]
+    kinds = {p.reduce_op for spec in operands for p in spec.placements if isinstance(p, Partial)}
+    return len(operands) == 2 and kinds <= {"sum", "avg"}
 
 
 def _fresh(schema: OpSchema, spec: DTensorSpec) -> OutputSharding:

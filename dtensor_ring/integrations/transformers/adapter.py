@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -48,9 +47,9 @@ class AdapterHandle:
     Made by `substitute_hf_flash_attn`.
     """
 
-    def __init__(self, group: dist.ProcessGroup, replaced: list[tuple[Any, str, Callable[..., object] | None]]) -> None:
+    def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = ref(group)
-        self._replaced = replaced
+        self._attend = _attention_function(group)
 
     def update(self, cu_seqlens: Tensor) -> None:
         """As `update_ring_flash_attn_params` for this group."""
@@ -60,22 +59,42 @@ class AdapterHandle:
         update_ring_flash_attn_params(cu_seqlens, group)
 
     def undo(self) -> None:
-        """Put back what was replaced; a second call does nothing."""
-        for registry, name, before in self._replaced:
-            del registry[name]
-            if before is not None:
-                registry[name] = before
-        self._replaced = []
+        """Put back what was replaced, or the substitution before this one; a second call does nothing."""
+        if self not in _active:
+            return
         group = self._group()
-        if group is not None:
+        _active.remove(self)
+        if group is not None and not any(handle._group() is group for handle in _active):
             _states.pop(group, None)
+        _install()
+
+
+_active: list[AdapterHandle] = []
+_replaced: dict[tuple[str, str], Callable[..., object] | None] = {}
+
+
+def _install() -> None:
+    """Register the last substitution that was not undone, or what was there before the first."""
+    registries = {"attention": ALL_ATTENTION_FUNCTIONS, "mask": ALL_MASK_ATTENTION_FUNCTIONS}
+    if _active and not _replaced:
+        names = ["flash_attention_2"] if is_flash_attn_2_available() else ["flash_attention_2", "eager"]
+        _replaced.update({(key, name): registries[key]._local_mapping.get(name) for key in registries for name in names})
+    for (key, name), before in _replaced.items():
+        ours = _active[-1]._attend if _active and key == "attention" else _mask if _active else before
+        if ours is None:
+            registries[key]._local_mapping.pop(name, None)
+        else:
+            registries[key][name] = ours
+    if not _active:
+        _replaced.clear()
 
 
 def substitute_hf_flash_attn(process_group: dist.ProcessGroup, heads_k_stride: int) -> AdapterHandle:
     """Make every model with `attn_implementation="flash_attention_2"` attend over the ranks of `process_group`.
 
-    Each rank gives the model its chunk, as `torch.chunk(..., dim=1)` cuts it, of one packed row. Where flash-attn is not installed
-    transformers refuses that name when a model is created; there models are created with "eager", and this call switches those.
+    Each rank gives the model its chunk, as `torch.chunk(..., dim=1)` cuts it, of one packed row and of its position ids, without
+    which every rank's tokens would count from 0. Where flash-attn is not installed transformers refuses that name when a model is
+    created; there models are created with "eager", and this call switches those. The last substitution counts.
 
     Args:
         process_group: the ranks that share the packed row.
@@ -83,17 +102,22 @@ def substitute_hf_flash_attn(process_group: dist.ProcessGroup, heads_k_stride: i
 
     Returns:
         A handle with `update(cu_seqlens)` and `undo()`.
+
+    Raises:
+        TypeError: not a process group.
+        ValueError: `heads_k_stride` is not positive.
     """
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(
+            f"substitute_hf_flash_attn takes a process group, found {process_group!r}: pass torch.distributed.group.WORLD"
+        )
+    if heads_k_stride < 1:
+        raise ValueError(f"heads_k_stride is a number of key heads, found {heads_k_stride}")
     _states[process_group] = _State(heads_k_stride)
-    names = ["flash_attention_2"] if is_flash_attn_2_available() else ["flash_attention_2", "eager"]
-    attend, group = _attention_function(process_group), ref(process_group)
-    assert group() is process_group, "process groups can be referenced weakly"
-    replaced: list[tuple[Any, str, Callable[..., object] | None]] = []
-    for name in names:
-        for registry, function in ((ALL_ATTENTION_FUNCTIONS, attend), (ALL_MASK_ATTENTION_FUNCTIONS, _mask)):
-            replaced.append((registry, name, registry._local_mapping.get(name)))
-            registry[name] = function
-    return AdapterHandle(process_group, replaced)
+    handle = AdapterHandle(process_group)
+    _active.append(handle)
+    _install()
+    return handle
 
 
 def update_ring_flash_attn_params(cu_seqlens: Tensor, process_group: dist.ProcessGroup) -> None:

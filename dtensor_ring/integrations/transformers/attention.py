@@ -79,8 +79,8 @@ def ring_attention_forward(
     state: AttentionState | None = getattr(module, STATE, None)
     if state is None:
         raise RuntimeError(
-            f"{type(module).__name__} uses attn_implementation={NAME!r} but was not parallelized: call "
-            "parallelize_module(model, mesh['cp'], ring_plan(model))"
+            f"{type(module).__name__} uses attn_implementation={NAME!r} but was not parallelized (or shares its config with a "
+            "model that was): call parallelize_module(model, mesh['cp'], ring_plan(model))"
         )
     if ring_batch is None:
         raise RuntimeError(

@@ -10,9 +10,11 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from dtensor_ring.placements import SequencePlacement
+from dtensor_ring.placements.batch import IGNORED
 
 MODEL_TYPES = ("llama", "qwen3")
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
+_HEADS = ("ForCausalLM", "Model")
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -26,6 +28,11 @@ def check_model(model: PreTrainedModel) -> None:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"ring_plan takes a transformers PreTrainedModel, found {type(model).__name__}: see shard_batch for other models"
+        )
+    if not type(model).__name__.endswith(_HEADS):
+        raise NotImplementedError(
+            f"{type(model).__name__} is not supported: only {' and '.join('*' + name for name in _HEADS)} work token by token "
+            "after attention; heads that pool or pick tokens would see a part of the sequence"
         )
     config: Any = model.config.get_text_config()
     if config.model_type not in MODEL_TYPES:
@@ -72,6 +79,8 @@ def check_call(model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
     keep = arguments.get("logits_to_keep", 0)
     if isinstance(keep, Tensor) or keep:
         raise NotImplementedError("logits_to_keep counts tokens of the whole sequence, but each rank has a part: leave it out")
+    if arguments.get("ignore_index", IGNORED) != IGNORED:
+        raise NotImplementedError(f"ignore_index must be {IGNORED}: set the labels that do not count to {IGNORED}")
     for name in ("output_attentions", "output_router_logits"):
         if arguments.get(name):
             raise NotImplementedError(f"{name}=True is not supported on a parallelized model: leave it out")

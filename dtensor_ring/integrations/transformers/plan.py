@@ -22,9 +22,11 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from typing_extensions import override
 
+from dtensor_ring.attention import choose_strategy
 from dtensor_ring.comm import transport_of
 from dtensor_ring.integrations.transformers.attention import KEYWORD, NAME, NO_MASK, STATE, AttentionState, RingBatch, register
 from dtensor_ring.integrations.transformers.checks import check_call, check_length, check_model
+from dtensor_ring.ops.kernels import KERNELS
 from dtensor_ring.placements import SequencePlacement, Zigzag, from_local, full_tensor
 from dtensor_ring.placements.batch import check_axis, check_same, cut_batch, find_documents, sequence_length
 
@@ -52,6 +54,7 @@ class RingPlan(dict[str, ParallelStyle]):
             RuntimeError: the plan was not applied yet.
         """
         mesh = self._applied()
+        dim = range(local.ndim)[dim]
         tokens = transport_of(mesh.get_group(0)).gather_values([local.shape[dim]])
         length = sum(count for (count,) in tokens)
         whole = from_local(local, mesh, [self._placement.moved_to(dim)], length=length)
@@ -169,10 +172,13 @@ def ring_plan(
 
     Raises:
         TypeError: not a transformers model.
-        ValueError: the placement does not cut dim 1.
+        ValueError: the placement does not cut dim 1, or there is no such strategy or kernel.
         NotImplementedError: the model has something that would be silently wrong on a part of a sequence.
     """
     check_model(model)
+    choose_strategy(strategy)
+    if kernel is not None and kernel not in KERNELS:
+        raise ValueError(f"unknown kernel {kernel!r}: use {', '.join(map(repr, KERNELS))} or None")
     placement = Zigzag(1) if placement is None else placement
     if not isinstance(placement, SequencePlacement) or placement.dim != 1:
         raise ValueError(f"a model's batch (B, S) is cut in dim 1 by Contiguous(1), Zigzag(1) or Stripe(1), found {placement!r}")

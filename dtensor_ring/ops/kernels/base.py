@@ -58,18 +58,18 @@ class Extras:
 
     Attributes:
         alibi: slopes (H,) or (B, H), float32; a score loses slope * |p - t|.
-        seed: of the dropout mask of kernels that make their own from it.
-        rng: in backward, what a kernel that draws from the generator returned in forward.
+        seed: of the dropout mask: of the whole attention for a kernel that hashes positions, else of this call alone.
         q_positions: positions of the rows (Sq,), int64.
         k_positions: positions of the keys (Sk,), int64.
-        batch: the first batch row.
+        origin: first batch row and head of this rank's tensors in the whole batch.
+        batch: first batch row of the block in this rank's tensors.
     """
 
     alibi: Tensor | None
     seed: int
-    rng: Tensor | None
     q_positions: Tensor
     k_positions: Tensor
+    origin: tuple[int, int] = (0, 0)
     batch: int = 0
 
     def part(self, rows: slice, columns: slice, batch: int | None = None) -> Extras:
@@ -82,11 +82,10 @@ class Extras:
 
 
 class Result(NamedTuple):
-    """Out and lse of a block, and the generator's state that backward needs, if the kernel drew a dropout mask from it."""
+    """Out and lse of a block."""
 
     out: Tensor
     lse: Tensor
-    rng: Tensor | None = None
 
 
 class Span(NamedTuple):
@@ -140,7 +139,7 @@ class Kernel(ABC):
     """
 
     name: ClassVar[str]
-    draws: ClassVar[bool] = False  # whether dropout masks come from the generator, not from `Extras.seed`
+    hashes_positions: ClassVar[bool] = True  # whether a dropout mask depends on nothing but seed, row, head and positions
 
     def refuses(self, need: Need) -> str | None:
         """Why this kernel cannot do what is needed, or None if it can."""

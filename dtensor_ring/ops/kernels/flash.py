@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -77,10 +79,34 @@ def load(module: str, package: str, needs: tuple[str, ...]) -> ModuleType | str:
     return f"the installed {package} has no {' and no '.join(missing)}: another version is needed" if missing else found
 
 
+@contextmanager
+def _drawing(like: Tensor, options: Options, extras: Extras | None) -> Iterator[None]:
+    """The device's generator at the start of this call's seed, and afterwards as it was: dropout masks come from nowhere else."""
+    if not options.dropout_p or extras is None:
+        yield
+        return
+    generator = torch.cuda.default_generators[like.device.index]
+    state = generator.get_state()
+    generator.manual_seed(extras.seed)
+    try:
+        yield
+    finally:
+        generator.set_state(state)
+
+
+def drawn(like: Tensor, options: Options, extras: Extras | None) -> Tensor | None:
+    """The generator's state as the forward call found it: seed and offset (2,) int64 on the device; None without dropout."""
+    if not options.dropout_p or extras is None:
+        return None
+    state = torch.zeros(2, dtype=torch.int64, device=like.device)
+    state[0].fill_(extras.seed)
+    return state
+
+
 class FlashKernel(Kernel):
     """A kernel with a dense and a varlen call; out and gradients come back in the input dtype, lse in float32."""
 
-    draws: ClassVar[bool] = True
+    hashes_positions: ClassVar[bool] = False
 
     @abstractmethod
     def call_forward(
@@ -122,7 +148,8 @@ class FlashKernel(Kernel):
         extras: Extras | None = None,
     ) -> Result:
         """One dense call."""
-        return self.call_forward(q_BSHD, k_BSHD, v_BSHD, None, window, options, extras)
+        with _drawing(q_BSHD, options, extras):
+            return self.call_forward(q_BSHD, k_BSHD, v_BSHD, None, window, options, extras)
 
     @override
     def backward(
@@ -154,7 +181,8 @@ class FlashKernel(Kernel):
     ) -> Result:
         """One varlen call; rows without keys, whose lse the kernels give as +inf or -inf, get -inf."""
         bounds = Bounds(packing.cu_q, packing.cu_k, packing.max_q, packing.max_k)
-        found = self.call_forward(q_THD, k_THD, v_THD, bounds, window, options, extras)
+        with _drawing(q_THD, options, extras):
+            found = self.call_forward(q_THD, k_THD, v_THD, bounds, window, options, extras)
         return found._replace(lse=found.lse.masked_fill(found.lse == math.inf, -math.inf))
 
     @override

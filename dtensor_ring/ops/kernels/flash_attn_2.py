@@ -5,6 +5,8 @@ Its forward and backward are registered operators since 2.7, called here by keyw
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dtensor_ring.ops.kernels.base import Extras, Need, Options, Result
-from dtensor_ring.ops.kernels.flash import Bounds, FlashKernel, Side, lacks_gpu, lacks_tensors, load
+from dtensor_ring.ops.kernels.flash import Bounds, FlashKernel, Side, drawn, lacks_gpu, lacks_tensors, load
 
 
 class FlashAttn2Kernel(FlashKernel):
@@ -26,7 +28,7 @@ class FlashAttn2Kernel(FlashKernel):
         reason = lacks_gpu(need)
         if reason is not None:
             return reason
-        module = load("flash_attn.flash_attn_interface", "flash-attn", ("_wrapped_flash_attn_forward",))  # since 2.7
+        module = _module()
         return module if isinstance(module, str) else None
 
     @override
@@ -52,10 +54,10 @@ class FlashAttn2Kernel(FlashKernel):
         options: Options,
         extras: Extras | None,
     ) -> Result:
-        """Dropout masks come from the CUDA generator; its state is returned."""
-        op = torch.ops.flash_attn._flash_attn_forward if bounds is None else torch.ops.flash_attn._flash_attn_varlen_forward
-        out, lse, _, rng = op(q, k, v, **_common(bounds, window, options, extras), return_softmax=False)
-        return Result(out, lse, rng if options.dropout_p else None)
+        """Called by keyword."""
+        op = _operator("forward", bounds)
+        out, lse, *_ = op(q, k, v, **_common(bounds, window, options, extras), return_softmax=False)
+        return Result(out, lse)
 
     @override
     def call_backward(
@@ -72,12 +74,21 @@ class FlashAttn2Kernel(FlashKernel):
         extras: Extras | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The operators write dq, dk, dv into tensors given to them."""
-        op = torch.ops.flash_attn._flash_attn_backward if bounds is None else torch.ops.flash_attn._flash_attn_varlen_backward
+        op = _operator("backward", bounds)
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        rng = None if extras is None else extras.rng
         common = _common(bounds, window, options, extras)
-        op(dout, q, k, v, out, lse, dq, dk, dv, **common, deterministic=options.deterministic, rng_state=rng)
+        op(dout, q, k, v, out, lse, dq, dk, dv, **common, deterministic=options.deterministic, rng_state=drawn(q, options, extras))
         return dq, dk, dv
+
+
+def _module() -> ModuleType | str:
+    return load("flash_attn.flash_attn_interface", "flash-attn", ("_wrapped_flash_attn_forward",))  # since 2.7
+
+
+def _operator(direction: str, bounds: Bounds | None) -> Callable[..., Any]:
+    """The registered operator of the dense or the varlen call; importing the package registers it."""
+    assert isinstance(_module(), ModuleType), "refused otherwise"
+    return getattr(torch.ops.flash_attn, f"_flash_attn_{direction}" if bounds is None else f"_flash_attn_varlen_{direction}")
 
 
 def _common(bounds: Bounds | None, window: tuple[int, int], options: Options, extras: Extras | None) -> dict[str, Any]:

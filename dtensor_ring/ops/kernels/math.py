@@ -130,7 +130,9 @@ class _Strip:
                 scores = scores - _alibi(part, k.shape[1], scores.dtype)
             if options.dropout_p:
                 heads = k.shape[1] * groups
-                mask = keep_mask(part.seed, part.batch, q.shape[0], heads, part.q_positions, part.k_positions, options.dropout_p)
+                row, head = part.origin[0] + part.batch, part.origin[1]
+                places = range(row, row + q.shape[0]), range(head, head + heads), part.q_positions, part.k_positions
+                mask = keep_mask(part.seed, *places, options.dropout_p)
                 kept = mask.reshape(scores.shape).to(scores.dtype) / (1 - options.dropout_p)
         if window != (-1, -1):
             mask = band_mask(rows, columns, offset, window, q.device).repeat(groups, 1)
@@ -151,11 +153,11 @@ def _alibi(part: Extras, kv_heads: int, work: torch.dtype) -> Tensor:
     return bias.flatten(2, 3)
 
 
-def keep_mask(seed: int, batch: int, rows: int, heads: int, q_positions: Tensor, k_positions: Tensor, dropout_p: float) -> Tensor:
+def keep_mask(seed: int, rows: range, heads: range, q_positions: Tensor, k_positions: Tensor, dropout_p: float) -> Tensor:
     """Bool (rows, heads, Sq, Sk): which weights dropout keeps; a hash (splitmix64, Steele et al. 2014) of where each one is."""
     device = q_positions.device
-    b = torch.arange(batch, batch + rows, device=device).view(-1, 1, 1, 1)
-    h = torch.arange(heads, device=device).view(-1, 1, 1)
+    b = torch.arange(rows.start, rows.stop, device=device).view(-1, 1, 1, 1)
+    h = torch.arange(heads.start, heads.stop, device=device).view(-1, 1, 1)
     lines = _mixed(_mixed(_mixed(b + seed) + h) + q_positions[:, None])
     return (_mixed(lines + k_positions) >> 11 & (1 << 53) - 1) >= int(dropout_p * (1 << 53))
 
@@ -170,6 +172,8 @@ def _mixed(x: Tensor) -> Tensor:
 
 def _strips(q_BSHD: Tensor, k_BSHD: Tensor, window: tuple[int, int]) -> list[tuple[range, range]]:
     batch, q_rows, heads, _ = q_BSHD.shape
+    if not q_BSHD.numel():
+        return []
     height = max(1, _SCORES_AT_ONCE // max(1, batch * heads * k_BSHD.shape[1]))
     return row_blocks(q_rows, k_BSHD.shape[1], window, height)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dtensor_ring.ops.kernels.base import Extras, Need, Options, Result
-from dtensor_ring.ops.kernels.flash import Bounds, FlashKernel, Side, lacks_gpu, lacks_tensors
+from dtensor_ring.ops.kernels.flash import Bounds, FlashKernel, Side, drawn, lacks_gpu, lacks_tensors
 
 
 class TorchFlashKernel(FlashKernel):
@@ -50,12 +50,12 @@ class TorchFlashKernel(FlashKernel):
         options: Options,
         extras: Extras | None,
     ) -> Result:
-        """Both tensors of the generator's state are kept as one: (2,) seed and offset."""
+        """Out and lse are the first two results."""
         arguments, sides = _arguments(q, k, bounds, window)
         op = torch.ops.aten._flash_attention_forward
         *sizes, is_causal = arguments
-        out, lse, rng, _, _ = op(q, k, v, *sizes, options.dropout_p, is_causal, False, scale=options.scale, **sides)
-        return Result(out, lse, rng if options.dropout_p else None)
+        out, lse, *_ = op(q, k, v, *sizes, options.dropout_p, is_causal, False, scale=options.scale, **sides)
+        return Result(out, lse)
 
     @override
     def call_backward(
@@ -73,7 +73,8 @@ class TorchFlashKernel(FlashKernel):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Without dropout the op does not read its generator arguments."""
         arguments, sides = _arguments(q, k, bounds, window)
-        rng = q.new_empty(2, dtype=torch.uint64) if extras is None or extras.rng is None else extras.rng
+        state = drawn(q, options, extras)
+        rng = q.new_empty(2, dtype=torch.uint64) if state is None else state.view(torch.uint64)
         unused = q.new_empty((), dtype=torch.uint64)
         op = torch.ops.aten._flash_attention_backward
         *sizes, is_causal = arguments
