@@ -109,7 +109,7 @@ def ring_attention(
         rows = local_of(q).shape[1], local_of(k).shape[1]
         check_agreement(where.group, name, where.layout, (*q.shape, *k.shape, *v.shape), rows, words)
     origin = (_share(q, 0).start, _share(q, 2).start) if dropout_p and isinstance(q, DTensor) else (0, 0)
-    options = factor, softcap, dropout_p, deterministic, mask, str(where.layout), way, chosen, where.group
+    options = factor, softcap, dropout_p, deterministic, mask, str(where.layout), way, chosen, 0, where.group
     extras = _placed_sinks(sinks, q), _placed_slopes(alibi_slopes, q), _placed_bounds(found, q)
     out, lse, _ = attention(q, k, v, *extras, q.shape[1], k.shape[1], *origin, *options)
     if return_lse and out.requires_grad and not torch.compiler.is_compiling():

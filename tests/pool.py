@@ -35,7 +35,9 @@ def _work(rank: int, world: int, port: int, device: str, paths: list[str], line:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
+    warnings.filterwarnings(
+        "ignore", category=DeprecationWarning, module="torch|flash_attn|cutlass|quack|nvidia_cutlass_dsl|tvm_ffi"
+    )
     if device == "cuda":
         warnings.filterwarnings("ignore", message="Attempting to run cuBLAS")  # PyTorch's autograd threads, the first time
         torch.cuda.set_device(rank)

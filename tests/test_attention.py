@@ -162,7 +162,7 @@ def test_the_operators_pass_torch_s_own_checks():
     case = make_case(6, batch=1)
     documents = Documents.from_lengths([2, 4]).packed
     leaves = [x.clone().requires_grad_() for x in case.inputs]
-    rest = 6, 6, 8**-0.5, 0.0, 0.0, False, "causal", "contiguous", "ring", "math", ""
+    rest = 6, 6, 0, 0, 8**-0.5, 0.0, 0.0, False, "causal", "contiguous", "ring", "math", 0, ""
     sinks, slopes = torch.randn(4, dtype=torch.float64, requires_grad=True), torch.rand(4)
     for extras in ((None, None), (sinks, None), (sinks, slopes)):
         torch.library.opcheck(torch.ops.dtensor_ring.attention, (*leaves, *extras, documents, *rest))
@@ -299,7 +299,7 @@ def refusals():
                 *[from_local(x[:, :2].to([torch.float32, torch.float64][rank % 2]), mesh, [Zigzag(1)], length=8, check=False)] * 3
             ),
             ValueError,
-            "calls with another dtype, mask, strategy, kernel or documents",
+            "calls with another layout, dtype, mask, strategy, kernel, number or documents",
         ),
         (lambda: ring_attention(zigzag, zigzag, zigzag, is_causal=rank == 0), ValueError, "every rank must make the same call"),
         (
@@ -343,7 +343,7 @@ def wrong_layout_argument():
     mesh = _mesh()
     placed = distribute_tensor(torch.randn(1, 8, 2, 4), mesh, [Zigzag(1)])
     none = DTensor.from_local(torch.empty(0, dtype=torch.int64), mesh, [Replicate()], run_check=False)
-    rest = 8, 8, 0.5, 0.0, 0.0, False, "causal", "stripe:1", "ring", "math", mesh.get_group().group_name
+    rest = 8, 8, 0, 0, 0.5, 0.0, 0.0, False, "causal", "stripe:1", "ring", "math", 0, mesh.get_group().group_name
     _refused(
         lambda: torch.ops.dtensor_ring.attention(placed, placed, placed, None, None, none, *rest),
         RuntimeError,

@@ -80,10 +80,12 @@ def attend(
     layout: Layout,
     strategy: str = "ring",
     documents: Documents | Slices | None = None,
+    heads_at_once: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Out (B, S/W, H, Dv) and lse (B, H, S/W) of this rank's tokens.
 
-    Every rank holds as many tokens, unless documents tell the length of the whole.
+    Every rank holds as many tokens, unless documents tell the length of the whole. `heads_at_once` key heads travel at a time, 0 is
+    all.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -121,7 +123,7 @@ def attend(
         shapes = [(x.shape[0], length, *x.shape[2:]) for x, length in zip(tensors, (q_length, k_length, k_length), strict=True)]
         rows = q_BSHD.shape[1], k_BSHD.shape[1]
         check_agreement(group, "attention over a process group", layout, (*shapes[0], *shapes[1], *shapes[2]), rows, words)
-    options = scale, softcap, dropout_p, deterministic, mask, str(layout), strategy, kernel, group
+    options = scale, softcap, dropout_p, deterministic, mask, str(layout), strategy, kernel, heads_at_once, group
     out, lse, _ = attention(*tensors, settings.sinks, settings.alibi_slopes, bounds, q_length, k_length, 0, 0, *options)
     return out, lse
 

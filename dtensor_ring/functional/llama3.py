@@ -12,7 +12,7 @@ for zigzag, and nothing is merged. `heads_k_stride` key heads are gathered at a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
@@ -196,21 +196,8 @@ def attend_by_heads(
     """
     if stride < 1 or k.shape[1] % stride:
         raise ValueError(f"heads_k_stride must divide the {k.shape[1]} key heads, found {stride}")
-    groups, ratio = k.shape[1] // stride, q.shape[1] // k.shape[1]
-    outs: list[Tensor] = []
-    lses: list[Tensor] = []
-    for i in range(groups):
-        heads, kv_heads = slice(i * stride * ratio, (i + 1) * stride * ratio), slice(i * stride, (i + 1) * stride)
-        slopes, sinks = settings.alibi_slopes, settings.sinks
-        part = replace(
-            settings,
-            alibi_slopes=None if slopes is None else slopes[..., heads].contiguous(),
-            sinks=None if sinks is None else sinks[heads],
-        )
-        out, lse = attend(q[None, :, heads], k[None, :, kv_heads], v[None, :, kv_heads], part, layout, "gather", documents)
-        outs.append(out[0])
-        lses.append(lse[0])
-    return (outs[0], lses[0]) if groups == 1 else (torch.cat(outs, 1), torch.cat(lses, 0))
+    out, lse = attend(q[None], k[None], v[None], settings, layout, "gather", documents, heads_at_once=stride)
+    return out[0], lse[0]
 
 
 @lru_cache(maxsize=64)

@@ -81,4 +81,7 @@ def _merge(
     x = tl.load(place, mask, 0.0).to(tl.float32)
     y = tl.load(block + (b * block_b + s * block_s + h * block_h)[:, None] + d[None, :], mask, 0.0).to(tl.float32)
     tl.store(place, (x + share[:, None] * (y - x)).to(out.dtype.element_ty), mask)
-    tl.store(at, tl.where(some, top + tl.log(both), float("-inf")), valid)
+    # log(1 + x) to the last bit, where x may be far below 1 (Higham, Accuracy and Stability of Numerical Algorithms, 1.14.1)
+    small = tl.minimum(weight_old, weight_new)
+    log1p = tl.where(both == 1.0, small, tl.log(both) * (small / tl.where(both == 1.0, 1.0, both - 1.0)))
+    tl.store(at, tl.where(some, top + log1p, float("-inf")), valid)

@@ -50,14 +50,27 @@ class Executor:
     alibi: Tensor | None = None
     origin: tuple[int, int] = (0, 0)
 
-    def forward(self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+    @property
+    def forward_order(self) -> list[int]:
+        """Steps as `forward` walks them."""
+        return list(range(len(self.plan.steps)))
+
+    @property
+    def backward_order(self) -> list[int]:
+        """Steps as `backward` walks them: this rank's own keys last."""
+        return [*range(1, len(self.plan.steps)), 0] if self.plan.steps else []
+
+    def forward(
+        self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, seed: int = 0, coming: Pending[_Pair] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Out (B, Sq/W, H, Dv) in the dtype of q, and lse (B, H, Sq/W) in float32 (float64 for float64).
 
-        `seed` makes the dropout mask: the same seed the same mask, in `backward` too.
+        `seed` makes the dropout mask: the same seed the same mask, in `backward` too. `coming` is the first step's `fetch`, if it
+        was started before.
         """
         total = OutputSum(q_BSHD, v_BSHD.shape[-1], self.plan.q_parts, self.sinks)
         first_call = self._first_calls()
-        for index, keys in self._visits((k_BSHD, v_BSHD), range(len(self.plan.steps))):
+        for index, keys in self._visits((k_BSHD, v_BSHD), self.forward_order, coming):
             for number, (call, pack) in enumerate(self._calls(index, q_BSHD), first_call[index]):
                 extras = self._extras(index, q_BSHD.device, seed, number)
                 start, stop, block = self._forward_call(q_BSHD, *keys, call, pack, extras)
@@ -73,14 +86,14 @@ class Executor:
         out_BSHD: Tensor,
         lse_BHS: Tensor,
         seed: int = 0,
+        coming: Pending[_Pair] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """dq, dk, dv of this rank's shares in the dtypes of q, k, v, and this rank's part of dsinks (H,)."""
         dq = GradSum(q_BSHD, self.plan.q_parts)
         own = GradSum(k_BSHD, self.plan.k_parts), GradSum(v_BSHD, self.plan.k_parts)
-        order = [*range(1, len(self.plan.steps)), 0] if self.plan.steps else []
         first_call = self._first_calls()
         returning: Pending[None] | None = None
-        for index, keys in self._visits((k_BSHD, v_BSHD), order):
+        for index, keys in self._visits((k_BSHD, v_BSHD), self.backward_order, coming):
             sums = tuple(GradSum(x, 1 + 2 * self.plan.steps[index].sums) for x in keys)
             for number, (call, pack) in enumerate(self._calls(index, q_BSHD), first_call[index]):
                 extras = self._extras(index, q_BSHD.device, seed, number)
@@ -154,16 +167,16 @@ class Executor:
         dq, dk, dv = (grad.unflatten(0, x.shape[:2]) for grad, x in zip(grads, (q, k, v), strict=True))
         return 0, 0, (dq, dk, dv)
 
-    def _visits(self, kv: _Pair, order: Sequence[int]) -> Iterator[tuple[int, _Pair]]:
+    def _visits(self, kv: _Pair, order: Sequence[int], coming: Pending[_Pair] | None) -> Iterator[tuple[int, _Pair]]:
         """Each step's keys in the given order, the next step's transfer already under way."""
-        pending = self._fetch(order[0], kv) if order else None
+        pending = self.fetch(order[0], kv) if order and coming is None else coming
         for place, index in enumerate(order):
             assert pending is not None, "every step but the first is fetched one step ahead"
-            ahead = self._fetch(order[place + 1], kv) if place + 1 < len(order) else None
+            ahead = self.fetch(order[place + 1], kv) if place + 1 < len(order) else None
             yield index, pending.wait()
             pending = ahead
 
-    def _fetch(self, index: int, kv: _Pair) -> Pending[_Pair]:
+    def fetch(self, index: int, kv: _Pair) -> Pending[_Pair]:
         """Start to send what others need in this step and to receive what this rank needs."""
         step, rank, wire = self.plan.steps[index], self.plan.rank, self.wire
         if self.plan.problem.collective:

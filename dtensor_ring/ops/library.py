@@ -19,6 +19,7 @@ from dtensor_ring._torch import resolve_group
 from dtensor_ring.comm import AloneTransport, Transport, transport_of
 from dtensor_ring.documents import Documents
 from dtensor_ring.layout import Layout
+from dtensor_ring.ops import heads
 from dtensor_ring.ops.execute import Executor
 from dtensor_ring.ops.kernels import KERNELS, Options
 from dtensor_ring.ops.mask import Band
@@ -47,6 +48,7 @@ def attention(
     layout: str,
     strategy: str,
     kernel: str,
+    heads_at_once: int,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Out and lse of this rank's queries, and the seed of its dropout masks (1,), on the CPU; empty without dropout."""
@@ -55,7 +57,7 @@ def attention(
     seed = torch.randint(1 << 62, (int(dropout_p > 0),))
     executor = _executor(*problem, kernel, group, options, sinks, alibi, (first_row, first_head))
     with torch.autocast(q.device.type, enabled=False):
-        return *executor.forward(_inner(q), _inner(k), _inner(v), _value(seed)), seed
+        return *heads.forward(executor, _inner(q), _inner(k), _inner(v), heads_at_once, _value(seed)), seed
 
 
 @attention.register_fake
@@ -88,6 +90,7 @@ def attention_backward(
     layout: str,
     strategy: str,
     kernel: str,
+    heads_at_once: int,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv of this rank's shares, and its part of dsinks, empty without sinks."""
@@ -95,7 +98,8 @@ def attention_backward(
     problem = documents, q_length, k_length, mask, layout, strategy
     executor = _executor(*problem, kernel, group, options, sinks, alibi, (first_row, first_head))
     with torch.autocast(q.device.type, enabled=False):
-        dq, dk, dv, dsinks = executor.backward(dout.contiguous(), _inner(q), _inner(k), _inner(v), out, lse, _value(seed))
+        tensors = dout.contiguous(), _inner(q), _inner(k), _inner(v), out, lse
+        dq, dk, dv, dsinks = heads.backward(executor, *tensors, heads_at_once, _value(seed))
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 

@@ -102,7 +102,7 @@ def _of_lse(placement: Placement) -> Placement:
 
 
 def _check(schema: OpSchema, q: DTensorSpec, k: DTensorSpec, v: DTensorSpec) -> None:
-    *_, layout, _strategy, _kernel, group = schema.args_schema
+    *_, layout, _strategy, _kernel, _heads, group = schema.args_schema
     axis, needed = attention_axis(q.mesh, q.placements, k.placements, v.placements, q.shape, k.shape)
     given = None if not group else str(layout)
     if given != (None if axis is None else str(needed)):

@@ -57,7 +57,8 @@ class FlashAttn2Kernel(FlashKernel):
         """Called by keyword."""
         op = _operator("forward", bounds)
         out, lse, *_ = op(q, k, v, **_common(bounds, window, options, extras), return_softmax=False)
-        return Result(out, lse)
+        shift = _alibi_shift(bounds, window, extras, q)
+        return Result(out, lse if shift is None else lse - shift)
 
     @override
     def call_backward(
@@ -75,6 +76,8 @@ class FlashAttn2Kernel(FlashKernel):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The operators write dq, dk, dv into tensors given to them."""
         op = _operator("backward", bounds)
+        shift = _alibi_shift(bounds, window, extras, q)
+        lse = lse if shift is None else lse + shift
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         common = _common(bounds, window, options, extras)
         op(dout, q, k, v, out, lse, dq, dk, dv, **common, deterministic=options.deterministic, rng_state=drawn(q, options, extras))
@@ -91,6 +94,31 @@ def _operator(direction: str, bounds: Bounds | None) -> Callable[..., Any]:
     return getattr(torch.ops.flash_attn, f"_flash_attn_{direction}" if bounds is None else f"_flash_attn_varlen_{direction}")
 
 
+def _slopes(bounds: Bounds | None, extras: Extras | None) -> Tensor | None:
+    """Slopes (H,), or a row of them for each batch row, which in a varlen call is each sequence."""
+    if extras is None or extras.alibi is None or extras.alibi.dim() == 1 or bounds is None:
+        return None if extras is None else extras.alibi
+    rows = (bounds.cu_q[:-1] // max(len(extras.q_positions), 1)).clamp(max=extras.alibi.shape[0] - 1)
+    return extras.alibi.index_select(0, rows)
+
+
+def _alibi_shift(bounds: Bounds | None, window: tuple[int, int], extras: Extras | None, q: Tensor) -> Tensor | None:
+    """What the lse of a causal call has too much: its bias is slope * (key's place), which is larger by slope * (query's place).
+
+    (H or B, H, Sq), or (H, T) in a varlen call; None where distances are the bias.
+    """
+    if extras is None or extras.alibi is None or not Side.of(window).is_causal:
+        return None
+    if bounds is None:
+        return extras.alibi[..., None] * (extras.q_positions - extras.k_positions[:1])
+    rows = torch.arange(q.shape[0], device=q.device)
+    sequence = torch.searchsorted(bounds.cu_q, rows, right=True) - 1
+    first_key = bounds.cu_k.index_select(0, sequence)
+    place = extras.q_positions[rows % len(extras.q_positions)] - extras.k_positions[first_key % len(extras.k_positions)]
+    slopes = extras.alibi if extras.alibi.dim() == 1 else extras.alibi[rows // len(extras.q_positions)].T
+    return slopes.reshape(slopes.shape[0], -1) * place
+
+
 def _common(bounds: Bounds | None, window: tuple[int, int], options: Options, extras: Extras | None) -> dict[str, Any]:
     is_causal, left, right = Side.of(window)
     common: dict[str, Any] = {
@@ -100,7 +128,7 @@ def _common(bounds: Bounds | None, window: tuple[int, int], options: Options, ex
         "window_size_left": left,
         "window_size_right": 0 if is_causal else right,
         "softcap": options.softcap,
-        "alibi_slopes": None if extras is None else extras.alibi,
+        "alibi_slopes": _slopes(bounds, extras),
     }
     if bounds is not None:
         common |= dict(zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), bounds, strict=True))
