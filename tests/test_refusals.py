@@ -75,7 +75,7 @@ def partial_sums():
     largest = DTensor.from_local(local, mesh, [Partial("max"), Zigzag(1)], shape=torch.Size((3, 4)), stride=(4, 1))
     with pytest.raises(NotImplementedError, match="reduce the partial sums first"):
         largest + largest
-    nested = placement_types._StridedShard(0, split_factor=2)  # noqa: over TP makes such tensors
+    nested = placement_types._StridedShard(0, split_factor=2)  # noqa: TID251  made by FSDP2 over TP
     strided = DTensor.from_local(torch.ones(2, 4), mesh, [nested, Shard(0)], run_check=False)
     with pytest.raises(ValueError, match="is not supported: use Replicate, Shard, Partial or ours"):
         redistribute(strided, [Zigzag(0), Replicate()])
