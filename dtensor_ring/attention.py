@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
@@ -22,6 +23,7 @@ from dtensor_ring.ops.library import attention
 from dtensor_ring.ops.mask import Band, mask_text
 from dtensor_ring.ops.schedule import Problem, ends_together
 from dtensor_ring.ops.sharding import attention_axis, sink_placements
+from dtensor_ring.ops.ulysses import refuses
 from dtensor_ring.placements import redistribute
 from dtensor_ring.placements.moves import Chunks
 from dtensor_ring.placements.redistribute import axis_name, wrap
@@ -73,8 +75,9 @@ def ring_attention(
         documents: bounds of packed documents, a `Documents` or a cu_seqlens; a query sees keys of its own document only.
         deterministic: gradients are bitwise the same from run to run.
         return_lse: also return lse (B, H, Sq), float32 (float64 for float64), placed as q is; a gradient of it is refused.
-        strategy: "ring" (memory bounded, one rank's keys at a time) or "gather" (all keys at once, no merging); None is "ring", or
-            "gather" for ALiBi where only that lets flash kernels measure distances.
+        strategy: "ring" (memory bounded, one rank's keys at a time), "gather" (all keys at once, no merging) or "ulysses" (heads
+            instead of tokens on each rank; as many ranks as heads allow); None is "ring", or "gather" for ALiBi where only that
+            lets flash kernels measure distances.
         kernel: a name in `dtensor_ring.ops.kernels.KERNELS`; None is the first that does not refuse.
 
     Returns:
@@ -84,7 +87,7 @@ def ring_attention(
         TypeError: DTensors mixed with plain tensors, or dtypes that differ.
         ValueError: shapes, placements, window or documents that do not fit; or ranks that do not agree, which they find out
             on every rank at the first call of a kind. What is wrong on one rank alone is raised there, while others wait for it.
-        NotImplementedError: an argument not supported yet, or no kernel does what is asked; the text has each kernel's reason.
+        NotImplementedError: no kernel does what is asked; the text has each kernel's reason.
     """
     _check_kinds(q, k, v)
     check_tensors(q, k, v)
@@ -92,6 +95,10 @@ def ring_attention(
     mask = mask_text(is_causal, window)
     where = _where(q, k, v)
     found = _documents(documents, q, k)
+    if where.layout.cut and (found is None or found.rows != 1):
+        raise ValueError(
+            f"q is laid out document by document ({where.layout}): pass documents=, one row for the whole batch, found {found}"
+        )
     packed, softcap, dropout_p = found is not None, float(softcap), float(dropout_p)
     need = need_of(q, k, v, sinks, mask=mask, packed=packed, softcap=softcap, deterministic=deterministic, dropout_p=dropout_p)
     if alibi_slopes is None:
@@ -99,6 +106,8 @@ def ring_attention(
     else:
         way, alignment = _choose_for_alibi(strategy, where, mask, q, k, found)
         need = replace(need, alibi=alignment)
+    if way == "ulysses" and where.mesh is not None and where.axis is not None:
+        _check_heads(where.mesh, where.axis, q, k)
     chosen = choose_kernel(kernel, need).name
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)
     if where.mesh is not None and where.axis is not None and not torch.compiler.is_compiling():
@@ -122,17 +131,16 @@ def choose_strategy(strategy: str | None) -> str:
 
     Raises:
         ValueError: no such strategy.
-        NotImplementedError: "ulysses".
     """
-    if strategy == "ulysses":
-        raise NotImplementedError("strategy='ulysses' is not supported yet: use 'ring' or 'gather'")
-    if strategy not in (None, "ring", "gather"):
-        raise ValueError(f"unknown strategy {strategy!r}: use 'ring', 'gather' or None")
+    if strategy not in (None, "ring", "gather", "ulysses"):
+        raise ValueError(f"unknown strategy {strategy!r}: use 'ring', 'gather', 'ulysses' or None")
     return strategy or "ring"
 
 
 def choose_for_alibi(strategy: str | None, problem: Problem) -> tuple[str, Literal["aligned", "shifted"]]:
     """The strategy, and whether blocks are "aligned" so that flash kernels measure ALiBi distances rightly, or "shifted"."""
+    if strategy == "ulysses":
+        problem = replace(problem, world=1)
     for way in ("ring", "gather") if strategy is None else (choose_strategy(strategy),):
         if ends_together(replace(problem, strategy=way)):
             return way, "aligned"
@@ -147,6 +155,14 @@ def _choose_for_alibi(
         return choose_strategy(strategy), "aligned" if world == 1 and not mask.startswith("window") else "shifted"
     problem = Problem(where.layout, Band.parse(mask), q.shape[1], k.shape[1], world, "ring", documents)
     return choose_for_alibi(strategy, problem)
+
+
+def _check_heads(mesh: DeviceMesh, axis: int, q: Tensor, k: Tensor) -> None:
+    others = [mesh.size(i) for i, p in enumerate(q.placements) if p == Shard(2)] if isinstance(q, DTensor) else []
+    split = math.prod(others)
+    reason = refuses(mesh.size(axis), q.shape[2] // split, k.shape[2] // split)
+    if reason is not None:
+        raise ValueError(f"mesh axis {axis_name(mesh, axis)}: {reason}")
 
 
 def _check_kinds(q: Tensor, k: Tensor, v: Tensor) -> None:

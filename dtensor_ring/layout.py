@@ -111,10 +111,15 @@ class Layout:
     def runs(self, length: int, world: int, rank: int, bounds: Bounds = None) -> tuple[Run, ...]:
         """The tokens of `rank` in storage order; empty runs are left out.
 
-        `bounds` are the cumulative document bounds, one document without; only layouts that cut documents depend on them.
+        `bounds` are the cumulative document bounds; only layouts that cut documents depend on them.
+
+        Raises:
+            ValueError: a layout that cuts documents is not given any, or cuts evenly what does not divide.
         """
         if world == 1:
             found: tuple[Run, ...] = (Run(0, length),)
+        elif self.cut == "documents" and bounds is None:
+            raise ValueError("zigzag of each document needs the documents: pass documents= (one document: [0, length])")
         elif self.cut:
             found = self._document_runs(bounds or (0, length), world, rank)
         elif self.kind == "contiguous":
@@ -148,6 +153,32 @@ class Layout:
     def tokens(self, length: int, world: int, rank: int, bounds: Bounds = None) -> list[int]:
         """The global indices of the rank's tokens in storage order."""
         return [token for run in self.runs(length, world, rank, bounds) for token in run.tokens()]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLayout:
+    """A layout that cuts documents together with the documents: a pure map again.
+
+    Raises:
+        ValueError: documents differ from batch row to batch row, and tokens would lie on other ranks in each.
+    """
+
+    layout: Layout
+    documents: Documents
+
+    def __post_init__(self) -> None:
+        if self.documents.rows != 1:
+            raise ValueError(
+                f"{self.layout} needs one row of documents for the whole batch, found {self.documents.rows}: pack the rows into one"
+            )
+
+    def tokens(self, length: int, world: int, rank: int) -> list[int]:
+        """As `Layout.tokens`."""
+        return self.layout.tokens(length, world, rank, self.documents.bounds[0])
+
+    def local_length(self, length: int, world: int, rank: int) -> int:
+        """As `Layout.local_length`."""
+        return self.layout.local_length(length, world, rank)
 
 
 _NAMED = {

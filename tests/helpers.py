@@ -86,16 +86,17 @@ def make_case(
     return Case(q, k, v, dout, is_causal, window, documents, softcap)
 
 
-def share(x: Tensor, layout: str, world: int, rank: int, dim: int = 1) -> Tensor:
+def share(x: Tensor, layout: str, world: int, rank: int, dim: int = 1, documents: Documents | None = None) -> Tensor:
     """A rank's tokens of a whole tensor."""
-    tokens = Layout.parse(layout).tokens(x.shape[dim], world, rank)
+    tokens = Layout.parse(layout).tokens(x.shape[dim], world, rank, documents and documents.bounds[0])
     return x.index_select(dim, torch.tensor(tokens, dtype=torch.int64, device=x.device))
 
 
-def whole(shares: list[Tensor], layout: str, dim: int = 1) -> Tensor:
+def whole(shares: list[Tensor], layout: str, dim: int = 1, documents: Documents | None = None) -> Tensor:
     """The whole tensor from all ranks' shares."""
     world, length = len(shares), sum(x.shape[dim] for x in shares)
-    tokens = [token for rank in range(world) for token in Layout.parse(layout).tokens(length, world, rank)]
+    bounds = documents and documents.bounds[0]
+    tokens = [token for rank in range(world) for token in Layout.parse(layout).tokens(length, world, rank, bounds)]
     return torch.cat(shares, dim).index_select(dim, torch.argsort(torch.tensor(tokens, dtype=torch.int64, device=shares[0].device)))
 
 
@@ -107,7 +108,9 @@ def run_loopback(
     options = Options(case.q.shape[-1] ** -0.5, case.softcap, dropout_p=case.dropout_p)
 
     def rank_body(wire: LoopbackTransport):
-        q, k, v, dout = (share(x, layout, world, wire.rank).contiguous() for x in (*case.inputs, case.dout))
+        q, k, v, dout = (
+            share(x, layout, world, wire.rank, documents=case.documents).contiguous() for x in (*case.inputs, case.dout)
+        )
         executor = Executor(plan(problem, wire.rank), wire, KERNELS[kernel], options, alibi=case.alibi)
         out, lse = executor.forward(q, k, v, seed=SEED)
         sent = wire.traffic.bytes
@@ -116,7 +119,7 @@ def run_loopback(
 
     results = LoopbackTransport.run(world, rank_body)
     dims = (1, 2, 1, 1, 1)
-    parts = [whole([result[0][i] for result in results], layout, dim) for i, dim in enumerate(dims)]
+    parts = [whole([result[0][i] for result in results], layout, dim, case.documents) for i, dim in enumerate(dims)]
     return tuple(parts), [result[1] for result in results]
 
 

@@ -270,7 +270,7 @@ def refusals():
             "torch_cpu: has no dropout",
         ),
         (lambda: ring_attention(zigzag, zigzag, zigzag, window=(3, 1)), ValueError, "looks 1 tokens ahead"),
-        (lambda: ring_attention(zigzag, zigzag, zigzag, strategy="ulysses"), NotImplementedError, "use 'ring' or 'gather'"),
+        (lambda: ring_attention(zigzag, zigzag, zigzag, strategy="rings"), ValueError, "unknown strategy 'rings'"),
         (lambda: ring_attention(zigzag, zigzag, zigzag, strategy="tree"), ValueError, "unknown strategy 'tree'"),
         (
             lambda: ring_attention(zigzag, zigzag, zigzag, kernel="torch_flash"),

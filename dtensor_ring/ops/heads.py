@@ -13,21 +13,25 @@ from torch import Tensor
 
 from dtensor_ring.comm import Pending
 from dtensor_ring.ops.execute import Executor
+from dtensor_ring.ops.ulysses import UlyssesExecutor
 
 _Visit = tuple[Executor, slice, Tensor, Tensor, Pending[tuple[Tensor, Tensor]] | None]
 
 
-def forward(executor: Executor, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, at_once: int, seed: int) -> tuple[Tensor, Tensor]:
+def forward(
+    executor: Executor | UlyssesExecutor, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, at_once: int, seed: int
+) -> tuple[Tensor, Tensor]:
     """As `Executor.forward`, `at_once` key heads at a time; 0 is all."""
     if at_once in (0, k_BSHD.shape[2]):
         return executor.forward(q_BSHD, k_BSHD, v_BSHD, seed)
+    assert isinstance(executor, Executor), "ulysses takes all heads at once"
     visits = _visits(executor, q_BSHD, k_BSHD, v_BSHD, at_once, executor.forward_order)
     parts = [part.forward(q_BSHD[:, :, heads], k, v, seed, coming) for part, heads, k, v, coming in visits]
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 1)
 
 
 def backward(
-    executor: Executor,
+    executor: Executor | UlyssesExecutor,
     dout_BSHD: Tensor,
     q_BSHD: Tensor,
     k_BSHD: Tensor,
@@ -40,6 +44,7 @@ def backward(
     """As `Executor.backward`, `at_once` key heads at a time; 0 is all."""
     if at_once in (0, k_BSHD.shape[2]):
         return executor.backward(dout_BSHD, q_BSHD, k_BSHD, v_BSHD, out_BSHD, lse_BHS, seed)
+    assert isinstance(executor, Executor), "ulysses takes all heads at once"
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
     for part, h, k, v, coming in _visits(executor, q_BSHD, k_BSHD, v_BSHD, at_once, executor.backward_order):
         blocks = dout_BSHD[:, :, h], q_BSHD[:, :, h], k, v, out_BSHD[:, :, h], lse_BHS[:, h]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dtensor_ring._torch import resolve_group
+from dtensor_ring._torch import local_of, resolve_group
 from dtensor_ring.comm import AloneTransport, Transport, transport_of
 from dtensor_ring.documents import Documents
 from dtensor_ring.layout import Layout
@@ -25,7 +25,8 @@ from dtensor_ring.ops.kernels import KERNELS, Options
 from dtensor_ring.ops.mask import Band
 from dtensor_ring.ops.merge import accumulate_dtype
 from dtensor_ring.ops.schedule import Problem, plan
-from dtensor_ring.placements import redistribute
+from dtensor_ring.ops.ulysses import UlyssesExecutor
+from dtensor_ring.placements import SequencePlacement, redistribute
 
 
 @torch.library.custom_op("dtensor_ring::attention", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
@@ -118,7 +119,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, dout: Tensor, *_others: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
     q, k, v, sinks, alibi, out, lse, seed, documents = ctx.saved_tensors
     if isinstance(dout, DTensor) and dout.placements != out.placements:
-        dout = redistribute(dout, out.placements)
+        dout = redistribute(dout, out.placements, documents=_cutting(documents, out))
     tensors = dout, q, k, v, sinks, alibi, out, lse, seed, documents
     dq, dk, dv, dsinks = torch.ops.dtensor_ring.attention_backward(*tensors, *ctx.rest)
     return dq, dk, dv, None if sinks is None else dsinks, None, None, *(None for _ in ctx.rest)
@@ -136,6 +137,15 @@ def _inner(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _cutting(documents: Tensor, out: DTensor) -> Documents | None:
+    """The documents, if tokens are laid out by them."""
+    if not any(isinstance(p, SequencePlacement) and p.layout.cut for p in out.placements):
+        return None
+    found = Documents.unpack(local_of(documents) if isinstance(documents, DTensor) else documents)
+    assert isinstance(found, Documents), "checked before the forward pass"
+    return found
+
+
 def _executor(
     documents: Tensor,
     q_length: int,
@@ -149,8 +159,10 @@ def _executor(
     sinks: Tensor | None,
     alibi: Tensor | None,
     origin: tuple[int, int],
-) -> Executor:
+) -> Executor | UlyssesExecutor:
     wire: Transport = transport_of(resolve_group(group)) if group else AloneTransport()
     found = Documents.unpack(documents)
     problem = Problem(Layout.parse(layout), Band.parse(mask), q_length, k_length, wire.world, strategy, found)
+    if strategy == "ulysses":
+        return UlyssesExecutor(problem, wire, KERNELS[kernel], options, sinks, alibi, origin)
     return Executor(plan(problem, wire.rank), wire, KERNELS[kernel], options, sinks, alibi, origin)

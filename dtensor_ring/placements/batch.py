@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dtensor_ring.comm import Transport, transport_of
 from dtensor_ring.documents import Documents
 from dtensor_ring.placements.moves import take_shard
-from dtensor_ring.placements.placement import SequencePlacement, Zigzag
+from dtensor_ring.placements.placement import SequencePlacement, Zigzag, split_of
 
 IGNORED = -100
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -184,12 +184,13 @@ def cut_batch(
     labels = whole.get("labels")
     if isinstance(labels, Tensor) and not isinstance(whole.get("shift_labels"), Tensor):
         whole["shift_labels"] = shift_labels(labels, documents)
+    if placement.layout.cut and documents is None:
+        documents = Documents.from_lengths([length])
+    split = split_of(placement, documents)
     found = ShardedBatch()
     for key, value in whole.items():
         is_cut = key in CUT_KEYS and isinstance(value, Tensor)
-        found[key] = (
-            take_shard(value, 1, placement.layout, wire.world, wire.rank) if is_cut and isinstance(value, Tensor) else value
-        )
+        found[key] = take_shard(value, 1, split, wire.world, wire.rank) if is_cut and isinstance(value, Tensor) else value
     shifted = whole.get("shift_labels")
     found.length, found.documents = length, documents
     found.num_items = (shifted != IGNORED).sum() if isinstance(shifted, Tensor) else None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dtensor_ring._torch import lasting
 from dtensor_ring.comm import Message, Transport
-from dtensor_ring.layout import Layout
+from dtensor_ring.layout import Layout, PackedLayout
 
 
 class Chunks(NamedTuple):
@@ -30,7 +30,7 @@ class Chunks(NamedTuple):
         return range(min(rank * size, length), min((rank + 1) * size, length))
 
 
-Split = Layout | Chunks
+Split = Layout | PackedLayout | Chunks
 
 
 @lru_cache(maxsize=256)
@@ -59,7 +59,7 @@ def _padded_places(split: Split, length: int, world: int) -> Tensor:
 
 def local_size(split: Split, length: int, world: int, rank: int) -> int:
     """How many tokens a rank holds."""
-    return split.local_length(length, world, rank) if isinstance(split, Layout) else len(split.tokens(length, world, rank))
+    return len(split.tokens(length, world, rank)) if isinstance(split, Chunks) else split.local_length(length, world, rank)
 
 
 def take_shard(x: Tensor, dim: int, split: Split, world: int, rank: int) -> Tensor:

@@ -24,7 +24,8 @@ from typing_extensions import override
 
 from dtensor_ring._torch import PlacementBase
 from dtensor_ring.comm import transport_of
-from dtensor_ring.layout import Layout
+from dtensor_ring.documents import Documents
+from dtensor_ring.layout import Layout, PackedLayout
 from dtensor_ring.placements.moves import Chunks, Split, gather_shards, take_shard
 
 
@@ -54,6 +55,7 @@ class SequencePlacement(PlacementBase):
 
     @property
     def _arguments(self) -> tuple[int, ...]:
+        """What `repr`, equality and pickle know: the dim, then what else makes it."""
         return (self.dim,)
 
     def moved_to(self, dim: int) -> SequencePlacement:
@@ -164,15 +166,47 @@ class Contiguous(SequencePlacement):
 
 
 class Zigzag(SequencePlacement):
-    """Chunks r and 2W-1-r of 2W on rank r: causal attention is the same work on every rank."""
+    """Chunks r and 2W-1-r of 2W on rank r: causal attention is the same work on every rank.
+
+    With `per_document=True` every packed document is cut so by itself, and short ones stay whole, shared out by work: work is
+    balanced where documents end anywhere. Then everything that maps tokens takes `documents=`, one row for the whole batch.
+
+    Raises:
+        ValueError: `dim` is negative.
+        TypeError: `dim` is not an int, or `per_document` not a bool.
+    """
 
     short: ClassVar[str] = "Z"
+
+    def __init__(self, dim: int, per_document: bool = False) -> None:
+        if not isinstance(per_document, bool | int) or per_document not in (False, True):
+            raise TypeError(f"Zigzag(dim, per_document): per_document must be a bool, found {per_document!r}")
+        super().__init__(dim)
+        self._per_document = bool(per_document)
+
+    @property
+    def per_document(self) -> bool:
+        """Whether every document is cut by itself."""
+        return self._per_document
 
     @property
     @override
     def layout(self) -> Layout:
-        """`zigzag`."""
-        return Layout("zigzag")
+        """`zigzag`, or `zigzag/documents`."""
+        return Layout("zigzag", cut="documents" if self._per_document else "")
+
+    @property
+    @override
+    def _arguments(self) -> tuple[int, ...]:
+        return (self.dim, True) if self._per_document else (self.dim,)
+
+    @override
+    def __repr__(self) -> str:
+        return f"Zigzag({self.dim}, per_document=True)" if self._per_document else f"Zigzag({self.dim})"
+
+    @override
+    def __str__(self) -> str:
+        return f"Z({self.dim}, per document)" if self._per_document else f"Z({self.dim})"
 
 
 class Stripe(SequencePlacement):
@@ -224,6 +258,14 @@ def dim_of(placement: Placement) -> int:
     return placement.dim if isinstance(placement, (Shard, SequencePlacement)) else -1
 
 
-def split_of(placement: Placement) -> Split:
-    """How a placement splits its dim."""
-    return placement.layout if isinstance(placement, SequencePlacement) else Chunks()
+def split_of(placement: Placement, documents: Documents | None = None) -> Split:
+    """How a placement splits its dim; which tokens a rank holds `Zigzag(per_document=True)` can only say with documents.
+
+    Raises:
+        ValueError: documents differ from batch row to batch row.
+    """
+    if not isinstance(placement, SequencePlacement):
+        return Chunks()
+    if placement.layout.cut and documents is not None:
+        return PackedLayout(placement.layout, documents)
+    return placement.layout

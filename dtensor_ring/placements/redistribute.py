@@ -20,11 +20,13 @@ from torch.distributed.tensor.placement_types import Placement
 from typing_extensions import override
 
 from dtensor_ring._torch import local_of
-from dtensor_ring.comm import Transport, transport_of
+from dtensor_ring.comm import transport_of
+from dtensor_ring.documents import Documents
 from dtensor_ring.placements import moves
 from dtensor_ring.placements.placement import SequencePlacement, dim_of, split_of
 
 Placements = tuple[Placement, ...]
+DocumentsLike = Documents | Tensor | Sequence[int]
 
 
 def from_local(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], *, length: int, check: bool = True) -> DTensor:
@@ -54,7 +56,12 @@ def from_local(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement],
 
 
 def distribute_tensor(
-    tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], *, src_data_rank: int | None = 0
+    tensor: Tensor,
+    mesh: DeviceMesh,
+    placements: Sequence[Placement],
+    *,
+    src_data_rank: int | None = 0,
+    documents: DocumentsLike | None = None,
 ) -> DTensor:
     """Spread a whole tensor over a mesh, as `torch.distributed.tensor.distribute_tensor`, but differentiable.
 
@@ -66,6 +73,7 @@ def distribute_tensor(
         placements: `Replicate`, `Shard` or ours, one a mesh axis.
         src_data_rank: whose data counts, as a rank of each mesh axis; it sends every other rank its share. None: every rank
             has the same data and cuts its own share, so nothing is sent.
+        documents: bounds of packed documents in the dim of `Zigzag(dim, per_document=True)`, which needs them.
 
     Raises:
         TypeError: a DTensor.
@@ -82,15 +90,23 @@ def distribute_tensor(
             )
     if src_data_rank is not None and not torch.compiler.is_compiling():
         _check_whole(tensor, mesh, src_data_rank)
-    local = _Distribute.apply(tensor, mesh, targets, src_data_rank)
+    found = _documents(documents, targets, tensor.shape)
+    local = _Distribute.apply(tensor, mesh, targets, src_data_rank, found)
     return wrap(local, mesh, targets, tensor.shape)
 
 
-def redistribute(tensor: DTensor, placements: Sequence[Placement], *, mesh: DeviceMesh | None = None) -> DTensor:
+def redistribute(
+    tensor: DTensor,
+    placements: Sequence[Placement],
+    *,
+    mesh: DeviceMesh | None = None,
+    documents: DocumentsLike | None = None,
+) -> DTensor:
     """The same global tensor under other placements; only what must move is sent.
 
     Layout to layout of one dim is an all-to-all of the tokens that change rank; sequence to another dim (heads) an all-to-all
-    of blocks; `Partial` to a layout a reduce-scatter; anything to `Replicate` an all-gather or all-reduce.
+    of blocks; `Partial` to a layout a reduce-scatter; anything to `Replicate` an all-gather or all-reduce. `documents` are the
+    bounds of packed documents, which `Zigzag(dim, per_document=True)` needs on either side.
 
     Raises:
         TypeError: not a DTensor.
@@ -104,14 +120,17 @@ def redistribute(tensor: DTensor, placements: Sequence[Placement], *, mesh: Devi
     if not any(isinstance(p, SequencePlacement) for p in (*tensor.placements, *targets)):
         return tensor.redistribute(placements=targets)
     normalized(tensor.device_mesh, tensor.placements, tensor.ndim)
-    return _Redistribute.apply(tensor, targets)
+    return _Redistribute.apply(tensor, targets, _documents(documents, (*tensor.placements, *targets), tensor.shape))
 
 
-def full_tensor(tensor: DTensor) -> Tensor:
-    """The whole tensor, in token order, on every rank; its gradient counts once, as that of a replicated tensor."""
+def full_tensor(tensor: DTensor, *, documents: DocumentsLike | None = None) -> Tensor:
+    """The whole tensor, in token order, on every rank; its gradient counts once, as that of a replicated tensor.
+
+    `documents` are needed where the tensor is `Zigzag(dim, per_document=True)`.
+    """
     if not isinstance(tensor, DTensor):
         raise TypeError(f"full_tensor takes a DTensor, found {type(tensor).__name__}")
-    return redistribute(tensor, [Replicate()] * tensor.device_mesh.ndim).to_local()
+    return redistribute(tensor, [Replicate()] * tensor.device_mesh.ndim, documents=documents).to_local()
 
 
 def wrap(local: Tensor, mesh: DeviceMesh, placements: Placements, shape: Sequence[int]) -> DTensor:
@@ -123,6 +142,22 @@ def wrap(local: Tensor, mesh: DeviceMesh, placements: Placements, shape: Sequenc
             if at[j] < at[i] or (at[j] == at[i] and j > i):
                 stride[i] = stride[i] * max(shape[j], 1)
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride))
+
+
+def _documents(given: DocumentsLike | None, placements: Sequence[Placement], shape: Sequence[int]) -> Documents | None:
+    """The documents for the dim that is cut by them.
+
+    Raises:
+        ValueError: there is such a dim and no documents, or they end elsewhere; or they are given, and nothing is cut by them.
+    """
+    cut = next((p for p in placements if isinstance(p, SequencePlacement) and p.layout.cut), None)
+    if cut is None:
+        if given is not None:
+            raise ValueError(f"documents cut tensors under Zigzag(dim, per_document=True) only, found {list(placements)}")
+        return None
+    if given is None:
+        raise ValueError(f"{cut!r} lays tokens out document by document: pass documents= (one document: [0, {shape[cut.dim]}])")
+    return Documents.of(given, shape[cut.dim])
 
 
 def axis_name(mesh: DeviceMesh, i: int) -> str:
@@ -228,18 +263,18 @@ class _Distribute(torch.autograd.Function):
     @staticmethod
     @override
     def forward(  # pyrefly: ignore[bad-override]
-        ctx: Any, tensor: Tensor, mesh: DeviceMesh, targets: Placements, source: int | None
+        ctx: Any, tensor: Tensor, mesh: DeviceMesh, targets: Placements, source: int | None, documents: Documents | None
     ) -> Tensor:
-        ctx.mesh, ctx.targets, ctx.shape = mesh, targets, tensor.shape
+        ctx.mesh, ctx.targets, ctx.shape, ctx.documents = mesh, targets, tensor.shape, documents
         local = tensor
         for i, target in enumerate(targets):
             wire = transport_of(mesh.get_group(i))
             if isinstance(target, Replicate):
                 local = local if source is None else moves.broadcast(local, source, wire)
             elif source is None:
-                local = moves.take_shard(local, dim_of(target), split_of(target), wire.world, wire.rank)
+                local = moves.take_shard(local, dim_of(target), split_of(target, documents), wire.world, wire.rank)
             else:
-                local = moves.scatter_shards(local, dim_of(target), split_of(target), source, wire)
+                local = moves.scatter_shards(local, dim_of(target), split_of(target, documents), source, wire)
         return local.view_as(local) if local is tensor else local
 
     @staticmethod
@@ -247,19 +282,20 @@ class _Distribute(torch.autograd.Function):
     @once_differentiable
     def backward(  # pyrefly: ignore[bad-override]
         ctx: Any, grad: Tensor
-    ) -> tuple[Tensor, None, None, None]:
+    ) -> tuple[Tensor, None, None, None, None]:
         whole = (Replicate(),) * ctx.mesh.ndim
-        return move(grad, ctx.mesh, ctx.shape, ctx.targets, whole), None, None, None
+        return move(grad, ctx.mesh, ctx.shape, ctx.targets, whole, ctx.documents), None, None, None, None
 
 
 class _Redistribute(torch.autograd.Function):
     @staticmethod
     @override
     def forward(  # pyrefly: ignore[bad-override]
-        ctx: Any, tensor: DTensor, targets: Placements
+        ctx: Any, tensor: DTensor, targets: Placements, documents: Documents | None
     ) -> DTensor:
+        ctx.documents = documents
         ctx.sources = tuple(Replicate() if isinstance(p, Partial) else p for p in tensor.placements)
-        local = move(local_of(tensor), tensor.device_mesh, tensor.shape, tensor.placements, targets)
+        local = move(local_of(tensor), tensor.device_mesh, tensor.shape, tensor.placements, targets, documents)
         return wrap(local, tensor.device_mesh, targets, tensor.shape)
 
     @staticmethod
@@ -267,13 +303,18 @@ class _Redistribute(torch.autograd.Function):
     @once_differentiable
     def backward(  # pyrefly: ignore[bad-override]
         ctx: Any, grad: DTensor
-    ) -> tuple[DTensor, None]:
-        local = move(local_of(grad), grad.device_mesh, grad.shape, grad.placements, ctx.sources)
-        return wrap(local, grad.device_mesh, ctx.sources, grad.shape), None
+    ) -> tuple[DTensor, None, None]:
+        local = move(local_of(grad), grad.device_mesh, grad.shape, grad.placements, ctx.sources, ctx.documents)
+        return wrap(local, grad.device_mesh, ctx.sources, grad.shape), None, None
 
 
 def move(
-    local: Tensor, mesh: DeviceMesh, shape: Sequence[int], sources: Sequence[Placement], targets: Sequence[Placement]
+    local: Tensor,
+    mesh: DeviceMesh,
+    shape: Sequence[int],
+    sources: Sequence[Placement],
+    targets: Sequence[Placement],
+    documents: Documents | None = None,
 ) -> Tensor:
     """The local tensor under `targets` of the global tensor of `shape` whose local tensor under `sources` is given."""
     axes = range(mesh.ndim)
@@ -281,11 +322,11 @@ def move(
     # an axis whose dim an outer changed axis also splits holds a part of that axis' part: it is undone and redone with it
     changed |= {j for j in axes for i in changed if i < j and _shares_dim(i, j, sources, targets)}
     if any(_shares_dim(i, j, sources, targets) for i in changed for j in axes if i != j):
-        local, shared = _through_replicate(local, mesh, shape, sources, targets, sorted(changed)), True
+        local, shared = _through_replicate(local, mesh, shape, sources, targets, sorted(changed), documents), True
     else:
         shared = False
         for i in sorted(changed):
-            local = _step(local, mesh, i, sources[i], targets[i], lambda dim: shape[dim])
+            local = _step(local, mesh, i, sources[i], targets[i], lambda dim: shape[dim], documents)
     return local.contiguous() if shared or changed else local
 
 
@@ -296,6 +337,7 @@ def _through_replicate(
     sources: Sequence[Placement],
     targets: Sequence[Placement],
     axes: list[int],
+    documents: Documents | None,
 ) -> Tensor:
     def length_at(axis: int, placements: Sequence[Placement]) -> Callable[[int], int]:
         def length(dim: int) -> int:
@@ -308,9 +350,9 @@ def _through_replicate(
         return length
 
     for i in reversed(axes):
-        local = _step(local, mesh, i, sources[i], Replicate(), length_at(i, sources))
+        local = _step(local, mesh, i, sources[i], Replicate(), length_at(i, sources), documents)
     for i in axes:
-        local = _step(local, mesh, i, Replicate(), targets[i], length_at(i, targets))
+        local = _step(local, mesh, i, Replicate(), targets[i], length_at(i, targets), documents)
     return local
 
 
@@ -319,26 +361,31 @@ def _shares_dim(i: int, j: int, sources: Sequence[Placement], targets: Sequence[
     return bool((mine & others) - {-1})
 
 
-def _step(x: Tensor, mesh: DeviceMesh, axis: int, old: Placement, new: Placement, length: Callable[[int], int]) -> Tensor:
+def _step(
+    x: Tensor,
+    mesh: DeviceMesh,
+    axis: int,
+    old: Placement,
+    new: Placement,
+    length: Callable[[int], int],
+    documents: Documents | None,
+) -> Tensor:
     """One mesh axis from one placement to another; `length` gives a dim's size over this axis and the axes inside it."""
     if old == new or mesh.size(axis) == 1:
         return x
     wire = transport_of(mesh.get_group(axis))
+    old_split, new_split = split_of(old, documents), split_of(new, documents)
     if isinstance(new, Partial):
         raise ValueError(f"mesh axis {axis_name(mesh, axis)}: {old!r} cannot become {new!r}: nothing is left to reduce")
     if isinstance(old, Partial):
         if isinstance(new, Replicate):
             return wire.all_reduce(x, old.reduce_op)
-        return moves.reduce_shards(x, dim_of(new), split_of(new), old.reduce_op, wire)
+        return moves.reduce_shards(x, dim_of(new), new_split, old.reduce_op, wire)
     if isinstance(old, Replicate):
-        return moves.take_shard(x, dim_of(new), split_of(new), wire.world, wire.rank)
+        return moves.take_shard(x, dim_of(new), new_split, wire.world, wire.rank)
     if isinstance(new, Replicate):
-        return moves.gather_shards(x, dim_of(old), split_of(old), length(dim_of(old)), wire)
-    return _split_to_split(x, old, new, length, wire)
-
-
-def _split_to_split(x: Tensor, old: Placement, new: Placement, length: Callable[[int], int], wire: Transport) -> Tensor:
+        return moves.gather_shards(x, dim_of(old), old_split, length(dim_of(old)), wire)
     a, b = dim_of(old), dim_of(new)
     if a == b:
-        return moves.reshard(x, a, split_of(old), split_of(new), length(a), wire)
-    return moves.exchange_dims(x, (a, split_of(old), length(a)), (b, split_of(new), x.shape[b]), wire)
+        return moves.reshard(x, a, old_split, new_split, length(a), wire)
+    return moves.exchange_dims(x, (a, old_split, length(a)), (b, new_split, x.shape[b]), wire)

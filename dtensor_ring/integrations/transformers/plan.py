@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from dtensor_ring.attention import choose_strategy
 from dtensor_ring.comm import transport_of
+from dtensor_ring.documents import Documents
 from dtensor_ring.integrations.transformers.attention import KEYWORD, NAME, NO_MASK, STATE, AttentionState, RingBatch, register
 from dtensor_ring.integrations.transformers.checks import check_call, check_length, check_model
 from dtensor_ring.ops.kernels import KERNELS
@@ -41,6 +42,7 @@ class RingPlan(dict[str, ParallelStyle]):
         self._model, self._placement, self._strategy, self._kernel = model, placement, strategy, kernel
         self._mesh: DeviceMesh | None = None
         self._before: str | None = None
+        self._documents: Documents | None = None
         self._handles: list[RemovableHandle] = []
         names = [name for name, module in model.named_modules() if _is_attention(module)]
         super().__init__({"": _RootStyle(self)} | {name: _AttentionStyle(self) for name in names})
@@ -48,7 +50,8 @@ class RingPlan(dict[str, ParallelStyle]):
     def gather(self, local: Tensor, dim: int = 1) -> Tensor:
         """All tokens, in order, of a tensor that holds this rank's tokens in `dim`, such as logits (B, S/W, V): (B, S, V).
 
-        Every rank calls it. Differentiable: the gradient counts once, as that of a replicated tensor.
+        Every rank calls it. Differentiable: the gradient counts once, as that of a replicated tensor. Where documents are cut one
+        by one, they are those of the last batch.
 
         Raises:
             RuntimeError: the plan was not applied yet.
@@ -58,7 +61,7 @@ class RingPlan(dict[str, ParallelStyle]):
         tokens = transport_of(mesh.get_group(0)).gather_values([local.shape[dim]])
         length = sum(count for (count,) in tokens)
         whole = from_local(local, mesh, [self._placement.moved_to(dim)], length=length)
-        return full_tensor(whole)
+        return full_tensor(whole, documents=self._documents if self._placement.layout.cut else None)
 
     def describe(self) -> str:
         """What the plan does, in a few lines."""
@@ -124,6 +127,7 @@ class RingPlan(dict[str, ParallelStyle]):
         found = find_documents(given, length, documents)
         check_same(given, length, found, wire)
         batch = cut_batch(given, self._placement, wire, length, found)
+        found = self._documents = batch.documents
         count = batch.num_items
         if batch.get("num_items_in_batch") is not None or batch.get("labels") is None:
             count = None

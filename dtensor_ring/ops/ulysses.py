@@ -1,0 +1,132 @@
+"""Strategy "ulysses": all tokens of some heads on each rank, instead of some tokens of all heads.
+
+    2 ranks, 4 query heads, 2 key heads      before: tokens of rank r x heads 0 1 2 3     within: all tokens x heads 2r 2r+1
+
+Queries, keys and values go from tokens to heads by an all-to-all, a rank attends as one device does, and the output goes back
+("DeepSpeed Ulysses", Jacobs et al., 2023). Nothing is merged, whatever the mask and the layout. Where there are fewer key heads
+than ranks, each key head goes to every rank that has queries of it.
+
+    per rank and forward pass   (W-1)/W * B * Sq/W * H * (D + Dv) elements of queries and outputs, and
+                                (W-1)/W * B * Sk/W * max(Hk, W) * (D + Dv) of keys and values are sent
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dtensor_ring.comm import AloneTransport, Transport
+from dtensor_ring.documents import Documents
+from dtensor_ring.layout import PackedLayout
+from dtensor_ring.ops.execute import Executor
+from dtensor_ring.ops.kernels import Kernel, Options
+from dtensor_ring.ops.merge import accumulate_dtype
+from dtensor_ring.ops.schedule import Problem, plan
+from dtensor_ring.placements.moves import Chunks, Split, exchange_dims
+
+
+def refuses(ranks: int, heads: int, kv_heads: int) -> str | None:
+    """Why heads cannot be shared out over ranks, with the numbers of ranks that could; None if they can."""
+    if _fits(ranks, heads, kv_heads):
+        return None
+    fitting = ", ".join(str(n) for n in range(1, heads + 1) if _fits(n, heads, kv_heads))
+    return (
+        f"strategy='ulysses' shares heads out, and {heads} query and {kv_heads} key heads cannot be shared by {ranks} ranks: "
+        f"{fitting} ranks could, or use strategy='ring' or 'gather'"
+    )
+
+
+def _fits(ranks: int, heads: int, kv_heads: int) -> bool:
+    return heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
+
+
+@dataclass(frozen=True, slots=True)
+class UlyssesExecutor:
+    """As `dtensor_ring.ops.execute.Executor`, by heads.
+
+    Attributes:
+        problem: the attention; its strategy plays no part.
+        wire: how to exchange.
+        kernel: what computes.
+        options: scale, softcap, dropout.
+        sinks: (H,), or None.
+        alibi: slopes (H,) or (B, H), float32, or None.
+        origin: first batch row and head of this rank's tensors in the whole batch.
+    """
+
+    problem: Problem
+    wire: Transport
+    kernel: Kernel
+    options: Options
+    sinks: Tensor | None = None
+    alibi: Tensor | None = None
+    origin: tuple[int, int] = (0, 0)
+
+    def forward(self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Out (B, Sq/W, H, Dv) in the dtype of q, and lse (B, H, Sq/W)."""
+        heads = q_BSHD.shape[2]
+        out, lse = self._inner(heads).forward(self._to_heads(q_BSHD), self._kv(k_BSHD), self._kv(v_BSHD), seed)
+        by_head = (1, Chunks(), heads)
+        return self._to_tokens(out, heads), exchange_dims(lse, by_head, (2, self._split, self.problem.q_length), self.wire)
+
+    def backward(
+        self,
+        dout_BSHD: Tensor,
+        q_BSHD: Tensor,
+        k_BSHD: Tensor,
+        v_BSHD: Tensor,
+        out_BSHD: Tensor,
+        lse_BHS: Tensor,
+        seed: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """dq, dk, dv of this rank's shares, and the part of dsinks (H,) of its heads."""
+        heads, kv_heads = q_BSHD.shape[2], k_BSHD.shape[2]
+        dout, q, out = (self._to_heads(x) for x in (dout_BSHD, q_BSHD, out_BSHD))
+        lse = exchange_dims(lse_BHS, (2, self._split, self.problem.q_length), (1, Chunks(), heads), self.wire)
+        dq, dk, dv, dmine = self._inner(heads).backward(dout, q, self._kv(k_BSHD), self._kv(v_BSHD), out, lse, seed)
+        dsinks = None
+        if self.sinks is not None and dmine is not None:
+            dsinks = torch.zeros_like(self.sinks)
+            dsinks[self._mine(heads)] = dmine
+        return self._to_tokens(dq, heads), self._kv_grad(dk, kv_heads), self._kv_grad(dv, kv_heads), dsinks
+
+    @property
+    def _split(self) -> Split:
+        problem = self.problem
+        if problem.layout.cut and isinstance(problem.documents, Documents):
+            return PackedLayout(problem.layout, problem.documents)
+        return problem.layout
+
+    def _mine(self, heads: int) -> slice:
+        each = heads // self.wire.world
+        return slice(self.wire.rank * each, (self.wire.rank + 1) * each)
+
+    def _inner(self, heads: int) -> Executor:
+        """Attention of this rank's heads on one device."""
+        mine, (row, head) = self._mine(heads), self.origin
+        sinks = None if self.sinks is None else self.sinks[mine]
+        alibi = None if self.alibi is None else self.alibi[..., mine].contiguous()
+        whole = replace(self.problem, world=1, strategy="ring")
+        return Executor(plan(whole, 0), AloneTransport(), self.kernel, self.options, sinks, alibi, (row, head + mine.start))
+
+    def _to_heads(self, x_BSHD: Tensor, length: int | None = None) -> Tensor:
+        length = self.problem.q_length if length is None else length
+        return exchange_dims(x_BSHD, (1, self._split, length), (2, Chunks(), x_BSHD.shape[2]), self.wire)
+
+    def _to_tokens(self, x_BSHD: Tensor, heads: int, length: int | None = None) -> Tensor:
+        length = self.problem.q_length if length is None else length
+        return exchange_dims(x_BSHD, (2, Chunks(), heads), (1, self._split, length), self.wire)
+
+    def _kv(self, x_BSHD: Tensor) -> Tensor:
+        copies = max(1, self.wire.world // x_BSHD.shape[2])
+        return self._to_heads(x_BSHD.repeat_interleave(copies, 2) if copies > 1 else x_BSHD, self.problem.k_length)
+
+    def _kv_grad(self, grad: Tensor, kv_heads: int) -> Tensor:
+        """Gradients of copies of a key head are summed in float32."""
+        copies = max(1, self.wire.world // kv_heads)
+        if copies == 1:
+            return self._to_tokens(grad, kv_heads, self.problem.k_length)
+        parts = self._to_tokens(grad, kv_heads * copies, self.problem.k_length).unflatten(2, (kv_heads, copies))
+        return parts.to(accumulate_dtype(grad.dtype)).sum(3).to(grad.dtype)
