@@ -1,6 +1,7 @@
 # Needs git, make and python3 (3.11 or newer) with venv; everything else goes into .venv.
 #
 #   make demo     a real model on two ranks beside one process: a table, under five minutes
+#   make packed   packed texts through the model on two and four ranks, each as if it were alone
 #   make test     the tests, under ten minutes
 #   make check    format, lint, layer contracts, types, tests
 #
@@ -12,7 +13,7 @@ BIN := .venv/bin
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test test-all check format lint contracts types clean
+.PHONY: setup demo packed test test-all check format lint contracts types clean
 
 setup: .venv/ready
 
@@ -26,6 +27,9 @@ setup: .venv/ready
 
 demo: setup
 	$(BIN)/python examples/demo.py
+
+packed: setup
+	$(BIN)/python examples/packed.py
 
 test: setup
 	$(BIN)/python -m pytest -q

@@ -35,6 +35,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
 PLACEMENTS = {"contiguous": Contiguous(1), "zigzag": Zigzag(1), "stripe": Stripe(1)}
+PER_DOCUMENT = "zigzag/documents"
 
 
 def note(name: str, values: object) -> None:

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from dropin import FAMILIES, GATHERED, family_case, on_ranks, reference_case
 from helpers import Case, assert_like_kernel, error_ratios, make_case, run_loopback, share, single_device, whole
-from test_gpu import PLACEMENTS, note
+from test_gpu import PER_DOCUMENT, PLACEMENTS, note
 from torch.distributed.device_mesh import init_device_mesh
 
-from dtensor_ring import Documents, from_local, functional, ring_attention
+from dtensor_ring import Documents, Zigzag, from_local, functional, ring_attention
 from dtensor_ring.layout import Layout
 from dtensor_ring.ops.kernels import KERNELS, Need, choose_kernel
 
@@ -39,18 +39,20 @@ def over_ranks(case: Case, layout: str, strategy: str, kernel: str, sinks: torch
     """out, lse, dq, dk, dv of the whole sequence, attended over the ranks; with sinks also their gradient."""
     world, rank = dist.get_world_size(), dist.get_rank()
     mesh = init_device_mesh("cuda", (world,), mesh_dim_names=("cp",))
-    shares = [share(x, layout, world, rank).contiguous().requires_grad_() for x in case.inputs]
-    placed = [from_local(x, mesh, [PLACEMENTS[layout]], length=case.q.shape[1]) for x in shares]
+    mine = [share(x, layout, world, rank, documents=case.documents).contiguous() for x in (*case.inputs, case.dout)]
+    shares, dout = [x.requires_grad_() for x in mine[:3]], mine[3]
+    placement = Zigzag(1, per_document=True) if layout == PER_DOCUMENT else PLACEMENTS[layout]
+    placed = [from_local(x, mesh, [placement], length=case.q.shape[1]) for x in shares]
     masks = {"is_causal": case.is_causal, "window": case.window, "documents": case.documents, "softcap": case.softcap}
     more = {"dropout_p": case.dropout_p, "alibi_slopes": case.alibi, "sinks": sinks}
     out, lse = ring_attention(*placed, strategy=strategy, kernel=kernel, return_lse=True, **masks, **more, **options)
     leaves = shares if sinks is None else [*shares, sinks]
-    grads = torch.autograd.grad(out.to_local(), leaves, share(case.dout, layout, world, rank).contiguous())
+    grads = torch.autograd.grad(out.to_local(), leaves, dout)
     found = []
     for part, dim in zip((out.to_local().detach(), lse.to_local(), *grads[:3]), (1, 2, 1, 1, 1), strict=True):
         every = [torch.empty(0)] * world
         dist.all_gather_object(every, part.cpu())
-        found.append(whole(every, layout, dim).cuda())
+        found.append(whole(every, layout, dim, case.documents).cuda())
     if sinks is not None:
         dist.all_reduce(grads[3])
         found.append(grads[3])
@@ -81,6 +83,20 @@ def test_every_flash_kernel_over_two_gpus_errs_like_itself_on_one(pools, kernel,
     skip_unless(kernel, windowed="window" in mask, softcap=softcap)
     ratios = pools.run(2, kernel_law, kernel, mask, packed, softcap, device="cuda", timeout=300)[0]
     note(f"{kernel} {mask} packed={packed} softcap={softcap}", ratios)
+
+
+def packed_law(kernel: str, layout: str, strategy: str, mask: str):
+    case = gpu_case(mask, True)
+    return assert_like_kernel(over_ranks(case, layout, strategy, kernel), single_device(case, kernel), case.exact())
+
+
+@pytest.mark.parametrize("mask", ["causal", "window"])
+@pytest.mark.parametrize(
+    ("layout", "strategy"),
+    [(PER_DOCUMENT, "ring"), (PER_DOCUMENT, "gather"), (PER_DOCUMENT, "ulysses"), ("zigzag", "ulysses"), ("stripe", "ulysses")],
+)
+def test_documents_cut_one_by_one_and_heads_instead_of_tokens(pools, layout, strategy, mask):
+    note(f"{layout} {strategy} {mask}", pools.run(2, packed_law, "torch_flash", layout, strategy, mask, device="cuda")[0])
 
 
 def single_law(kernel: str, mask: str, packed: bool, softcap: float):
