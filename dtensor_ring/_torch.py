@@ -16,6 +16,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.distributed._functional_collectives import _are_we_tracing
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 from torch.distributed.tensor import DTensor, Replicate, _dtensor_spec
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
@@ -32,6 +33,7 @@ __all__ = [
     "OutputSharding",
     "PlacementBase",
     "install_rule",
+    "is_tracing",
     "lasting",
     "register_attention_rule",
     "replicated",
@@ -121,6 +123,11 @@ def _replicated(tensor: Tensor, like: DTensor) -> DTensor:
 
 
 replicated: Callable[[Tensor, DTensor], DTensor] = torch.compiler.allow_in_graph(_replicated)  # pyrefly: ignore[bad-assignment]
+
+
+def is_tracing() -> bool:
+    """Whether a compiler runs the code on fake tensors; inside DTensor's dispatch `torch.compiler.is_compiling()` does not tell."""
+    return _are_we_tracing()
 
 
 def resolve_group(name: str) -> dist.ProcessGroup:

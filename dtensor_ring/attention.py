@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
@@ -10,22 +9,22 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from dtensor_ring._torch import local_of, replicated
 from dtensor_ring.documents import Documents
 from dtensor_ring.layout import Layout
+from dtensor_ring.ops import sdpa  # noqa: F401  F.scaled_dot_product_attention on our placements
 from dtensor_ring.ops.agree import check_agreement
-from dtensor_ring.ops.arguments import check_extras, check_tensors, need_of
+from dtensor_ring.ops.arguments import check_extras, check_tensors, choose_strategy, need_of
 from dtensor_ring.ops.kernels import choose_kernel
 from dtensor_ring.ops.library import attention
 from dtensor_ring.ops.mask import Band, mask_text
 from dtensor_ring.ops.schedule import Problem, ends_together
-from dtensor_ring.ops.sharding import attention_axis, sink_placements
+from dtensor_ring.ops.sharding import attention_axis, share_of, sink_placements
 from dtensor_ring.ops.ulysses import refuses
 from dtensor_ring.placements import redistribute
-from dtensor_ring.placements.moves import Chunks
 from dtensor_ring.placements.redistribute import axis_name, wrap
 
 
@@ -117,24 +116,13 @@ def ring_attention(
         assert isinstance(q, DTensor) and isinstance(k, DTensor), "tensors on a mesh are DTensors"
         rows = local_of(q).shape[1], local_of(k).shape[1]
         check_agreement(where.group, name, where.layout, (*q.shape, *k.shape, *v.shape), rows, words)
-    origin = (_share(q, 0).start, _share(q, 2).start) if dropout_p and isinstance(q, DTensor) else (0, 0)
+    origin = (share_of(q, 0).start, share_of(q, 2).start) if dropout_p and isinstance(q, DTensor) else (0, 0)
     options = factor, softcap, dropout_p, deterministic, mask, str(where.layout), way, chosen, 0, where.group
     extras = _placed_sinks(sinks, q), _placed_slopes(alibi_slopes, q), _placed_bounds(found, q)
     out, lse, _ = attention(q, k, v, *extras, q.shape[1], k.shape[1], *origin, *options)
     if return_lse and out.requires_grad and not torch.compiler.is_compiling():
         lse = _NoGradient.apply(lse, out)
     return (out, lse) if return_lse else out
-
-
-def choose_strategy(strategy: str | None) -> str:
-    """The strategy for None: "ring", whose memory does not grow with the ranks and which hides the first transfer.
-
-    Raises:
-        ValueError: no such strategy.
-    """
-    if strategy not in (None, "ring", "gather", "ulysses"):
-        raise ValueError(f"unknown strategy {strategy!r}: use 'ring', 'gather', 'ulysses' or None")
-    return strategy or "ring"
 
 
 def choose_for_alibi(strategy: str | None, problem: Problem) -> tuple[str, Literal["aligned", "shifted"]]:
@@ -158,9 +146,8 @@ def _choose_for_alibi(
 
 
 def _check_heads(mesh: DeviceMesh, axis: int, q: Tensor, k: Tensor) -> None:
-    others = [mesh.size(i) for i, p in enumerate(q.placements) if p == Shard(2)] if isinstance(q, DTensor) else []
-    split = math.prod(others)
-    reason = refuses(mesh.size(axis), q.shape[2] // split, k.shape[2] // split)
+    heads, kv_heads = (len(range(x.shape[2])[share_of(x, 2)]) if isinstance(x, DTensor) else x.shape[2] for x in (q, k))
+    reason = refuses(mesh.size(axis), heads, kv_heads)
     if reason is not None:
         raise ValueError(f"mesh axis {axis_name(mesh, axis)}: {reason}")
 
@@ -206,22 +193,12 @@ def _documents(documents: Documents | Tensor | Sequence[int] | None, q: Tensor, 
     return found
 
 
-def _share(q: DTensor, dim: int) -> slice:
-    """This rank's part of a dim of q that `Shard` splits."""
-    part, mesh = range(q.shape[dim]), q.device_mesh
-    for i, placement in enumerate(q.placements):
-        if placement == Shard(dim):
-            tokens = Chunks().tokens(len(part), mesh.size(i), mesh.get_local_rank(i))
-            part = part[tokens.start : tokens.stop]
-    return slice(part.start, part.stop)
-
-
 def _placed_bounds(documents: Documents | None, q: Tensor) -> Tensor:
     """The operator's documents argument: the rows of bounds that this rank's part of the batch needs."""
     if documents is None:
         packed = torch.empty(0, dtype=torch.int64)
     elif documents.rows > 1 and isinstance(q, DTensor):
-        rows = _share(q, 0)
+        rows = share_of(q, 0)
         packed = (documents.select(rows.start, rows.stop) if rows.start < rows.stop else documents.select(0, 1)).packed
     else:
         packed = documents.packed
@@ -232,8 +209,8 @@ def _placed_slopes(slopes: Tensor | None, q: Tensor) -> Tensor | None:
     """The slopes of this rank's heads and batch rows."""
     if slopes is None or not isinstance(q, DTensor):
         return slopes
-    mine = slopes[..., _share(q, 2)]
-    return replicated(mine if mine.dim() == 1 else mine[_share(q, 0)], q)
+    mine = slopes[..., share_of(q, 2)]
+    return replicated(mine if mine.dim() == 1 else mine[share_of(q, 0)], q)
 
 
 def _placed_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:
@@ -244,7 +221,7 @@ def _placed_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:
         return sinks
     needed = sink_placements(q.placements)
     if not isinstance(sinks, DTensor):
-        return _LocalPart.apply(sinks[_share(q, 2)], q.device_mesh, needed, tuple(sinks.shape))
+        return _LocalPart.apply(sinks[share_of(q, 2)], q.device_mesh, needed, tuple(sinks.shape))
     if sinks.device_mesh != q.device_mesh or sinks.placements != needed:
         raise ValueError(
             f"sinks are placed {sinks.placements} on {sinks.device_mesh}, beside q they must be {needed} on {q.device_mesh}"

@@ -2,23 +2,53 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from dtensor_ring.ops.kernels import Need
 
 
-def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+class Order(NamedTuple):
+    """Which dim of q, k, v and out is which; the batch is dim 0, the head dim is dim 3."""
+
+    sequence: int
+    heads: int
+
+    def text(self, sequence: str = "S", heads: str = "H", head: str = "D") -> str:
+        """`(B, S, H, D)` in this order."""
+        middle = (sequence, heads) if self.sequence == 1 else (heads, sequence)
+        return f"({', '.join(('B', *middle, head))})"
+
+
+BSHD, BHSD = Order(1, 2), Order(2, 1)
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, order: Order = BSHD) -> None:
     """Raises ValueError or TypeError unless q (B, Sq, H, D), k (B, Sk, Hk, D), v (B, Sk, Hk, Dv) fit together."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 4:
-        raise ValueError(f"q, k and v must have shape (B, S, H, D), found {shapes}")
+        raise ValueError(f"q, k and v must have shape {order.text()}, found {shapes}")
     if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"needed q (B, Sq, H, D), k (B, Sk, Hk, D), v (B, Sk, Hk, Dv), found {shapes}")
-    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-        raise ValueError(f"query heads must be a multiple of key heads, found {q.shape[2]} and {k.shape[2]}")
+        needed = f"q {order.text('Sq')}, k {order.text('Sk', 'Hk')}, v {order.text('Sk', 'Hk', 'Dv')}"
+        raise ValueError(f"needed {needed}, found {shapes}")
+    q_heads, k_heads = q.shape[order.heads], k.shape[order.heads]
+    if k_heads == 0 or q_heads % k_heads:
+        raise ValueError(f"query heads must be a multiple of key heads, found {q_heads} and {k_heads}")
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k and v must have one dtype, found {q.dtype}, {k.dtype}, {v.dtype}")
+
+
+def choose_strategy(strategy: str | None) -> str:
+    """The strategy for None: "ring", whose memory does not grow with the ranks and which hides the first transfer.
+
+    Raises:
+        ValueError: no such strategy.
+    """
+    if strategy not in (None, "ring", "gather", "ulysses"):
+        raise ValueError(f"unknown strategy {strategy!r}: use 'ring', 'gather', 'ulysses' or None")
+    return strategy or "ring"
 
 
 def check_extras(q: Tensor, sinks: Tensor | None, softcap: float, dropout_p: float, alibi_slopes: Tensor | None) -> None:

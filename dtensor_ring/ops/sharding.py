@@ -7,6 +7,7 @@
     any     Replicate()      Replicate()  Replicate()  the same work on every rank of the axis
 
 q, k, v and out are (B, S, H, D), lse is (B, H, S). `Shard(1)` counts as `Contiguous(1)` where the lengths divide by the axis.
+With q, k, v and out in PyTorch's order (B, H, S, D) the sequence is dim 2, heads are dim 1, and lse is placed as q.
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ from collections.abc import Sequence
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from dtensor_ring._torch import DTensorSpec, OpSchema, OutputSharding, register_attention_rule
 from dtensor_ring.layout import Layout
 from dtensor_ring.ops import library  # noqa: F401  defines the operators
+from dtensor_ring.ops.arguments import BSHD, Order
 from dtensor_ring.placements import SequencePlacement
+from dtensor_ring.placements.moves import Chunks
 from dtensor_ring.placements.redistribute import axis_name
 
-_BATCH, _SEQUENCE, _HEADS = 0, 1, 2
-_LSE_DIM = {_BATCH: 0, _SEQUENCE: 2, _HEADS: 1}
+_BATCH = 0
+_LSE_DIM = {_BATCH: 0, BSHD.sequence: 2, BSHD.heads: 1}
 
 
 def attention_axis(
@@ -35,6 +38,7 @@ def attention_axis(
     v: Sequence[Placement],
     q_shape: Sequence[int],
     k_shape: Sequence[int],
+    order: Order = BSHD,
 ) -> tuple[int | None, Layout]:
     """Check the placements of q, k and v, and find the mesh axis over which attention runs and its layout.
 
@@ -57,42 +61,56 @@ def attention_axis(
                 f"{where}: {found}: attention needs one placement for all three; bring them together with "
                 f"dtensor_ring.redistribute(k, {list(q)!r}) or place q as k is"
             )
-        if isinstance(a, SequencePlacement) or a == Shard(_SEQUENCE):
+        if isinstance(a, SequencePlacement) or a == Shard(order.sequence):
             if axis is not None:
                 raise NotImplementedError(
                     f"mesh axes {axis_name(mesh, axis)} and {axis_name(mesh, i)} both hold the sequence ({q[axis]!r} and {a!r}): "
                     "flatten them into one axis with mesh[...]._flatten()"
                 )
-            axis, layout = i, _layout_of(a, where, mesh.size(i), q_shape, k_shape)
-        elif isinstance(a, Shard) and a.dim == _HEADS:
-            if q_shape[_HEADS] % mesh.size(i) or k_shape[_HEADS] % mesh.size(i):
+            axis, layout = i, _layout_of(a, where, mesh.size(i), q_shape, k_shape, order)
+        elif isinstance(a, Shard) and a.dim == order.heads:
+            q_heads, k_heads = q_shape[order.heads], k_shape[order.heads]
+            if q_heads % mesh.size(i) or k_heads % mesh.size(i):
                 raise ValueError(
-                    f"{where}: {a!r} splits heads over {mesh.size(i)} ranks, but q has {q_shape[_HEADS]} and k has "
-                    f"{k_shape[_HEADS]} heads: both must divide"
+                    f"{where}: {a!r} splits heads over {mesh.size(i)} ranks, but q has {q_heads} and k has "
+                    f"{k_heads} heads: both must divide"
                 )
         elif not (isinstance(a, Replicate) or a == Shard(_BATCH)):
             raise ValueError(
-                f"{where}: {a!r} cannot split the head dimension of (B, S, H, D): use ours or Shard(1) for the sequence, Shard(0) "
-                "for the batch, Shard(2) for heads, or Replicate()"
+                f"{where}: {a!r} cannot split the head dimension of {order.text()}: use ours or Shard({order.sequence}) for the "
+                f"sequence, Shard(0) for the batch, Shard({order.heads}) for heads, or Replicate()"
             )
     return axis, layout
 
 
-def _layout_of(placement: Placement, where: str, world: int, q_shape: Sequence[int], k_shape: Sequence[int]) -> Layout:
+def _layout_of(
+    placement: Placement, where: str, world: int, q_shape: Sequence[int], k_shape: Sequence[int], order: Order
+) -> Layout:
+    dim = order.sequence
     if not isinstance(placement, SequencePlacement):
-        if q_shape[_SEQUENCE] % world or k_shape[_SEQUENCE] % world:
+        if q_shape[dim] % world or k_shape[dim] % world:
             raise ValueError(
-                f"{where}: {placement!r} of lengths {q_shape[_SEQUENCE]} and {k_shape[_SEQUENCE]} over {world} ranks is not even, "
-                "and PyTorch splits it another way than Contiguous(1): move q, k and v there with dtensor_ring.redistribute"
+                f"{where}: {placement!r} of lengths {q_shape[dim]} and {k_shape[dim]} over {world} ranks is not even, "
+                f"and PyTorch splits it another way than Contiguous({dim}): move q, k and v there with dtensor_ring.redistribute"
             )
         return Layout("contiguous")
-    if placement.dim != _SEQUENCE:
-        what = {_BATCH: "batch", _HEADS: "heads"}.get(placement.dim, "head")
+    if placement.dim != dim:
+        what = {_BATCH: "batch", order.heads: "heads"}.get(placement.dim, "head")
         raise ValueError(
-            f"{where}: {type(placement).__name__}(dim={placement.dim}) cannot split the {what} dimension of (B, S, H, D): the "
-            f"sequence is dim 1, use {placement.moved_to(_SEQUENCE)!r}"
+            f"{where}: {type(placement).__name__}(dim={placement.dim}) cannot split the {what} dimension of {order.text()}: the "
+            f"sequence is dim {dim}, use {placement.moved_to(dim)!r}"
         )
     return placement.layout
+
+
+def share_of(q: DTensor, dim: int) -> slice:
+    """This rank's part of a dim of q that `Shard` splits."""
+    part, mesh = range(q.shape[dim]), q.device_mesh
+    for i, placement in enumerate(q.placements):
+        if placement == Shard(dim):
+            tokens = Chunks().tokens(len(part), mesh.size(i), mesh.get_local_rank(i))
+            part = part[tokens.start : tokens.stop]
+    return slice(part.start, part.stop)
 
 
 def _of_lse(placement: Placement) -> Placement:
@@ -137,11 +155,11 @@ def attention_backward_rule(schema: OpSchema) -> OutputSharding:
 
 def sink_placements(q: Sequence[Placement]) -> tuple[Placement, ...]:
     """How sinks (H,) must lie beside q: split with the heads, whole on every other axis."""
-    return tuple(Shard(0) if placement == Shard(_HEADS) else Replicate() for placement in q)
+    return tuple(Shard(0) if placement == Shard(BSHD.heads) else Replicate() for placement in q)
 
 
 def _of_dsinks(placement: Placement) -> Placement:
-    if placement == Shard(_HEADS):
+    if placement == Shard(BSHD.heads):
         return Shard(0)
     return Replicate() if isinstance(placement, Replicate) else Partial()
 

@@ -53,6 +53,10 @@ _FRESH = {
 }
 
 
+# The first ops that F.scaled_dot_product_attention calls on q, k and v where it does not take a backend as they are.
+_OF_ATTENTION = {aten.transpose.int, aten.unsqueeze.default, aten.constant_pad_nd.default}
+
+
 def is_ours(schema: OpSchema) -> bool:
     """Whether an op of PyTorch meets a placement of ours."""
     if schema.op.namespace == "dtensor_ring":
@@ -81,7 +85,7 @@ def rule(schema: OpSchema) -> OutputSharding | None:
     if not _is_elementwise(schema):
         raise NotImplementedError(
             f"{_name(schema)} has no rule for {_listed(specs)}: work on x.to_local() with the positions of this rank, or move the "
-            "tensor first with dtensor_ring.redistribute or dtensor_ring.full_tensor"
+            f"tensor first with dtensor_ring.redistribute or dtensor_ring.full_tensor{_hint(schema, specs)}"
         )
     if any(spec.shape != first.shape for spec in specs):
         raise NotImplementedError(
@@ -153,6 +157,19 @@ def _local_shape(spec: DTensorSpec) -> tuple[int, ...]:
 
 def _name(schema: OpSchema) -> str:
     return str(schema.op).removesuffix(".default")
+
+
+def _hint(schema: OpSchema, specs: Sequence[DTensorSpec]) -> str:
+    """What to do if the op is a step of PyTorch's attention, which does not show in the op's arguments."""
+    sequence = any(spec.ndim == 4 and isinstance(p, SequencePlacement) and p.dim == 2 for spec in specs for p in spec.placements)
+    if schema.op not in _OF_ATTENTION or not sequence:
+        return ""
+    return (
+        ". If this is F.scaled_dot_product_attention: PyTorch took its math backend or pads the head dim, but over a sequence axis "
+        "only flash attention runs. It needs one head dim for q, k and v, and equal numbers of heads or enable_gqa=True; on CPUs "
+        "no dropout_p; on GPUs float16 or bfloat16, a head dim that is a multiple of 8 and no attn_mask. `with "
+        "sdpa_kernel(SDPBackend.FLASH_ATTENTION)` names what is missing; or call dtensor_ring.ring_attention on (B, S, H, D)"
+    )
 
 
 def _listed(specs: Sequence[DTensorSpec]) -> str:

@@ -22,11 +22,11 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from dtensor_ring.attention import choose_strategy
 from dtensor_ring.comm import transport_of
 from dtensor_ring.documents import Documents
 from dtensor_ring.integrations.transformers.attention import KEYWORD, NAME, NO_MASK, STATE, AttentionState, RingBatch, register
 from dtensor_ring.integrations.transformers.checks import check_call, check_length, check_model
+from dtensor_ring.ops.arguments import choose_strategy
 from dtensor_ring.ops.kernels import KERNELS
 from dtensor_ring.placements import SequencePlacement, Zigzag, from_local, full_tensor
 from dtensor_ring.placements.batch import check_axis, check_same, cut_batch, find_documents, sequence_length

@@ -1,0 +1,225 @@
+"""`F.scaled_dot_product_attention` on DTensors that lie in our placements, by the operators of `ring_attention`.
+
+    q, k, v = (distribute_tensor(x, mesh, [Shard(0), Zigzag(2)]) for x in (q, k, v))       # (B, H, S, D)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)         # placed as q, differentiable
+
+    per rank    q_BHSD (B, H, Sq/W, D), k_BHSD, v_BHSD (B, Hk, Sk/W, D) -> out (B, H, Sq/W, D), lse (B, H, Sq/W); who sends what
+                is in `dtensor_ring.ops.execute`
+
+PyTorch chooses a backend from dtype, global shapes and arguments, and calls its op, in backward the op's partner with the saved
+out and lse. For these ops a rule is registered with `torch.library.register_torch_dispatch`: it is asked before DTensor's own
+dispatch and its handlers, those of PyTorch's `context_parallel` too, and answers NotImplemented, which lets them go on as ever,
+where no placement is ours. Flash backends run the ring; the others, whose masks and saved tensors are not those of a ring,
+refuse. The math backend is no op of its own: the rules of single ops refuse it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.distributed.tensor import DTensor
+
+from dtensor_ring._torch import is_tracing, local_of
+from dtensor_ring.ops import library
+from dtensor_ring.ops.agree import check_agreement
+from dtensor_ring.ops.arguments import BHSD, check_tensors, choose_strategy, need_of
+from dtensor_ring.ops.kernels import choose_kernel
+from dtensor_ring.ops.sharding import attention_axis, share_of
+from dtensor_ring.placements import SequencePlacement, redistribute
+from dtensor_ring.placements.redistribute import axis_name, wrap
+
+aten = torch.ops.aten
+
+_NAME = "F.scaled_dot_product_attention"
+_MASKS = "attn_mask is not supported over a sequence axis: use documents= or window= of dtensor_ring.ring_attention"
+
+_Rest = tuple[int | float | bool | str, ...]
+
+
+def flash_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[DTensor, DTensor]:
+    """`aten::_scaled_dot_product_flash_attention_for_cpu`: out and lse."""
+    _refuse_extras(attn_mask, dropout_p)
+    return _forward(q, k, v, 0.0, is_causal, scale)[:2]
+
+
+def flash_cpu_backward(
+    dout: DTensor,
+    q: DTensor,
+    k: DTensor,
+    v: DTensor,
+    out: DTensor,
+    lse: DTensor,
+    dropout_p: float,
+    is_causal: bool,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[DTensor, DTensor, DTensor]:
+    """Its backward op: dq, dk, dv."""
+    _refuse_extras(attn_mask, dropout_p)
+    return _backward(dout, q, k, v, out, lse, torch.empty(0, dtype=torch.int64), 0.0, is_causal, scale)
+
+
+def flash_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    return_debug_mask: bool = False,
+    *,
+    scale: float | None = None,
+) -> tuple[DTensor, DTensor, None, None, int, int, Tensor, Tensor, Tensor]:
+    """`aten::_scaled_dot_product_flash_attention`: out, lse, and the seed of dropout in the place of the generator's state."""
+    if return_debug_mask:
+        raise NotImplementedError(f"{_NAME}: return_debug_mask is not supported over a sequence axis")
+    out, lse, seed = _forward(q, k, v, dropout_p, is_causal, scale)
+    return out, lse, None, None, q.shape[2], k.shape[2], seed, seed.new_empty(0), local_of(out).new_empty(0)
+
+
+def flash_cuda_backward(
+    dout: DTensor,
+    q: DTensor,
+    k: DTensor,
+    v: DTensor,
+    out: DTensor,
+    lse: DTensor,
+    _q_bounds: Tensor | None,
+    _k_bounds: Tensor | None,
+    _q_length: int,
+    _k_length: int,
+    dropout_p: float,
+    is_causal: bool,
+    seed: Tensor,
+    _unused: Tensor,
+    *,
+    scale: float | None = None,
+) -> tuple[DTensor, DTensor, DTensor]:
+    """Its backward op: dq, dk, dv. The forward makes no bounds, and the lengths are those of q and k."""
+    return _backward(dout, q, k, v, out, lse, seed, dropout_p, is_causal, scale)
+
+
+def refuse(backend: str, q: Tensor, *rest: Any, **options: Any) -> NoReturn:  # noqa: ANN401
+    """The op of a backend that cannot run over a sequence axis."""
+    raise NotImplementedError(
+        f"{_NAME}: PyTorch chose its {backend} backend for q of {q.dtype}, head dim {q.shape[-1]}, but over a sequence axis only "
+        "flash attention runs. Use `with sdpa_kernel(SDPBackend.FLASH_ATTENTION)`, which takes float16 or bfloat16 on GPUs and no "
+        "attn_mask, or call dtensor_ring.ring_attention on (B, S, H, D), which takes any dtype, documents= and window="
+    )
+
+
+def _refuse_extras(attn_mask: Tensor | None, dropout_p: float) -> None:
+    if attn_mask is not None:
+        raise NotImplementedError(f"{_NAME}: {_MASKS}")
+    if dropout_p:
+        raise NotImplementedError(
+            f"{_NAME}: flash attention on CPUs has no dropout, found dropout_p={dropout_p}: use dtensor_ring.ring_attention"
+        )
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, is_causal: bool, scale: float | None
+) -> tuple[DTensor, DTensor, Tensor]:
+    """Out and lse as DTensors, and the seed of dropout."""
+    if not (isinstance(q, DTensor) and isinstance(k, DTensor) and isinstance(v, DTensor)):
+        plain = ", ".join(name for name, x in (("q", q), ("k", k), ("v", v)) if not isinstance(x, DTensor))
+        raise TypeError(f"{_NAME}: q, k and v must all be DTensors, plain: {plain}. See dtensor_ring.from_local")
+    check_tensors(q, k, v, BHSD)
+    if is_causal and q.shape[2] != k.shape[2]:
+        raise NotImplementedError(
+            f"{_NAME}: is_causal with {q.shape[2]} queries and {k.shape[2]} keys is not supported over a sequence axis, as PyTorch "
+            "counts queries from the first key: dtensor_ring.ring_attention counts them so that the last query sees the last key"
+        )
+    rest = _rest(q, k, v, dropout_p, is_causal, scale, agree=not is_tracing())
+    out, lse, seed = library.attention(*_bshd(q, k, v), None, None, _no_documents(), *rest)
+    wrapped = wrap(out.transpose(1, 2), q.device_mesh, q.placements, (*q.shape[:3], v.shape[3]))
+    return wrapped, wrap(lse, q.device_mesh, q.placements, q.shape[:3]), seed
+
+
+def _backward(
+    dout: DTensor,
+    q: DTensor,
+    k: DTensor,
+    v: DTensor,
+    out: DTensor,
+    lse: DTensor,
+    seed: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> tuple[DTensor, DTensor, DTensor]:
+    if dout.placements != out.placements:
+        dout = redistribute(dout, out.placements)
+    tensors = *_bshd(dout, q, k, v), None, None, *_bshd(out), local_of(lse), seed, _no_documents()
+    grads = library.attention_backward(*tensors, *_rest(q, k, v, dropout_p, is_causal, scale, agree=False))
+    dq, dk, dv = (
+        wrap(grad.transpose(1, 2), x.device_mesh, x.placements, x.shape) for grad, x in zip(grads[:3], (q, k, v), strict=True)
+    )
+    return dq, dk, dv
+
+
+def _rest(q: DTensor, k: DTensor, v: DTensor, dropout_p: float, is_causal: bool, scale: float | None, *, agree: bool) -> _Rest:
+    """What the operators take after the documents; checks placements, and once for each kind of call that ranks agree."""
+    mesh = q.device_mesh
+    if k.device_mesh != mesh or v.device_mesh != mesh:
+        raise ValueError(f"{_NAME}: q, k and v must lie on one mesh, found {mesh}, {k.device_mesh} and {v.device_mesh}")
+    axis, layout = attention_axis(mesh, q.placements, k.placements, v.placements, q.shape, k.shape, BHSD)
+    assert axis is not None, "one of the placements is ours, which the check lets pass on the sequence only"
+    if layout.cut:
+        raise NotImplementedError(f"{_NAME} takes no documents, which {layout} needs: use dtensor_ring.ring_attention(documents=)")
+    group, mask, strategy = mesh.get_group(axis).group_name, "causal" if is_causal else "full", choose_strategy(None)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    need = need_of(q, k, v, None, mask=mask, packed=False, softcap=0.0, deterministic=deterministic, dropout_p=dropout_p)
+    kernel = choose_kernel(None, replace(need, training=True)).name  # the same one in both passes
+    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if agree:
+        name = f"{_NAME} over mesh axis {axis_name(mesh, axis)}"
+        shapes = [size for x in (q, k, v) for size in (x.shape[0], x.shape[2], x.shape[1], x.shape[3])]
+        words = str(q.dtype), f"mask {mask}", strategy, kernel, f"scale {factor}, dropout_p {dropout_p}"
+        check_agreement(group, name, layout, tuple(shapes), (local_of(q).shape[2], local_of(k).shape[2]), words)
+    origin = (share_of(q, 0).start, share_of(q, 1).start) if dropout_p else (0, 0)
+    numbers = factor, 0.0, float(dropout_p), deterministic
+    return q.shape[2], k.shape[2], *origin, *numbers, mask, str(layout), strategy, kernel, 0, group
+
+
+def _bshd(*tensors: DTensor) -> list[Tensor]:
+    return [local_of(x).transpose(1, 2) for x in tensors]
+
+
+def _no_documents() -> Tensor:
+    return torch.empty(0, dtype=torch.int64)
+
+
+def _register(op: OpOverload, act: Callable[..., object]) -> None:
+    """Let `act` do the op on DTensors if a placement of one of them is ours."""
+
+    def rule(_cls: type, _op: OpOverload, _types: Sequence[type], args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, DTensor)]
+        ours = any(isinstance(placement, SequencePlacement) for x in tensors for placement in x.placements)
+        return act(*args, **kwargs) if ours else NotImplemented
+
+    torch.library.register_torch_dispatch(op, DTensor, rule)
+
+
+_register(aten._scaled_dot_product_flash_attention_for_cpu.default, flash_cpu)
+_register(aten._scaled_dot_product_flash_attention_for_cpu_backward.default, flash_cpu_backward)
+_register(aten._scaled_dot_product_flash_attention.default, flash_cuda)
+_register(aten._scaled_dot_product_flash_attention_backward.default, flash_cuda_backward)
+_register(aten._scaled_dot_product_efficient_attention.default, partial(refuse, "memory-efficient"))
+_register(aten._scaled_dot_product_cudnn_attention.default, partial(refuse, "cuDNN"))
+_register(aten._scaled_dot_product_fused_attention_overrideable.default, partial(refuse, "overrideable"))

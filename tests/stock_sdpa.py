@@ -1,0 +1,70 @@
+"""What PyTorch's attention does on DTensors of its own placements and under its context_parallel, written down by one rank of two.
+
+python stock_sdpa.py FOLDER RANK stock      without dtensor_ring
+python stock_sdpa.py FOLDER RANK ours       with dtensor_ring imported
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.experimental import context_parallel
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+CALLS = {
+    "flash_attention": (0.0, True),
+    "flash_attention_for_cpu": (0.0, True),
+    "efficient_attention": (None, True, 0.0, True),
+    "cudnn_attention": (None, True, 0.0, True),
+    "fused_attention_overrideable": (None, 0.0, True),
+}
+
+
+def parts(x):
+    return (str(x.placements), x.to_local().detach()) if isinstance(x, DTensor) else ("plain", x.detach())
+
+
+def attend(op, tensors, *options):
+    """Placements and local values of the output, and of the gradients if they are wanted; or the error."""
+    try:
+        out = op(*tensors, *options)
+        out = out[0] if isinstance(out, tuple) else out
+        grads = torch.autograd.grad(out.sum(), tensors) if tensors[0].requires_grad else ()
+        return [parts(x) for x in (out, *grads)]
+    except Exception as failure:
+        return f"{type(failure).__name__}: {failure}"
+
+
+def main(folder: str, rank: int, kind: str) -> None:
+    torch.set_num_threads(1)
+    if kind == "ours":
+        importlib.import_module("dtensor_ring")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/{kind}.store", rank=rank, world_size=2)
+    mesh, found = init_device_mesh("cpu", (2,)), []
+    torch.manual_seed(0)
+    for placement, grad in itertools.product((Shard(0), Shard(1), Shard(2), Replicate()), (False, True)):
+        x = [distribute_tensor(torch.randn(2, 2, 8, 16), mesh, [placement]).requires_grad_(grad) for _ in range(3)]
+        for name, options in CALLS.items():
+            found.append(attend(getattr(torch.ops.aten, f"_scaled_dot_product_{name}"), x, *options))
+        for backend, is_causal in itertools.product((SDPBackend.FLASH_ATTENTION, SDPBackend.MATH), (False, True)):
+            with sdpa_kernel(backend):
+                found.append(attend(F.scaled_dot_product_attention, x, None, 0.0, is_causal))
+    for backend, is_causal, grad in itertools.product((SDPBackend.FLASH_ATTENTION, SDPBackend.MATH), (False, True), (False, True)):
+        x = [torch.randn(2, 2, 8, 16) for _ in range(3)]
+        with context_parallel(mesh, buffers=x, buffer_seq_dims=[2] * 3), torch.set_grad_enabled(grad), sdpa_kernel(backend):
+            leaves = [y.clone().requires_grad_(grad) for y in x]
+            found.append(attend(F.scaled_dot_product_attention, leaves, None, 0.0, is_causal))
+    torch.save(found, f"{folder}/{kind}{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
