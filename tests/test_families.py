@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from itertools import pairwise
 from unittest.mock import patch
 
 import pytest
@@ -76,13 +77,20 @@ def in_double():
     return patch.object(torch.nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim))
 
 
-def run_alone(family: str, **batch):
-    """Output of one process and its gradients."""
+def run_alone(family: str, batch, documents: Documents | None = None):
+    """Loss and logits of one process, and its gradients; of a packed batch every document by itself."""
     model = make_model(family)
-    with in_double() if family == "gemma2" else nullcontext():
-        out = model(**batch, use_cache=False)
-    out.loss.backward()
-    return out, {name: parameter.grad for name, parameter in model.named_parameters()}
+    bounds = (0, batch["input_ids"].shape[1]) if documents is None else documents.bounds[0]
+    count = (batch["labels"][:, 1:] != -100).sum()
+    outs = []
+    for start, stop in pairwise(bounds):
+        part = {name: value[:, start:stop] for name, value in batch.items() if name != "position_ids"}
+        with in_double() if family == "gemma2" else nullcontext():
+            outs.append(model(**part, num_items_in_batch=count, use_cache=False))
+        outs[-1].loss.backward()
+    logits = torch.cat([out.logits.detach() for out in outs], dim=1)
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return sum(out.loss.detach() for out in outs), logits, grads
 
 
 def _mesh():
@@ -108,25 +116,25 @@ def assert_same_gradients(model, wanted, scale: float) -> None:
 def train_step(family: str, packed: bool):
     """One step in every layout, beside one process."""
     world, length = dist.get_world_size(), 23
-    batch, count = make_batch(length), None
+    batch, documents, items = make_batch(length), None, {}
     if packed:
         documents = Documents.from_lengths([4, length - 7, 3])
         batch["position_ids"] = documents.position_ids().expand(2, -1)
         batch["labels"][:, [4, length - 3]] = -100
-        count = (batch["labels"][:, 1:] != -100).sum()
-    wanted, grads = run_alone(family, **batch)
+        items = {"num_items_in_batch": (batch["labels"][:, 1:] != -100).sum()}
+    loss, logits, grads = run_alone(family, batch, documents)
     for placement in LAYOUTS:
         model = make_model(family)
         plan = ring_plan(model, placement)
         parallelize_module(model, _mesh(), plan)
-        out = model(**batch, **({} if count is None else {"num_items_in_batch": count}))
+        out = model(**batch, **items)
         out.loss.backward()
-        torch.testing.assert_close(plan.gather(out.logits), wanted.logits, rtol=0, atol=1e-12)
-        loss = out.loss.detach().clone()
-        if count is not None:
-            dist.all_reduce(loss)
-        torch.testing.assert_close(loss, wanted.loss, rtol=1e-6, atol=0)
-        assert_same_gradients(model, grads, 1 if packed else 1 / world)
+        torch.testing.assert_close(plan.gather(out.logits), logits, rtol=0, atol=1e-12)
+        mine = out.loss.detach().clone()
+        if items:
+            dist.all_reduce(mine)
+        torch.testing.assert_close(mine, loss, rtol=1e-6, atol=0)
+        assert_same_gradients(model, grads, 1 if items else 1 / world)
 
 
 @pytest.mark.parametrize("world", [2, 4])
