@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 from itertools import pairwise
 from unittest.mock import patch
@@ -13,16 +14,21 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 from transformers import (
     AutoModelForCausalLM,
+    DataCollatorWithFlattening,
     Gemma2Config,
+    Gemma3Config,
+    Gemma3Model,
     Gemma3TextConfig,
     GptOssConfig,
     LlamaConfig,
+    LlamaForSequenceClassification,
     MistralConfig,
     MixtralConfig,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 
 from dtensor_ring import Contiguous, Documents, Stripe, Zigzag, ring_plan
@@ -146,3 +152,235 @@ def test_logits_and_every_gradient_are_those_of_one_process(pools, world, family
 
 def test_every_supported_family_is_tested():
     assert set(FAMILIES) == set(MODEL_TYPES)
+
+
+def padded_batch(length: int):
+    """Rows padded on the left, on the right, on both sides and not at all; labels -100 at padding and first tokens."""
+    batch = make_batch(length, rows=4)
+    mask = torch.ones(4, length, dtype=torch.int64)
+    mask[0, :6] = 0
+    mask[1, length - 5 :] = 0
+    mask[2, :2] = mask[2, length - 9 :] = 0
+    batch["input_ids"] = batch["input_ids"].masked_fill(mask == 0, SIZES["pad_token_id"])
+    first = mask.diff(dim=1, prepend=torch.zeros_like(mask[:, :1])) == 1
+    batch["labels"] = batch["labels"].masked_fill((mask == 0) | first, -100)
+    return {**batch, "attention_mask": mask}
+
+
+def padded_step(family: str):
+    world, batch = dist.get_world_size(), padded_batch(23)
+    loss, logits, grads = run_alone(family, batch)
+    real = batch["attention_mask"].bool()
+    for placement in LAYOUTS:
+        model = make_model(family)
+        plan = ring_plan(model, placement)
+        parallelize_module(model, _mesh(), plan)
+        out = model(**batch)
+        out.loss.backward()
+        torch.testing.assert_close(plan.gather(out.logits)[real], logits[real], rtol=0, atol=1e-12)
+        torch.testing.assert_close(out.loss.detach(), loss, rtol=1e-6, atol=0)
+        assert_same_gradients(model, grads, 1 / world)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss", "mixtral"])
+def test_padded_rows_are_those_of_one_process_with_the_same_mask(pools, family):
+    pools.run(2, padded_step, family)
+
+
+def padding_details():
+    mesh, batch = _mesh(), padded_batch(16)
+    model, reference = make_model("llama"), make_model("llama")
+    plan = ring_plan(model)
+    parallelize_module(model, mesh, plan)
+    real = batch["attention_mask"].bool()
+    positions = (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)  # as generate numbers rows padded on the left
+    for mask in (batch["attention_mask"], real):
+        given = {**batch, "attention_mask": mask, "position_ids": positions}
+        wanted, out = reference(**given, use_cache=False), model(**given)
+        torch.testing.assert_close(plan.gather(out.logits)[real], wanted.logits[real], rtol=0, atol=1e-12)
+        torch.testing.assert_close(out.loss, wanted.loss, rtol=1e-6, atol=0)
+    counted = {**batch, "labels": batch["labels"].clone()}
+    counted["labels"][0, 6] = 7  # the first real token of row 0: nothing real predicts it
+    torch.testing.assert_close(model(**counted).loss, model(**batch).loss, rtol=0, atol=0)
+    counted["labels"][1, -1] = 7
+    _refused(lambda: model(**counted), ValueError, "1 labels count that padding tokens would predict")
+
+
+def test_positions_and_labels_of_padded_rows(pools):
+    pools.run(2, padding_details)
+
+
+def collators():
+    """What DataCollatorWithFlattening sends is told apart by any of its fields."""
+    mesh, lengths = _mesh(), (5, 9, 4)
+    ids = torch.randint(3, 48, (sum(lengths),), generator=torch.Generator().manual_seed(2)).split(lengths)
+    features = [{"input_ids": part.tolist()} for part in ids]
+    model = make_model("llama")
+    plan = ring_plan(model)
+    parallelize_module(model, mesh, plan)
+    losses = []
+    for positions, numbers, bounds in [(True, False, False), (False, True, False), (False, False, True), (True, True, True)]:
+        collate = DataCollatorWithFlattening(
+            return_position_ids=positions, return_seq_idx=numbers, return_flash_attn_kwargs=bounds, return_tensors="pt"
+        )
+        losses.append(model(**collate(features)).loss)
+    assert all(torch.equal(loss, losses[0]) for loss in losses)
+    batch = {"input_ids": torch.cat(ids)[None], "labels": torch.cat(ids)[None].clone()}
+    batch["labels"][:, [5, 14]] = -100
+    wanted, _, _ = run_alone("llama", batch, Documents.from_lengths(lengths))
+    torch.testing.assert_close(losses[0].detach(), wanted, rtol=1e-6, atol=0)
+
+
+def test_packed_batches_of_the_collator_need_one_of_its_fields(pools):
+    pools.run(2, collators)
+
+
+def _refused(act, error, text: str) -> None:
+    try:
+        act()
+    except error as failure:
+        assert text in str(failure), f"{text!r} is not in: {failure}"
+    else:
+        raise AssertionError(f"nothing was raised for {text!r}")
+
+
+def accumulation():
+    """Two unequal batches, gradients added up, with the number of labels in both: the step of one process over all rows."""
+    lengths = (9, 16)
+    batches = [make_batch(length, rows=1 + length % 2) for length in lengths]
+    batches[1]["labels"][:, :11] = -100
+    total = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+    reference = make_model("gpt_oss")
+    for batch in batches:
+        reference(**batch, num_items_in_batch=total, use_cache=False).loss.backward()
+    wanted = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    model = make_model("gpt_oss")
+    parallelize_module(model, _mesh(), ring_plan(model, Contiguous(1)))
+    for batch in batches:
+        model(**batch, num_items_in_batch=total).loss.backward()
+    assert_same_gradients(model, wanted, 1)
+
+
+def test_accumulated_gradients_of_unequal_batches_are_those_of_one_process(pools):
+    pools.run(2, accumulation)
+
+
+def rank_without_labels():
+    """Rank 0 of Contiguous holds no label that counts, under both contracts of the loss."""
+    world = dist.get_world_size()
+    batch = make_batch(16)
+    batch["labels"][:, :9] = -100
+    loss, _, grads = run_alone("qwen3_moe", batch)
+    for items in ({}, {"num_items_in_batch": (batch["labels"] != -100).sum()}):
+        model = make_model("qwen3_moe")
+        parallelize_module(model, _mesh(), ring_plan(model, Contiguous(1)))
+        out = model(**batch, **items)
+        out.loss.backward()
+        mine = out.loss.detach().clone()
+        if items:
+            assert mine == 0 or dist.get_rank() > 0
+            dist.all_reduce(mine)
+        torch.testing.assert_close(mine, loss, rtol=1e-6, atol=0)
+        assert_same_gradients(model, grads, 1 if items else 1 / world)
+
+
+def test_a_rank_whose_labels_are_all_ignored_adds_nothing(pools):
+    pools.run(2, rank_without_labels)
+
+
+def borders():
+    """Labels that count at the first tokens of documents: no token of another document predicts them."""
+    documents = Documents.from_lengths([6, 1, 8])
+    batch = make_batch(15)
+    wanted, _, _ = run_alone("llama", {**batch, "labels": batch["labels"].index_fill(1, torch.tensor([6, 7]), -100)}, documents)
+    for placement in LAYOUTS:
+        model = make_model("llama")
+        parallelize_module(model, _mesh(), ring_plan(model, placement))
+        loss = model(**batch, documents=documents).loss.detach()
+        torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
+
+
+def test_no_label_is_predicted_across_documents(pools):
+    pools.run(2, borders)
+
+
+VISION = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+REFUSED = [
+    (
+        lambda: Qwen3Config(head_dim=8, layer_types=["linear_attention", "full_attention"], **SIZES),
+        "layers of type linear_attention",
+    ),
+    (lambda: Qwen3Config(head_dim=8, layer_types=["chunked_attention"] * 2, **SIZES), "layers of type chunked_attention"),
+    (lambda: Phi3Config(rope_parameters=LONG, **SIZES), "rope type 'longrope' reads the longest position"),
+    (
+        lambda: LlamaConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0}, **SIZES),
+        "rope type 'dynamic' reads the longest",
+    ),
+    (lambda: Gemma3TextConfig(use_bidirectional_attention=True, **GEMMA, **SIZES), "use_bidirectional_attention=True"),
+    (lambda: Gemma2Config(use_bidirectional_attention=True, **GEMMA, **SIZES), "True (embedding models) is not supported"),
+    (lambda: LlamaConfig(is_causal=False, **SIZES), "is_causal=False is not supported"),
+    (lambda: MixtralConfig(output_router_logits=True, **EXPERTS, **SIZES), "output_router_logits=True in the config"),
+    (lambda: Qwen3MoeConfig(head_dim=8, num_experts=2, output_router_logits=True, **SIZES), "load-balancing loss is not linear"),
+    (lambda: GptOssConfig(head_dim=8, output_router_logits=True, **EXPERTS, **SIZES), "in the config is not supported"),
+    (lambda: Gemma3Config(text_config=FAMILIES["gemma3_text"](), vision_config=VISION), "holds more than a text model"),
+    (lambda: Qwen3NextConfig(head_dim=8, **SIZES), "models of type 'qwen3_next' are not supported; supported are llama, mistral"),
+]
+
+
+@pytest.mark.parametrize(("config", "text"), REFUSED, ids=[text for _, text in REFUSED])
+def test_configs_that_a_part_of_the_sequence_would_get_wrong_are_refused(config, text):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config(), attn_implementation="eager")
+    with pytest.raises(NotImplementedError, match=re.escape(text)):
+        ring_plan(model)
+
+
+def test_vision_towers_are_refused_with_the_class_that_is_supported():
+    with torch.device("meta"):
+        model = Gemma3Model(Gemma3Config(text_config=FAMILIES["gemma3_text"](), vision_config=VISION))
+    with pytest.raises(
+        NotImplementedError, match=r"Gemma3Model holds more than a text model .* such as one of class Gemma3ForCausalLM"
+    ):
+        ring_plan(model)
+
+
+def test_heads_that_pool_are_refused():
+    with pytest.raises(NotImplementedError, match="LlamaForSequenceClassification is not supported: only"):
+        ring_plan(LlamaForSequenceClassification(LlamaConfig(**SIZES)))
+
+
+@pytest.mark.parametrize(("window", "text"), [(None, "but sliding_window is None"), (0, "at least 1, found 0")])
+def test_windows_without_tokens_are_refused(window, text):
+    model = make_model("gemma3_text")
+    model.config.sliding_window = window
+    with pytest.raises(ValueError, match=text):
+        ring_plan(model)
+
+
+def refused_calls():
+    model, batch = make_model("mixtral"), make_batch(8)
+    parallelize_module(model, _mesh(), ring_plan(model))
+    cases = [
+        ({"output_router_logits": True}, "output_router_logits=True in the call is not supported"),
+        ({"is_causal": False}, "is_causal=False is not supported"),
+        ({"token_type_ids": torch.zeros(2, 8)}, "token_type_ids is not supported"),
+        ({"pixel_values": torch.zeros(1, 3, 4, 4)}, "pixel_values is not supported"),
+        ({"attention_mask": torch.zeros(2, 1, 8, 8)}, "found a torch.float32 tensor of shape (2, 1, 8, 8); only a mask (2, 8)"),
+    ]
+    for extra, text in cases:
+        _refused(lambda extra=extra: model(**batch, **extra), NotImplementedError, text)
+    model.config.output_router_logits = True
+    _refused(lambda: model(**batch), NotImplementedError, "output_router_logits=True in the config")
+    model(**batch, output_router_logits=False)
+
+
+def test_calls_that_a_part_of_the_sequence_would_get_wrong_are_refused(pools):
+    pools.run(2, refused_calls)
