@@ -180,7 +180,7 @@ def test_documents_are_read_from_sequence_numbers_and_any_that_agree(pools):
 
 
 def told_wrongly():
-    mesh = _mesh()
+    mesh, rank = _mesh(), dist.get_rank()
     ids = torch.arange(16).view(2, 8)
     ones, padded = torch.ones(2, 8, dtype=torch.int64), torch.ones(2, 8, dtype=torch.int64)
     padded[1, 5:] = 0
@@ -208,7 +208,12 @@ def told_wrongly():
         ({"attention_mask": padded, "seq_idx": late}, lacking, "make the padding a document of its own"),
         ({"attention_mask": padded, "documents": [0, 5, 8]}, lacking, "has zeros and documents tell documents"),
         ({"attention_mask": padded, "labels": ids}, ValueError, "2 labels count that padding tokens would predict"),
-        ({"attention_mask": ones - dist.get_rank() * (ones - padded)}, ValueError, "hold different batches"),
+        ({"attention_mask": ones - rank * (ones - padded)}, ValueError, "hold different batches"),
+        (
+            {"documents": Documents(((0, 8), (0, 5, 8)))} if rank else {"attention_mask": padded},
+            ValueError,
+            "hold different batches",
+        ),
     ]:
         documents = told.pop("documents", None)
         try:
