@@ -118,7 +118,7 @@ class Bench:
     def baseline(self) -> dict[str, float]:
         """Milliseconds of the kernel on one rank's tokens."""
         q, k, v, dout = self.inputs(self.options.tokens, self.rank)
-        out, lse, _ = self.kernel.forward(q, k, v, self.window, self.scale)
+        out, lse = self.kernel.forward(q, k, v, self.window, self.scale)
         forward = self.timed(lambda: self.kernel.forward(q, k, v, self.window, self.scale))
         backward = self.timed(lambda: self.kernel.backward(dout, q, k, v, out, lse, self.window, self.scale))
         self.kernel_peaks = [self.cost(self.kernel_call(direction))[0] for direction in ("fwd", "fwd+bwd")]
@@ -176,7 +176,7 @@ class Bench:
         q, k, v, dout = self.inputs(self.options.tokens, self.rank)
 
         def call() -> object:
-            out, lse, _ = self.kernel.forward(q, k, v, self.window, self.scale)
+            out, lse = self.kernel.forward(q, k, v, self.window, self.scale)
             return out if direction == "fwd" else self.kernel.backward(dout, q, k, v, out, lse, self.window, self.scale)
 
         return call

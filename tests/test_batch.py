@@ -91,11 +91,6 @@ def refusals():
         (lambda: shard_batch({"input_ids": ids, "labels": ids[:, 1:]}, mesh), ValueError, "all tensors of one length"),
         (lambda: shard_batch({"input_ids": ids[0]}, mesh), ValueError, "must have a batch and a sequence dim"),
         (
-            lambda: shard_batch({"input_ids": ids, "attention_mask": ids > 3}, mesh),
-            NotImplementedError,
-            "with zeros; only a mask of ones",
-        ),
-        (
             lambda: shard_batch({"input_ids": ids, "attention_mask": torch.ones(2, 1, 8, 8)}, mesh),
             NotImplementedError,
             "(2, 1, 8, 8)",
@@ -127,3 +122,107 @@ def refusals():
 
 def test_what_cannot_be_cut_rightly_is_refused_on_every_rank(pools):
     pools.run(2, refusals)
+
+
+def padding_is_cut():
+    mesh, rank, world = _mesh(), dist.get_rank(), dist.get_world_size()
+    ids = torch.arange(36).view(4, 9)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0, 0, 0], [1] * 9, [0, 1, 1, 0, 0, 0, 0, 0, 0]])
+    labels = ids.masked_fill(mask == 0, IGNORED)
+    shifted = shift_labels(labels, None)
+    shifted[0, 1] = shifted[3, 0] = IGNORED  # predicted by padding
+    for placement in (Zigzag(1), Contiguous(1), Stripe(1)):
+        tokens = torch.tensor(placement.layout.tokens(9, world, rank), dtype=torch.int64)
+        for given in (mask, mask.bool(), mask.to(torch.int32)):
+            batch = shard_batch({"input_ids": ids, "labels": labels, "attention_mask": given}, mesh, placement)
+            assert batch.documents == Documents(((0, 2, 9), (0, 6, 9), (0, 9), (0, 1, 3, 9)))
+            assert set(batch) == {"input_ids", "labels", "shift_labels", "position_ids"}
+            assert torch.equal(batch["position_ids"], torch.arange(9)[None, tokens])  # positions in the row, as in one process
+            assert torch.equal(batch["shift_labels"], shifted[:, tokens])
+            assert batch.num_items.item() == (shifted != IGNORED).sum().item()
+    alike = shard_batch({"input_ids": ids, "attention_mask": mask[1:2].expand(4, -1)}, mesh)
+    assert alike.documents == Documents.from_lengths([6, 3])
+    given = shard_batch({"input_ids": ids, "shift_labels": shift_labels(labels, None), "attention_mask": mask}, mesh, Contiguous(1))
+    assert given.num_items.item() == (shifted != IGNORED).sum().item()
+
+
+def test_padding_and_real_tokens_of_a_row_are_documents(pools):
+    for world in (1, 2, 3):
+        pools.run(world, padding_is_cut)
+
+
+def told_documents():
+    mesh = _mesh()
+    ids = torch.arange(18).view(2, 9)
+    bounds, wanted = torch.tensor([0, 3, 7, 9], dtype=torch.int32), Documents.from_lengths([3, 4, 2])
+    positions, numbers = wanted.position_ids(), torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2]], dtype=torch.int32)
+    counting = torch.arange(9)[None]
+    for told in [
+        {"seq_idx": numbers},
+        {"seq_idx": numbers.expand(2, -1)},
+        {"seq_idx": numbers, "position_ids": positions},
+        {"seq_idx": numbers, "position_ids": counting},  # counting up tells nothing
+        {"seq_idx": numbers, "position_ids": positions + 2},  # as with position_ids_start=2
+        {"seq_idx": numbers, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "position_ids": positions},
+        {"cu_seq_lens_q": [0, 3, 7, 9]},
+        {"cu_seq_lens_q": bounds, "position_ids": positions},
+        {"attention_mask": torch.ones(2, 9), "position_ids": positions},
+    ]:
+        batch = shard_batch({"input_ids": ids, **told}, mesh)
+        assert batch.documents == wanted, told
+        assert set(batch) == {"input_ids", "position_ids"}
+    rows = torch.cat([numbers, torch.zeros_like(numbers)])
+    assert shard_batch({"input_ids": ids, "seq_idx": rows}, mesh).documents == Documents(((0, 3, 7, 9), (0, 9)))
+
+
+def test_documents_are_read_from_sequence_numbers_and_any_that_agree(pools):
+    pools.run(2, told_documents)
+
+
+def told_wrongly():
+    mesh, rank = _mesh(), dist.get_rank()
+    ids = torch.arange(16).view(2, 8)
+    ones, padded = torch.ones(2, 8, dtype=torch.int64), torch.ones(2, 8, dtype=torch.int64)
+    padded[1, 5:] = 0
+    holes, numbered = ones.clone(), ones.clone()
+    holes[1, 3] = 0
+    numbered[:, 4:] = 2
+    restart = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    late = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1]])
+    agree, unfit, lacking = ValueError, ValueError, NotImplementedError
+    for told, error, text in [
+        ({"seq_idx": late, "position_ids": restart}, agree, "seq_idx and position_ids contradict each other: in row 0"),
+        ({"seq_idx": late, "position_ids": restart}, agree, "begins at token 4 by position_ids, not by seq_idx"),
+        ({"cu_seq_lens_q": [0, 5, 8], "position_ids": restart}, agree, "begins at token 4 by position_ids, not by cu_seq_lens_q"),
+        ({"cu_seq_lens_q": [0, 4, 8], "seq_idx": late}, agree, "begins at token 4 by cu_seq_lens_q, not by seq_idx"),
+        ({"documents": [0, 5, 8], "position_ids": restart}, agree, "documents and position_ids contradict"),
+        ({"seq_idx": late[:, 1:]}, unfit, "seq_idx must have shape (B, S) or (1, S), here (2, 8) or (1, 8), found (1, 7)"),
+        ({"cu_seq_lens_k": [0, 8]}, unfit, "cu_seq_lens_q and cu_seq_lens_k differ"),
+        ({"documents": Documents(((0, 4, 8), (0, 8), (0, 8)))}, unfit, "documents have 3 rows, but the batch has 2"),
+        ({"attention_mask": holes}, lacking, "found 2 runs of ones in row 1, with zeros between"),
+        ({"attention_mask": numbered}, lacking, "found torch.int64 values from 1 to 2"),
+        ({"attention_mask": padded.double()}, lacking, "found torch.float64 values from 0.0 to 1.0"),
+        ({"attention_mask": padded[:, 1:]}, lacking, "found a torch.int64 tensor of shape (2, 7); only a mask (2, 8) of ones"),
+        ({"attention_mask": {"full_attention": None}}, lacking, "attention_mask: found a dict"),
+        ({"attention_mask": padded, "position_ids": restart}, lacking, "attention_mask has zeros and position_ids tell documents"),
+        ({"attention_mask": padded, "seq_idx": late}, lacking, "make the padding a document of its own"),
+        ({"attention_mask": padded, "documents": [0, 5, 8]}, lacking, "has zeros and documents tell documents"),
+        ({"attention_mask": padded, "labels": ids}, ValueError, "2 labels count that padding tokens would predict"),
+        ({"attention_mask": ones - rank * (ones - padded)}, ValueError, "hold different batches"),
+        (
+            {"documents": Documents(((0, 8), (0, 5, 8)))} if rank else {"attention_mask": padded},
+            ValueError,
+            "hold different batches",
+        ),
+    ]:
+        documents = told.pop("documents", None)
+        try:
+            shard_batch({"input_ids": ids, **told}, mesh, documents=documents)
+        except error as failure:
+            assert text in str(failure), f"{text!r} is not in {failure}"
+        else:
+            raise AssertionError(f"nothing was raised for {text!r}")
+
+
+def test_masks_and_documents_that_contradict_are_refused_in_words(pools):
+    pools.run(2, told_wrongly)

@@ -252,7 +252,7 @@ def test_calls_that_would_be_silently_wrong_are_refused_by_name(pools):
 def test_models_that_would_be_silently_wrong_are_refused_by_name():
     with pytest.raises(TypeError, match="takes a transformers PreTrainedModel, found Linear: see shard_batch"):
         ring_plan(torch.nn.Linear(2, 2))
-    with pytest.raises(NotImplementedError, match="models of type 'bert' are not supported; supported are llama, qwen3"):
+    with pytest.raises(NotImplementedError, match="models of type 'bert' are not supported; supported are llama, mistral"):
         ring_plan(
             BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9))
         )

@@ -13,6 +13,7 @@ the rank's own keys; the backward pass ends with them, so that the last gradient
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -180,8 +181,9 @@ class Executor:
         """Start to send what others need in this step and to receive what this rank needs."""
         step, rank, wire = self.plan.steps[index], self.plan.rank, self.wire
         if self.plan.problem.collective:
-            gathers = [wire.all_gather(_padded(self.plan, x)) for x in kv]
-            return Pending(lambda: _pair(_assemble(step, rank, x, list(g.wait())) for x, g in zip(kv, gathers, strict=True)))
+            shards = [_padded(self.plan, x) for x in kv]
+            gathered = wire.all_gather(torch.cat([shard.flatten() for shard in shards]))
+            return Pending(lambda: _pair(_assemble(step, rank, x, y) for x, y in zip(kv, _apart(gathered, shards), strict=True)))
         sends = [Message(send.rank, _take(x, send.rows)) for send in self.plan.sends[index] for x in kv]
         counts: dict[int, int] = {}
         for rows in step.keys:
@@ -243,17 +245,19 @@ class Executor:
         """Sum the gradients of gathered keys over the ranks in float32, each rank keeping its shard."""
         problem = self.plan.problem
         largest = max(problem.k_rows(rank) for rank in range(problem.world))
-        waits: list[tuple[GradSum, Pending[Tensor]]] = []
-        for grad, total in zip(grads, own, strict=True):
-            batch, _, *rest = grad.shape
-            shards = grad.new_zeros((problem.world, batch, largest, *rest), dtype=accumulate_dtype(grad.dtype))
+        shapes = [(grad.shape[0], largest, *grad.shape[2:]) for grad in grads]
+        sizes = [math.prod(shape) for shape in shapes]
+        shards = grads[0].new_zeros((problem.world, sum(sizes)), dtype=accumulate_dtype(grads[0].dtype))
+        for grad, shape, part in zip(grads, shapes, shards.split(sizes, 1), strict=True):
+            whole = part.view(problem.world, *shape)
             for start, rows in _offsets(step):
-                shards[rows.source, :, rows.start : rows.stop] = grad[:, start : start + rows.size]
-            waits.append((total, self.wire.reduce_scatter(shards)))
+                whole[rows.source, :, rows.start : rows.stop] = grad[:, start : start + rows.size]
+        summed = self.wire.reduce_scatter(shards)
 
         def finish() -> None:
-            for total, pending in waits:
-                total.add(0, pending.wait()[:, : total.like.shape[1]])
+            for total, shape, part in zip(own, shapes, summed.wait().split(sizes), strict=True):
+                mine = part.view(shape)[:, : total.like.shape[1]]
+                total.add(0, mine.clone() if mine.dtype == total.like.dtype else mine)  # dK and dV must not share memory
 
         return Pending(finish)
 
@@ -261,6 +265,13 @@ class Executor:
 def _pair(tensors: Iterator[Tensor]) -> _Pair:
     first, second = tensors
     return first, second
+
+
+def _apart(gathered: Pending[Tensor], shards: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Each rank's shard of keys, then of values, from the buffers that held both."""
+    parts = gathered.wait().split([shard.numel() for shard in shards], 1)
+    for part, shard in zip(parts, shards, strict=True):
+        yield [mine.view(shard.shape) for mine in part]
 
 
 def _padded(todo: Plan, x: Tensor) -> Tensor:

@@ -6,8 +6,8 @@
     rank 1                       c d | e f      2 3 | 4 5       d e | f g
 
 Labels are shifted before they are cut, so that the label of a rank's last token is the next token wherever that one lies, and
-never across documents. Documents are found in what Hugging Face collators send: position ids that restart, or cumulative
-lengths.
+never across documents. Documents are found in what Hugging Face collators send: position ids that restart, cumulative lengths,
+sequence numbers, or a mask of padding.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ShardedBatch(dict[str, object]):
 
     Attributes:
         length: global tokens of a row.
-        documents: bounds of packed documents, or None.
+        documents: bounds of packed documents, or of real and padding tokens; or None.
         num_items: labels that count in the whole batch, None without labels.
     """
 
@@ -63,17 +63,23 @@ def shard_batch(
     `shift_labels`, the label of the next token, -100 at the end of each document. `loss` as above is this rank's part: the
     parts of all ranks add up to the loss of the batch, and so do their gradients.
 
+    An `attention_mask` (B, S) of ones, with zeros at padding on the left or right of rows, is read and taken out: real tokens
+    attend to real tokens only, their positions stay those in the row, and what padding tokens give is unspecified. Labels at
+    padding must be -100; a label at the first real token after padding is ignored, as no real token predicts it.
+
     Args:
         batch: the whole batch, the same on every rank of the axis.
         mesh: the mesh axis that holds the sequence, such as `mesh["cp"]`.
         placement: how to cut; `Zigzag(1)` by default.
-        documents: bounds of packed documents. Without it they are read from `cu_seq_lens_q` or restarting `position_ids`.
+        documents: bounds of packed documents. Without it they are read from `cu_seq_lens_q`, `seq_idx` or restarting
+            `position_ids`; what is given must agree.
         check: compare the batch over the axis by a checksum, for which the host waits once.
 
     Raises:
         ValueError: the mesh has more than one axis, the placement is not of dim 1, shapes do not fit, documents do not end at
-            the length, or ranks hold different batches (on every rank).
-        NotImplementedError: an attention mask with zeros, or an unknown tensor with a dim as long as the sequence.
+            the length or contradict each other, labels at padding count, or ranks hold different batches (on every rank).
+        NotImplementedError: an attention mask that is not padding, or is beside documents; or an unknown tensor with a dim as
+            long as the sequence.
     """
     placement = Zigzag(1) if placement is None else placement
     check_axis(mesh, placement)
@@ -116,31 +122,130 @@ def sequence_length(batch: Mapping[str, object]) -> int:
 def find_documents(
     batch: Mapping[str, object], length: int, documents: Documents | Tensor | Sequence[int] | None = None
 ) -> Documents | None:
-    """The documents given, or those that `cu_seq_lens_q` or restarting `position_ids` tell; None for one document a row."""
-    rows = next((value.shape[0] for key in CUT_KEYS[:2] if isinstance(value := batch.get(key), Tensor)), 1)
-    if documents is not None:
-        found = Documents.of(documents, length)
-        if found.rows not in (1, rows):
-            raise ValueError(f"documents have {found.rows} rows, but the batch has {rows}: give one row, or one for each batch row")
-        return found
-    bounds, keys = batch.get("cu_seq_lens_q"), batch.get("cu_seq_lens_k")
-    if isinstance(bounds, Tensor):
-        if isinstance(keys, Tensor) and not torch.equal(bounds, keys):
-            raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ: queries and keys of a packed batch are the same tokens")
-        return Documents.of(bounds, length)
-    positions = batch.get("position_ids")
-    if isinstance(positions, Tensor) and length:
-        if positions.dim() != 2:
-            raise ValueError(f"position_ids must have shape (B, S) or (1, S), found {tuple(positions.shape)}")
-        if bool((positions.diff(dim=1) == 1).all()):
-            return None
-        return Documents.from_position_ids(positions)
-    return None
+    """What belongs together in a row: the documents given, or those that the batch tells; None for one document a row.
+
+    A batch tells them by `cu_seq_lens_q`, by `seq_idx` (B or 1, S), where it changes, by `position_ids` (B or 1, S) that restart,
+    or by an `attention_mask` (B, S) with zeros: a row's padding and its real tokens are documents.
+
+    Raises:
+        ValueError: two of these contradict each other, or one does not fit the batch.
+        NotImplementedError: a mask that is not padding, or padding beside documents.
+    """
+    rows = _rows(batch)
+    padding = padding_of(batch, rows, length)
+    found = {} if documents is None else {"documents": Documents.of(documents, length)}
+    bounds = _cumulative(batch)
+    if bounds is not None:
+        found["cu_seq_lens_q"] = Documents.of(bounds, length)
+    numbers, positions = (_per_token(batch, key, rows, length) for key in ("seq_idx", "position_ids"))
+    if numbers is not None and length:
+        found["seq_idx"] = _documents_at(numbers.diff(dim=1) != 0)
+    jumps = torch.zeros(1, 0, dtype=torch.bool) if positions is None or not length else positions.diff(dim=1) != 1
+    if padding is not None and positions is not None:
+        jumps = jumps & ~padding[:, 1:] & ~padding[:, :-1]  # with a mask, positions at padding mean nothing
+    if positions is not None and bool(jumps.any()):
+        strict = not found and padding is None
+        found["position_ids"] = Documents.from_position_ids(positions) if strict else _documents_at(jumps)
+    if padding is not None and found:
+        raise NotImplementedError(
+            f"attention_mask has zeros and {' and '.join(found)} tell documents: padding beside packed documents is not supported; "
+            "make the padding a document of its own with labels of -100, and leave the mask out"
+        )
+    if padding is not None:
+        return _documents_at(padding[:, 1:] != padding[:, :-1])
+    _check_agree(found, rows)
+    return next(iter(found.values()), None)
+
+
+def _rows(batch: Mapping[str, object]) -> int:
+    """Rows of a batch; position ids may have one for all."""
+    return next((value.shape[0] for key in CUT_KEYS if key != "position_ids" and isinstance(value := batch.get(key), Tensor)), 1)
+
+
+def padding_of(batch: Mapping[str, object], rows: int, length: int) -> Tensor | None:
+    """True where `attention_mask` marks a token as padding, (B, S); None where it marks none.
+
+    Raises:
+        NotImplementedError: anything but ones at one run of tokens in each row, and zeros elsewhere.
+    """
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return None
+    needed = (
+        f"only a mask ({rows}, {length}) of ones, with zeros at padding on the left or right, is supported: pack rows without "
+        "padding and pass documents (cu_seq_lens_q, or position_ids that restart)"
+    )
+    if not isinstance(mask, Tensor) or tuple(mask.shape) != (rows, length):
+        what = f"a {mask.dtype} tensor of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise NotImplementedError(f"attention_mask: found {what}; {needed}")
+    padding = mask == 0
+    begins = ~padding & torch.nn.functional.pad(padding, (1, 0), value=True)[:, :-1]  # where runs of ones begin
+    other, padded, holes = torch.stack([(~padding & (mask != 1)).any(), padding.any(), (begins.sum(1) > 1).any()]).tolist()
+    if other or (padded and mask.is_floating_point()):
+        raise NotImplementedError(f"attention_mask: found {mask.dtype} values from {mask.min()} to {mask.max()}; {needed}")
+    if holes:
+        runs = begins.sum(1).tolist()
+        row = next(i for i, count in enumerate(runs) if count > 1)
+        raise NotImplementedError(f"attention_mask: found {runs[row]} runs of ones in row {row}, with zeros between; {needed}")
+    return padding if padded else None
+
+
+def _cumulative(batch: Mapping[str, object]) -> Tensor | Sequence[int] | None:
+    """The cumulative lengths of a packed batch, the same for queries and keys."""
+    found: list[Tensor | Sequence[int] | None] = []
+    for key in BOUND_KEYS[:2]:
+        value = batch.get(key)
+        if value is not None and not isinstance(value, (Tensor, Sequence)):
+            raise TypeError(f"{key} must be a 1-D integer tensor or a list, found {type(value).__name__}")
+        found.append(value)
+    bounds, keys = found
+    if keys is not None and (bounds is None or not torch.equal(torch.as_tensor(bounds), torch.as_tensor(keys))):
+        raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ: queries and keys of a packed batch are the same tokens")
+    return bounds
+
+
+def _per_token(batch: Mapping[str, object], key: str, rows: int, length: int) -> Tensor | None:
+    """A tensor of one integer for each token, checked to be (B, S) or (1, S)."""
+    value = batch.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, Tensor) or value.dim() != 2 or value.shape[0] not in (1, rows) or value.shape[1] != length:
+        what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{key} must have shape (B, S) or (1, S), here ({rows}, {length}) or (1, {length}), found {what}")
+    return value
+
+
+def _documents_at(changes: Tensor) -> Documents:
+    """Documents that begin at token i + 1 where `changes` (rows, S-1) is true at i."""
+    length = changes.shape[1] + 1
+    bounds = [(0, *(i + 1 for i, new in enumerate(row) if new), length) for row in changes.tolist()]
+    return Documents((bounds[0],) if all(row == bounds[0] for row in bounds) else tuple(bounds))
+
+
+def _check_agree(found: Mapping[str, Documents], rows: int) -> None:
+    """Raises ValueError unless all sources tell the same documents, empty ones aside, for a batch of so many rows."""
+    told: dict[str, list[list[int]]] = {}
+    for name, documents in found.items():
+        if documents.rows not in (1, rows):
+            raise ValueError(
+                f"{name} have {documents.rows} rows, but the batch has {rows}: give one row, or one for each batch row"
+            )
+        told[name] = [sorted(set(row)) for row in documents.bounds] * (rows if documents.rows == 1 else 1)
+    for name, theirs in list(told.items())[1:]:
+        first, ours = next(iter(told.items()))
+        for row, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            if a != b:
+                token = min(set(a) ^ set(b))
+                begins, goes_on = (first, name) if token in a else (name, first)
+                raise ValueError(
+                    f"{first} and {name} contradict each other: in row {row} a document begins at token {token} by {begins}, "
+                    f"not by {goes_on}; give one of them, or make them agree"
+                )
 
 
 def check_same(batch: Mapping[str, object], length: int, documents: Documents | None, wire: Transport) -> None:
     """Raises ValueError on every rank unless all ranks hold the same batch; the host waits once."""
-    tensors = [(key, value) for key in CUT_KEYS if isinstance(value := batch.get(key), Tensor)]
+    tensors = [(key, value) for key in (*CUT_KEYS, "attention_mask") if isinstance(value := batch.get(key), Tensor)]
     rows = tensors[0][1].shape[0] if tensors else 0
     words = "|".join(
         [f"{key} {value.dtype} {tuple(value.shape)}" for key, value in tensors] + [documents.digest if documents else ""]
@@ -173,17 +278,21 @@ def cut_batch(
 ) -> ShardedBatch:
     """This rank's share of a checked batch."""
     whole = dict(batch)
-    for key in BOUND_KEYS:
+    for key in (*BOUND_KEYS, "attention_mask"):
         whole.pop(key, None)
-    _drop_mask(whole)
     _refuse_unknown(whole, length)
     device = next(value.device for key in CUT_KEYS if isinstance(value := whole.get(key), Tensor))
+    padding = padding_of(batch, _rows(batch), length)
+    packed = documents if padding is None else None
     if not isinstance(whole.get("position_ids"), Tensor):
-        positions = torch.arange(length)[None] if documents is None else documents.position_ids()
+        positions = torch.arange(length)[None] if packed is None else packed.position_ids()
         whole["position_ids"] = positions.to(device)
     labels = whole.get("labels")
     if isinstance(labels, Tensor) and not isinstance(whole.get("shift_labels"), Tensor):
-        whole["shift_labels"] = shift_labels(labels, documents)
+        whole["shift_labels"] = shift_labels(labels, packed)
+    shifted = whole.get("shift_labels")
+    if isinstance(shifted, Tensor) and padding is not None:
+        shifted = whole["shift_labels"] = _predicted_by_real_tokens(shifted, padding)
     if placement.layout.cut and documents is None:
         documents = Documents.from_lengths([length])
     split = split_of(placement, documents)
@@ -191,7 +300,6 @@ def cut_batch(
     for key, value in whole.items():
         is_cut = key in CUT_KEYS and isinstance(value, Tensor)
         found[key] = take_shard(value, 1, split, wire.world, wire.rank) if is_cut and isinstance(value, Tensor) else value
-    shifted = whole.get("shift_labels")
     found.length, found.documents = length, documents
     found.num_items = (shifted != IGNORED).sum() if isinstance(shifted, Tensor) else None
     return found
@@ -208,16 +316,20 @@ def shift_labels(labels: Tensor, documents: Documents | None) -> Tensor:
     return shifted
 
 
-def _drop_mask(batch: dict[str, object]) -> None:
-    mask = batch.pop("attention_mask", None)
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or not bool(mask.all()):
-        what = f"a tensor of shape {tuple(mask.shape)} with zeros" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
-        raise NotImplementedError(
-            f"attention_mask: found {what}; only a mask of ones (B, S) is supported: pack rows without padding and pass documents "
-            "(cu_seq_lens_q, or position_ids that restart)"
+def _predicted_by_real_tokens(shifted: Tensor, padding: Tensor) -> Tensor:
+    """Shifted labels (B, S) without that of each row's first real token, where padding before it would predict it.
+
+    Raises:
+        ValueError: a label that a padding token would predict: its logits are not those of one process.
+    """
+    last = padding & ~torch.nn.functional.pad(padding, (0, 1), value=True)[:, 1:]
+    wrong = int((padding & ~last & (shifted != IGNORED)).sum())
+    if wrong:
+        raise ValueError(
+            f"{wrong} labels count that padding tokens would predict, whose logits mean nothing: set labels to {IGNORED} where "
+            "attention_mask is 0"
         )
+    return shifted.masked_fill(last, IGNORED)
 
 
 def _refuse_unknown(batch: Mapping[str, object], length: int) -> None:

@@ -66,11 +66,14 @@ def ring_attention_forward(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     is_causal: bool | None = None,
     ring_batch: RingBatch | None = None,
     **_rest: object,
 ) -> tuple[Tensor, None]:
     """`ring_attention` in the form that transformers calls; keywords that only describe the mask (positions) are not needed.
+
+    `s_aux` are sinks (H,), a parameter of the module, whose gradient is this rank's part, as that of other parameters.
 
     Raises:
         RuntimeError: the module was not parallelized, or the model was entered below the module that was.
@@ -103,6 +106,7 @@ def ring_attention_forward(
         scale=scaling,
         window=(-1, -1) if sliding_window is None else (sliding_window - 1, 0 if causal else sliding_window - 1),
         softcap=softcap or 0.0,
+        sinks=s_aux,
         dropout_p=dropout,
         documents=ring_batch.documents,
         strategy=state.strategy,

@@ -12,10 +12,26 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from dtensor_ring.placements import SequencePlacement
 from dtensor_ring.placements.batch import IGNORED
 
-MODEL_TYPES = ("llama", "qwen3")
+MODEL_TYPES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "mixtral",
+    "gemma2",
+    "gemma3_text",
+    "gpt_oss",
+    "phi3",
+)
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
 _HEADS = ("ForCausalLM", "Model")
 _LAYER_TYPES = ("full_attention", "sliding_attention")
+_OUTPUTS = {
+    "output_attentions": "attention weights are never held whole",
+    "output_router_logits": "its load-balancing loss is not linear over tokens, so that the parts of ranks do not add up to it",
+}
+_OTHER_INPUTS = ("token_type_ids", "mm_token_type_ids", "pixel_values")
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -23,29 +39,64 @@ def check_model(model: PreTrainedModel) -> None:
 
     Raises:
         TypeError: not a transformers model.
-        NotImplementedError: the model type, a layer type or the rope type is not supported; the text says which are.
+        ValueError: a window of no tokens, or layers with a window where the config has none.
+        NotImplementedError: the model type, its head, a layer type, the rope type or an output that the config asks for is not
+            supported; the text says what is.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"ring_plan takes a transformers PreTrainedModel, found {type(model).__name__}: see shard_batch for other models"
         )
+    config: Any = model.config
+    if config.get_text_config() is not config:
+        raise NotImplementedError(
+            f"{type(model).__name__} holds more than a text model (its config is {type(config).__name__}): its image or audio "
+            "tokens would be put into a part of the sequence. Parallelize a text-only model, such as one of class "
+            f"{type(config.get_text_config()).__name__.removesuffix('Config').removesuffix('Text')}ForCausalLM"
+        )
+    if config.model_type not in MODEL_TYPES:
+        raise NotImplementedError(f"models of type {config.model_type!r} are not supported; supported are {', '.join(MODEL_TYPES)}")
     if not type(model).__name__.endswith(_HEADS):
         raise NotImplementedError(
             f"{type(model).__name__} is not supported: only {' and '.join('*' + name for name in _HEADS)} work token by token "
             "after attention; heads that pool or pick tokens would see a part of the sequence"
         )
-    config: Any = model.config.get_text_config()
-    if config.model_type not in MODEL_TYPES:
-        raise NotImplementedError(f"models of type {config.model_type!r} are not supported; supported are {', '.join(MODEL_TYPES)}")
-    other = sorted(set(getattr(config, "layer_types", None) or ()) - set(_LAYER_TYPES))
-    if other:
+    _check_layers(config)
+    _check_outputs(config, {})
+
+
+def _check_layers(config: Any) -> None:  # noqa: ANN401
+    """Refuse layers, windows, directions and rotary embeddings that a part of the sequence would get wrong."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if other := sorted(kinds - set(_LAYER_TYPES)):
         raise NotImplementedError(f"layers of type {', '.join(other)} are not supported; supported are {', '.join(_LAYER_TYPES)}")
+    window = getattr(config, "sliding_window", None)
+    if "sliding_attention" in kinds and window is None:
+        raise ValueError("layer_types name sliding_attention, but sliding_window is None: set it to a number of tokens")
+    if window is not None and window < 1:
+        raise ValueError(f"sliding_window is a number of tokens, at least 1, found {window}: set it to None for full attention")
+    if getattr(config, "use_bidirectional_attention", None):
+        raise NotImplementedError(
+            f"use_bidirectional_attention={config.use_bidirectional_attention!r} (embedding models) is not supported: only causal "
+            "attention is; set it to None in the config if the model is a causal one"
+        )
+    if not getattr(config, "is_causal", True):
+        raise NotImplementedError("is_causal=False is not supported: only causal attention is; remove it from the config")
     for kind in _rope_types(getattr(config, "rope_parameters", None) or {}):
         if kind not in _ROPE_TYPES:
             raise NotImplementedError(
                 f"rope type {kind!r} reads the longest position of the rows it sees, which differs from rank to rank; supported "
-                f"are {', '.join(_ROPE_TYPES)}"
+                f"are {', '.join(_ROPE_TYPES)}: set rope_parameters in the config to one of them, or use a checkpoint that has one"
             )
+
+
+def _check_outputs(config: Any, arguments: Mapping[str, Any]) -> None:  # noqa: ANN401
+    """Refuse outputs that are asked for in a call, or by the config where the call says nothing."""
+    for name, reason in _OUTPUTS.items():
+        asked = arguments.get(name)
+        if getattr(config, name, False) if asked is None else asked:
+            where = "in the config" if asked is None else "in the call"
+            raise NotImplementedError(f"{name}=True {where} is not supported on a parallelized model, {reason}: set it to False")
 
 
 def _rope_types(parameters: Mapping[str, Any]) -> set[str]:
@@ -81,9 +132,12 @@ def check_call(model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
         raise NotImplementedError("logits_to_keep counts tokens of the whole sequence, but each rank has a part: leave it out")
     if arguments.get("ignore_index", IGNORED) != IGNORED:
         raise NotImplementedError(f"ignore_index must be {IGNORED}: set the labels that do not count to {IGNORED}")
-    for name in ("output_attentions", "output_router_logits"):
-        if arguments.get(name):
-            raise NotImplementedError(f"{name}=True is not supported on a parallelized model: leave it out")
+    if arguments.get("is_causal") is False:
+        raise NotImplementedError("is_causal=False is not supported: only causal attention is; leave it out")
+    for name in _OTHER_INPUTS:
+        if arguments.get(name) is not None:
+            raise NotImplementedError(f"{name} is not supported: it tells image tokens, and only text is read; leave it out")
+    _check_outputs(model.config, arguments)
     if arguments.get("labels") is not None and getattr(model, "loss_function", ForCausalLMLoss) is not ForCausalLMLoss:
         raise NotImplementedError(
             f"{type(model).__name__} computes its loss with {model.loss_function!r}; only the causal language-model loss adds up "

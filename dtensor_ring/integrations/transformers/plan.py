@@ -162,8 +162,9 @@ def ring_plan(
     (`plan.gather(out.logits)` for all). `out.loss`:
     without `num_items_in_batch` the mean over the whole batch, with gradients such that averaging them over the axis (as FSDP2
     and DDP do) gives those of one device; with `num_items_in_batch=N` this rank's sum / N, whose sum over ranks is the loss: the
-    caller scales, as Trainer and Accelerate do. Packed documents are read from `cu_seq_lens_q` or restarting `position_ids`, or
-    passed as `documents=`.
+    caller scales, as Trainer and Accelerate do. Packed documents are read from `cu_seq_lens_q`, `seq_idx` or restarting
+    `position_ids`, or passed as `documents=`. Rows padded on the left or right come with an `attention_mask` (B, S): logits of
+    padding tokens are unspecified, their labels must be -100, and a label at the first real token after padding is ignored.
 
     Args:
         model: a transformers model of a supported type (`dtensor_ring.integrations.transformers.checks.MODEL_TYPES`).
