@@ -3,7 +3,7 @@
     pip install ring-flash-attn flash-attn
     torchrun --nproc-per-node 2 benchmarks/against_ring_flash_attn.py
 
-Errors are rms (and largest) differences to attention in float32 of out, lse, dq, dk, dv over all ranks; "kernel" is flash-attn on
+Errors are rms (and largest) differences to attention in float64 of out, lse, dq, dk, dv over all ranks; "kernel" is flash-attn on
 one device. The shapes are those that ring-flash-attn tests itself on, and its benchmark's. Exit status 1 if an error of ours is
 larger in rms than theirs.
 """
@@ -95,7 +95,7 @@ def compare(family: str, dtype: str, heads: tuple[int, int]) -> int:
     shapes = [(1, length, h, 128) for h in (heads[0], heads[1], heads[1], heads[0])]
     q, k, v, dout = (torch.randn(shape, device="cuda", dtype=getattr(torch, dtype)) for shape in shapes)
     documents = None if bounds is None else Documents((bounds,))
-    exact = whole(q, k, v, dout, documents, torch.float32, "math")
+    exact = whole(q, k, v, dout, documents, torch.float64, "math")
     single = whole(q, k, v, dout, documents, q.dtype, "flash_attn_2")
     tokens = torch.tensor(Layout.parse(FAMILIES[family]).tokens(length, world, rank, bounds), device="cuda")
     errors = {"kernel": [difference(a, b) for a, b in zip(single, exact, strict=True)]}

@@ -133,7 +133,7 @@ def train_step(family: str, packed: bool):
         batch["labels"][:, [4, length - 3]] = -100
         items = {"num_items_in_batch": (batch["labels"][:, 1:] != -100).sum()}
     loss, logits, grads = run_alone(family, batch, documents)
-    for placement in LAYOUTS:
+    for placement in (*LAYOUTS, Zigzag(1, per_document=True)) if packed else LAYOUTS:
         model = make_model(family)
         plan = ring_plan(model, placement)
         parallelize_module(model, _mesh(), plan)

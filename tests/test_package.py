@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -110,3 +111,12 @@ def test_the_picture_shows_the_step_of_every_score(layout, length, world, strate
                         for i in range(rows.start, rows.stop)
                     }
                     assert all(cells[p][t] in (".", str(index)) for t in held)
+
+
+def test_every_test_that_the_features_page_names_is_there():
+    tests = Path(__file__).parent
+    named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", (tests.parent / "docs" / "features.md").read_text())
+    assert len(named) > 30
+    for file, name in named:
+        text = (tests / file).read_text()
+        assert f"def {name}(" in text if name else text

@@ -385,7 +385,7 @@ def context_parallel_on_gpus():
     from torch.distributed.tensor.experimental._attention import context_parallel_unshard
 
     mesh = init_device_mesh("cuda", (dist.get_world_size(),), mesh_dim_names=("cp",))
-    case = make_case(256, heads=(2, 2), dim=64, dtype=torch.bfloat16, device="cuda")
+    case = make_case(256, heads=(2, 2), dim=128, dtype=torch.bfloat16, device="cuda")
     q, k, v = (x.transpose(1, 2).contiguous() for x in case.inputs)
     exact = sdpa(q.float(), k.float(), v.float(), is_causal=True)
     placed = _place([q.clone(), k.clone(), v.clone()], mesh, [Zigzag(2)])
