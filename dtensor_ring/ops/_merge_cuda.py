@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
 
 def fused_merge_(out_BSHD: Tensor, lse_BHS: Tensor, block_BSHD: Tensor, block_lse_BHS: Tensor) -> None:
@@ -71,8 +72,8 @@ def _merge(
     top = tl.maximum(old, new)
     some = top > float("-inf")
     top = tl.where(some, top, 0.0)
-    weight_old = tl.exp(old - top)
-    weight_new = tl.exp(new - top)
+    weight_old = libdevice.exp(old - top)  # to the last bit but one, which the approximation of tl.exp is not
+    weight_new = libdevice.exp(new - top)
     both = tl.where(some, weight_old + weight_new, 1.0)
     share = weight_new / both
     d = tl.arange(0, WIDTH)
@@ -81,7 +82,5 @@ def _merge(
     x = tl.load(place, mask, 0.0).to(tl.float32)
     y = tl.load(block + (b * block_b + s * block_s + h * block_h)[:, None] + d[None, :], mask, 0.0).to(tl.float32)
     tl.store(place, (x + share[:, None] * (y - x)).to(out.dtype.element_ty), mask)
-    # log(1 + x) to the last bit, where x may be far below 1 (Higham, Accuracy and Stability of Numerical Algorithms, 1.14.1)
-    small = tl.minimum(weight_old, weight_new)
-    log1p = tl.where(both == 1.0, small, tl.log(both) * (small / tl.where(both == 1.0, 1.0, both - 1.0)))
-    tl.store(at, tl.where(some, top + log1p, float("-inf")), valid)
+    total_lse = top + libdevice.log1p(tl.minimum(weight_old, weight_new))
+    tl.store(at, tl.where(some, total_lse, float("-inf")), valid)
