@@ -20,15 +20,24 @@ def host_lengths(name: str, cu_seqlens: Tensor) -> tuple[int, ...]:
     """
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
         raise TypeError(f"{name} must be a 1-D integer tensor, found {cu_seqlens!r}")
-    kept = cu_seqlens.is_cuda and not cu_seqlens.is_inference()  # others do not count changes, or cost nothing to read
-    values = _read.get(cu_seqlens) if kept else None
+    values = _read.get(cu_seqlens) if _is_kept(cu_seqlens) else None
     if values is None:
         values = tuple(cu_seqlens.tolist())
         if not values or values[0] != 0 or any(b < a for a, b in pairwise(values)):
             raise ValueError(f"{name} must start at 0 and never decrease, found {values[:8]}{'...' if len(values) > 8 else ''}")
-        if kept:
-            _read.put(cu_seqlens, values)
+        remember(cu_seqlens, values)
     return values
+
+
+def remember(cu_seqlens: Tensor, values: tuple[int, ...]) -> None:
+    """Keep the values of a tensor, so that `host_lengths` need not read them back."""
+    if _is_kept(cu_seqlens):
+        _read.put(cu_seqlens, values)
+
+
+def _is_kept(cu_seqlens: Tensor) -> bool:
+    """CPU tensors cost nothing to read, and NumPy changes them unseen; inference tensors do not count changes."""
+    return cu_seqlens.is_cuda and not cu_seqlens.is_inference()
 
 
 def check_tokens(function: str, name: str, bounds: tuple[int, ...], tokens: int, longest: int) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dtensor_ring.documents import Documents, Slices
 from dtensor_ring.functional.call import Output, Settings, answer, attend
-from dtensor_ring.functional.lengths import check_tokens, host_lengths
+from dtensor_ring.functional.lengths import check_tokens, host_lengths, remember
 from dtensor_ring.functional.variants import packed_variants
 from dtensor_ring.layout import Layout
 
@@ -59,6 +59,8 @@ def llama3_flash_attn_prepare_cu_seqlens(
     cu_k = [0] + [end - k_start for end in ends]
     k_stop = ends[-1] if ends else first
     q_tensor, k_tensor = (torch.tensor(values, dtype=cu_seqlens.dtype, device=cu_seqlens.device) for values in (cu_q, cu_k))
+    remember(q_tensor, tuple(cu_q))
+    remember(k_tensor, tuple(cu_k))
     return q_tensor, k_tensor, _longest(cu_q), _longest(cu_k), slice(k_start, k_stop)
 
 
