@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dtensor_ring.comm import Traffic, transport_of
 from dtensor_ring.ops.kernels import KERNELS, Need
-from dtensor_ring.ops.schedule import Call, Plan, Problem, Rows, Segment, Step, plan
+from dtensor_ring.ops.schedule import Plan, Problem, plan
+from dtensor_ring.ops.steps import Call, Rows, Segment, Step
 
 _WIDEST = 32
 _LARGEST = 4096

@@ -24,7 +24,8 @@ from torch import Tensor
 from dtensor_ring.comm import Message, Pending, Transport
 from dtensor_ring.ops.kernels import Extras, Kernel, Options, Packing, Result, Span
 from dtensor_ring.ops.merge import GradSum, OutputSum, accumulate_dtype, sink_gradient
-from dtensor_ring.ops.schedule import Call, Plan, Problem, Rows, Step, plan
+from dtensor_ring.ops.schedule import Plan, Problem, plan
+from dtensor_ring.ops.steps import Call, Rows, Step
 
 _Pair = tuple[Tensor, Tensor]
 

@@ -13,66 +13,17 @@ the rank s places before it and sends to the rank s places after it, exactly the
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import NamedTuple
 
 from dtensor_ring.documents import Documents, Slices
 from dtensor_ring.layout import Layout, Piece, Run, cut
-from dtensor_ring.ops.mask import Band, Tile, coalesce, tiles_between, whole_sequence
-
-
-class Rows(NamedTuple):
-    """Rows [start, stop) of a rank's stored keys."""
-
-    source: int
-    start: int
-    stop: int
-
-    @property
-    def size(self) -> int:
-        """How many rows."""
-        return self.stop - self.start
-
-
-class Segment(NamedTuple):
-    """Queries [q0, q1) against keys [k0, k1); `row` is the batch row, 0 when the documents are the same in all rows."""
-
-    row: int
-    q0: int
-    q1: int
-    k0: int
-    k1: int
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One kernel call: segments with disjoint, increasing rows and keys under one bottom-right window (left, right)."""
-
-    window: tuple[int, int]
-    segments: tuple[Segment, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What one step computes: the key rows it needs, in buffer order, and the calls on that buffer.
-
-    `sums` tells that some key row takes part in more than one call, so that its gradients are added in float32 before they
-    travel; `cells` counts the scores.
-    """
-
-    keys: tuple[Rows, ...] = ()
-    calls: tuple[Call, ...] = ()
-    cells: int = 0
-    sums: bool = False
-
-    @property
-    def rows(self) -> int:
-        """Key rows in the buffer."""
-        return sum(piece.size for piece in self.keys)
+from dtensor_ring.ops.mask import Band, Tile, whole_sequence
+from dtensor_ring.ops.steps import Rows, Segment, Step, deepest, document_tiles, keep_needed, step_of, unions
 
 
 class Send(NamedTuple):
@@ -234,8 +185,8 @@ def plan(problem: Problem, rank: int) -> Plan:
     returned = [(rows.start, rows.stop) for sent in sends for send in sent for rows in send.rows]
     own = [(k0, k1) for step in steps for k0, k1 in _own_key_ranges(step, rank)]
     rows = {segment.row for segment in segments}
-    q_parts = max((_deepest([(s.q0, s.q1) for s in segments if s.row == row]) for row in rows), default=0)
-    return Plan(problem, rank, steps, sends, q_parts, _deepest(returned + own))
+    q_parts = max((deepest([(s.q0, s.q1) for s in segments if s.row == row]) for row in rows), default=0)
+    return Plan(problem, rank, steps, sends, q_parts, deepest(returned + own))
 
 
 @lru_cache(maxsize=128)
@@ -290,47 +241,12 @@ def _finish(problem: Problem, rank: int, keys: list[Rows], *shards: tuple[Run, .
     for row in range(len(problem.bounds)):
         queries, offset = problem.q_pieces(rank, row), 0
         for shard in shards:
-            found = _document_tiles(queries, problem.k_pieces(shard, row), problem.position_band)
+            found = document_tiles(queries, problem.k_pieces(shard, row), problem.position_band)
             tiles += [(row, tile.moved(0, offset)) for tile in found]
             offset += sum(run.count for run in shard)
     if problem.collective:
-        return _step_of(tuple(keys), tiles)
-    return _step_of(*_keep_needed(keys, tiles))
-
-
-def _document_tiles(queries: Sequence[Piece], keys: Sequence[Piece], band: Band) -> list[Tile]:
-    of_document: dict[int, list[Piece]] = {}
-    for key in keys:
-        of_document.setdefault(key.document, []).append(key)
-    by_document: dict[int, list[Piece]] = {}
-    for query in queries:
-        by_document.setdefault(query.document, []).append(query)
-    found: list[Tile] = []
-    for document, q_pieces in by_document.items():
-        k_pieces = of_document.get(document, [])
-        found += coalesce([tile for q in q_pieces for k in k_pieces for tile in tiles_between(q, k, band)])
-    return [part for tile in found for part in tile.split_long_right()]
-
-
-def _keep_needed(keys: Sequence[Rows], tiles: list[tuple[int, Tile]]) -> tuple[tuple[Rows, ...], list[tuple[int, Tile]]]:
-    """Drop key rows that no tile reads, and renumber the columns of the tiles."""
-    needed = _unions((tile.k0, tile.k1) for _, tile in tiles)
-    lows = [low for low, _ in needed]
-    kept: list[Rows] = []
-    offset = 0
-    for rows in keys:
-        first = max(bisect_right(lows, offset) - 1, 0)
-        for low, high in needed[first : bisect_left(lows, offset + rows.size)]:
-            start, stop = max(low - offset, 0), min(high - offset, rows.size)
-            if start < stop:
-                kept.append(Rows(rows.source, rows.start + start, rows.start + stop))
-        offset += rows.size
-    starts = list(accumulate((high - low for low, high in needed), initial=0))
-    moved = []
-    for row, tile in tiles:
-        at = bisect_right(lows, tile.k0) - 1
-        moved.append((row, tile.moved(0, starts[at] - lows[at])))
-    return tuple(kept), moved
+        return step_of(tuple(keys), tiles)
+    return step_of(*keep_needed(keys, tiles))
 
 
 @lru_cache(maxsize=128)
@@ -367,14 +283,14 @@ def _halo_step(problem: Problem, rank: int) -> Step:
         for row, bounds in enumerate(problem.bounds):
             q_pieces = [Piece(p.run, p.offset + piece.offset, p.document) for p in cut((run,), bounds)]
             near = [Piece(Run(low, high - low), 0, 0)] if bounds is None else _between(bounds, low, high)
-            tiles += [(row, tile.moved(0, offset)) for tile in _document_tiles(q_pieces, near, band)]
+            tiles += [(row, tile.moved(0, offset)) for tile in document_tiles(q_pieces, near, band)]
         at = bisect_right(ends, low)
         while at < len(holders) and holders[at][0] < high:
             a, b, rows = holders[at]
             keys.append(Rows(rows.source, rows.start + max(low, a) - a, rows.start + min(high, b) - a))
             at += 1
         offset += high - low
-    return _step_of(*_keep_needed(keys, tiles))
+    return step_of(*keep_needed(keys, tiles))
 
 
 def _between(bounds: tuple[int, ...], low: int, high: int) -> list[Piece]:
@@ -387,29 +303,6 @@ def _between(bounds: tuple[int, ...], low: int, high: int) -> list[Piece]:
         if b == high:
             break
     return found
-
-
-def _step_of(keys: tuple[Rows, ...], tiles: list[tuple[int, Tile]]) -> Step:
-    calls = _group(tiles)
-    sums = any(_deepest([(t.k0, t.k1) for r, t in tiles if r == row]) > 1 for row in {row for row, _ in tiles})
-    sums = sums or (len({row for row, _ in tiles}) > 1 and len(calls) > 1)
-    return Step(keys, calls, sum(tile.cells for _, tile in tiles), sums)
-
-
-def _group(tiles: list[tuple[int, Tile]]) -> tuple[Call, ...]:
-    """Put tiles that one kernel call can serve together: one window, rows and keys both increasing and disjoint."""
-    open_calls: list[tuple[tuple[int, int], list[Segment]]] = []
-    for row, tile in sorted(tiles):
-        segment = Segment(row, tile.q0, tile.q1, tile.k0, tile.k1)
-        for window, segments in open_calls:
-            last = segments[-1]
-            after = last.row < row or (last.row == row and last.q1 <= tile.q0 and last.k1 <= tile.k0)
-            if after and tile.fits(window):
-                segments.append(segment)
-                break
-        else:
-            open_calls.append((tile.window, [segment]))
-    return tuple(Call(window, tuple(segments)) for window, segments in open_calls)
 
 
 def _own_key_ranges(step: Step, rank: int) -> Iterable[tuple[int, int]]:
@@ -429,22 +322,5 @@ def _first_row(segments: Sequence[Segment]) -> Sequence[Segment]:
     rows = {segment.row for segment in segments}
     if len(rows) == 1:
         return segments
-    merged = _unions((s.k0, s.k1) for s in segments)  # batch rows differ: every key row counts once a call
+    merged = unions((s.k0, s.k1) for s in segments)  # batch rows differ: every key row counts once a call
     return [Segment(0, 0, 0, low, high) for low, high in merged]
-
-
-def _unions(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Overlapping or touching ranges joined, in order."""
-    found: list[tuple[int, int]] = []
-    for low, high in sorted(ranges):
-        if found and low <= found[-1][1]:
-            found[-1] = (found[-1][0], max(found[-1][1], high))
-        else:
-            found.append((low, high))
-    return found
-
-
-def _deepest(ranges: list[tuple[int, int]]) -> int:
-    """The most ranges that overlap anywhere."""
-    edges = sorted([(low, 1) for low, _ in ranges] + [(high, -1) for _, high in ranges])
-    return max(accumulate(change for _, change in edges), default=0)
