@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     masks.add_argument("--full", action="store_true", help="every query sees every key; causal otherwise")
     masks.add_argument("--window", type=int, nargs=2, metavar=("L", "R"), help="keys from L back to R ahead; -1 is unbounded")
     plan.add_argument("--documents", metavar="LENGTHS", help="lengths of packed documents, such as 10,20,34")
-    plan.add_argument("--strategy", choices=("ring", "gather"), default="ring")
+    plan.add_argument("--strategy", choices=("ring", "gather"), default="ring", help="ulysses makes no plan: heads change places")
     commands.add_parser("kernels", help="which kernel supports which argument, and why not")
     options = parser.parse_args(arguments)
     if options.command == "kernels":

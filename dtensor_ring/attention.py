@@ -25,7 +25,8 @@ from dtensor_ring.ops.schedule import Problem, ends_together
 from dtensor_ring.ops.sharding import attention_axis, share_of, sink_placements
 from dtensor_ring.ops.ulysses import refuses
 from dtensor_ring.placements import redistribute
-from dtensor_ring.placements.redistribute import axis_name, wrap
+from dtensor_ring.placements.compare import axis_name
+from dtensor_ring.placements.redistribute import wrap
 
 
 def ring_attention(

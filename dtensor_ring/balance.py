@@ -30,6 +30,7 @@ def share_documents(bounds: tuple[int, ...], totals: tuple[int, ...]) -> tuple[C
         bounds: cumulative document bounds.
         totals: tokens that each rank gets; they add up to the last bound.
     """
+    bounds = tuple(dict.fromkeys(bounds))  # documents without tokens change nothing
     world = len(totals)
     limit, best = max(totals), None
     while True:

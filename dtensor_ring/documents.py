@@ -198,9 +198,9 @@ def _restarts(i: int, positions: list[int]) -> tuple[int, ...]:
         if position == 0:
             row.append(token)
         elif token == 0 or position != positions[token - 1] + 1:
-            before = "starts" if token == 0 else f"goes from {positions[token - 1]}"
+            before = "starts at" if token == 0 else f"goes from {positions[token - 1]} to"
             raise ValueError(
-                f"position_ids row {i} {before} to {position} at token {token}: positions must count up from 0 in every document"
+                f"position_ids row {i} {before} {position} at token {token}: positions must count up from 0 in every document"
             )
     return (*row, len(positions)) if positions else (0,)
 

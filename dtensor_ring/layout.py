@@ -119,7 +119,9 @@ class Layout:
         if world == 1:
             found: tuple[Run, ...] = (Run(0, length),)
         elif self.cut == "documents" and bounds is None:
-            raise ValueError("zigzag of each document needs the documents: pass documents= (one document: [0, length])")
+            raise ValueError(
+                "zigzag of each document needs the documents: use dtensor_ring.full_tensor, redistribute, ... with documents="
+            )
         elif self.cut:
             found = self._document_runs(bounds or (0, length), world, rank)
         elif self.kind == "contiguous":

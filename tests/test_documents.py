@@ -71,7 +71,7 @@ def test_bounds_that_are_none_are_refused(bounds, text):
 @pytest.mark.parametrize(
     ("positions", "text"),
     [
-        ([[1, 2, 3]], "row 0 starts to 1 at token 0"),
+        ([[1, 2, 3]], "row 0 starts at 1 at token 0"),
         ([[0, 1, 3]], "goes from 1 to 3 at token 2"),
         ([[0, 1, 2], [0, 2, 3]], "row 1 goes from 0 to 2 at token 1"),
     ],

@@ -200,7 +200,7 @@ def refusals():
     plain = distribute_tensor(x, mesh, [Zigzag(1)])
     cases += [
         (lambda: full_tensor(placed), ValueError, "pass documents="),
-        (lambda: placed.full_tensor(), ValueError, "pass documents="),
+        (lambda: placed.full_tensor(), ValueError, "with documents="),
         (lambda: ring_attention(placed, placed, placed), ValueError, "one row for the whole batch, found None"),
         (lambda: ring_attention(placed, plain, plain, documents=[0, 3, 8]), ValueError, "Zigzag(1, per_document=True)"),
         (lambda: placed + plain, NotImplementedError, "Zigzag(1, per_document=True)"),
@@ -215,3 +215,26 @@ def refusals():
 
 def test_what_is_missing_is_told(pools):
     pools.run(2, refusals)
+
+
+def test_documents_without_tokens_change_no_layout():
+    for world in (2, 3, 4):
+        for bounds, bare in (((0, 3, 3, 16), (0, 3, 16)), ((0, 0, 5, 5, 5, 40, 40), (0, 5, 40))):
+            layout = Layout.parse(PER_DOCUMENT)
+            for rank in range(world):
+                assert layout.tokens(bare[-1], world, rank, bounds) == layout.tokens(bare[-1], world, rank, bare)
+
+
+def different_documents():
+    mesh, x = init_device_mesh("cpu", (2,), mesh_dim_names=("cp",)), torch.zeros(1, 17, 2, 4)
+    documents = [0, 3, 6, 17] if dist.get_rank() else [0, 17]
+    for act in (
+        lambda: distribute_tensor(x, mesh, [Zigzag(1, per_document=True)], documents=documents),
+        lambda: redistribute(distribute_tensor(x, mesh, [Contiguous(1)]), [Zigzag(1, per_document=True)], documents=documents),
+    ):
+        with pytest.raises(ValueError, match="pass different documents"):
+            act()
+
+
+def test_ranks_that_pass_different_documents_are_told(pools):
+    pools.run(2, different_documents)

@@ -221,3 +221,14 @@ def test_the_command_line_says_what_it_needs(capsys, arguments, text):
     with pytest.raises(SystemExit):
         main(["plan", *arguments])
     assert text in capsys.readouterr().err
+
+
+def moves_in_compiled_code():
+    placed = distribute_tensor(torch.arange(12.0), line(), [Zigzag(0)])
+    for act in (full_tensor, lambda t: redistribute(t, [Contiguous(0)])):
+        with pytest.raises(Exception, match="is not compiled: move tensors outside"):
+            torch.compile(act, backend="eager", fullgraph=True)(placed)
+
+
+def test_moves_are_refused_in_compiled_code(pools):
+    pools.run(2, moves_in_compiled_code)

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, Qwen3Config
@@ -272,3 +273,40 @@ def test_an_unparallelized_module_says_so():
     model.set_attn_implementation("dtensor_ring")
     with pytest.raises(RuntimeError, match=r"was not parallelized .* call parallelize_module"):
         model(torch.zeros(1, 4, dtype=torch.int64))
+
+
+def undo_after_modules_were_wrapped():
+    """Marks are taken off the modules that got them, wherever they are by then; a shared config is named."""
+    model, mesh = make_model("llama"), _mesh()
+    plan = ring_plan(model)
+    parallelize_module(model, mesh, plan)
+    twin = type(model)(model.config)
+    with pytest.raises(RuntimeError, match="shares its config object"):
+        parallelize_module(twin, mesh, ring_plan(twin))
+    for layer in model.model.layers:
+        layer.self_attn = checkpoint_wrapper(layer.self_attn)
+    plan.undo()
+    assert model.config._attn_implementation == "sdpa"
+    ids = make_batch(9)["input_ids"]
+    torch.testing.assert_close(model(ids, use_cache=False).logits, make_model("llama")(ids, use_cache=False).logits)
+
+
+def gather_an_earlier_batch():
+    model, mesh, ids = make_model("llama"), _mesh(), make_batch(20)["input_ids"]
+    plan = ring_plan(model, Zigzag(1, per_document=True))
+    parallelize_module(model, mesh, plan)
+    documents = [Documents.from_lengths([5, 15]), Documents.from_lengths([12, 8])]
+    first, second = (model(ids, documents=each).logits for each in documents)
+    found = plan.gather(first, documents=documents[0]), plan.gather(second)
+    for whole, each in zip(found, documents, strict=True):
+        again = plan.gather(model(ids, documents=each).logits)
+        assert torch.equal(whole, again)
+    assert not torch.equal(found[0], found[1])
+
+
+def test_undo_finds_the_modules_it_marked(pools):
+    pools.run(2, undo_after_modules_were_wrapped)
+
+
+def test_logits_of_an_earlier_batch_are_gathered_by_its_documents(pools):
+    pools.run(2, gather_an_earlier_batch)

@@ -32,7 +32,8 @@ from dtensor_ring.ops.arguments import BHSD, check_tensors, choose_strategy, nee
 from dtensor_ring.ops.kernels import choose_kernel
 from dtensor_ring.ops.sharding import attention_axis, share_of
 from dtensor_ring.placements import SequencePlacement, redistribute
-from dtensor_ring.placements.redistribute import axis_name, wrap
+from dtensor_ring.placements.compare import axis_name
+from dtensor_ring.placements.redistribute import wrap
 
 aten = torch.ops.aten
 

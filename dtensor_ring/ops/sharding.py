@@ -24,8 +24,8 @@ from dtensor_ring.layout import Layout
 from dtensor_ring.ops import library  # noqa: F401  defines the operators
 from dtensor_ring.ops.arguments import BSHD, Order
 from dtensor_ring.placements import SequencePlacement
+from dtensor_ring.placements.compare import axis_name
 from dtensor_ring.placements.moves import Chunks
-from dtensor_ring.placements.redistribute import axis_name
 
 _BATCH = 0
 _LSE_DIM = {_BATCH: 0, BSHD.sequence: 2, BSHD.heads: 1}

@@ -169,7 +169,8 @@ class Zigzag(SequencePlacement):
     """Chunks r and 2W-1-r of 2W on rank r: causal attention is the same work on every rank.
 
     With `per_document=True` every packed document is cut so by itself, and short ones stay whole, shared out by work: work is
-    balanced where documents end anywhere. Then everything that maps tokens takes `documents=`, one row for the whole batch.
+    balanced where documents end anywhere. Then everything that maps tokens takes `documents=`, one row for the whole batch,
+    always the same: neither placement nor tensor remembers them.
 
     Raises:
         ValueError: `dim` is negative.

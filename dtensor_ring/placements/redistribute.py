@@ -23,6 +23,7 @@ from dtensor_ring._torch import local_of
 from dtensor_ring.comm import transport_of
 from dtensor_ring.documents import Documents
 from dtensor_ring.placements import moves
+from dtensor_ring.placements.compare import axis_name, check_documents, check_shares, check_whole
 from dtensor_ring.placements.placement import SequencePlacement, dim_of, split_of
 
 Placements = tuple[Placement, ...]
@@ -46,7 +47,7 @@ def from_local(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement],
     targets = normalized(mesh, placements, local.ndim)
     axis, placement = sequence_axis(mesh, targets)
     if check and not torch.compiler.is_compiling():
-        _check_shares(local, mesh, axis, placement, length)
+        check_shares(local, mesh, axis, placement, length)
     shape = list(local.shape)
     for i, target in enumerate(targets):
         if isinstance(target, Shard):
@@ -80,6 +81,7 @@ def distribute_tensor(
         ValueError: a placement does not fit the tensor or the mesh, or ranks that receive data hold a tensor of another shape or
             dtype (raised on all ranks).
     """
+    _refuse_compiling("distribute_tensor")
     if isinstance(tensor, DTensor):
         raise TypeError("distribute_tensor takes a plain tensor, found a DTensor: move it with dtensor_ring.redistribute")
     targets = normalized(mesh, placements, tensor.ndim)
@@ -88,9 +90,9 @@ def distribute_tensor(
             raise ValueError(
                 f"mesh axis {axis_name(mesh, i)}: a tensor cannot be distributed as {target!r}: use Replicate, Shard or ours"
             )
-    if src_data_rank is not None and not torch.compiler.is_compiling():
-        _check_whole(tensor, mesh, src_data_rank)
-    found = _documents(documents, targets, tensor.shape)
+    if src_data_rank is not None:
+        check_whole(tensor, mesh, src_data_rank)
+    found = _documents(documents, mesh, targets, tensor.shape)
     local = _Distribute.apply(tensor, mesh, targets, src_data_rank, found)
     return wrap(local, mesh, targets, tensor.shape)
 
@@ -112,6 +114,7 @@ def redistribute(
         TypeError: not a DTensor.
         ValueError: a placement does not fit the tensor or the mesh, or two mesh axes would split one dim.
     """
+    _refuse_compiling("redistribute")
     if not isinstance(tensor, DTensor):
         raise TypeError(f"redistribute takes a DTensor, found {type(tensor).__name__}: make one with dtensor_ring.from_local")
     if mesh is not None and mesh != tensor.device_mesh:
@@ -120,7 +123,8 @@ def redistribute(
     if not any(isinstance(p, SequencePlacement) for p in (*tensor.placements, *targets)):
         return tensor.redistribute(placements=targets)
     normalized(tensor.device_mesh, tensor.placements, tensor.ndim)
-    return _Redistribute.apply(tensor, targets, _documents(documents, (*tensor.placements, *targets), tensor.shape))
+    found = _documents(documents, tensor.device_mesh, (*tensor.placements, *targets), tensor.shape)
+    return _Redistribute.apply(tensor, targets, found)
 
 
 def full_tensor(tensor: DTensor, *, documents: DocumentsLike | None = None) -> Tensor:
@@ -128,6 +132,7 @@ def full_tensor(tensor: DTensor, *, documents: DocumentsLike | None = None) -> T
 
     `documents` are needed where the tensor is `Zigzag(dim, per_document=True)`.
     """
+    _refuse_compiling("full_tensor")
     if not isinstance(tensor, DTensor):
         raise TypeError(f"full_tensor takes a DTensor, found {type(tensor).__name__}")
     return redistribute(tensor, [Replicate()] * tensor.device_mesh.ndim, documents=documents).to_local()
@@ -144,11 +149,14 @@ def wrap(local: Tensor, mesh: DeviceMesh, placements: Placements, shape: Sequenc
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride))
 
 
-def _documents(given: DocumentsLike | None, placements: Sequence[Placement], shape: Sequence[int]) -> Documents | None:
-    """The documents for the dim that is cut by them.
+def _documents(
+    given: DocumentsLike | None, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int]
+) -> Documents | None:
+    """The documents for the dim that is cut by them, the same on all ranks.
 
     Raises:
-        ValueError: there is such a dim and no documents, or they end elsewhere; or they are given, and nothing is cut by them.
+        ValueError: there is such a dim and no documents, or they end elsewhere, or ranks have others; or they are given, and
+            nothing is cut by them.
     """
     cut = next((p for p in placements if isinstance(p, SequencePlacement) and p.layout.cut), None)
     if cut is None:
@@ -157,12 +165,17 @@ def _documents(given: DocumentsLike | None, placements: Sequence[Placement], sha
         return None
     if given is None:
         raise ValueError(f"{cut!r} lays tokens out document by document: pass documents= (one document: [0, {shape[cut.dim]}])")
-    return Documents.of(given, shape[cut.dim])
+    found = Documents.of(given, shape[cut.dim])
+    for i in range(mesh.ndim):
+        check_documents(mesh.get_group(i).group_name, found)
+    return found
 
 
-def axis_name(mesh: DeviceMesh, i: int) -> str:
-    """`'cp'`, or the number of an axis without a name."""
-    return repr(mesh.mesh_dim_names[i]) if mesh.mesh_dim_names else str(i)
+def _refuse_compiling(name: str) -> None:
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            f"{name} is not compiled: move tensors outside of the compiled function, and make DTensors inside it with from_local"
+        )
 
 
 def normalized(mesh: DeviceMesh, placements: Sequence[Placement], ndim: int) -> Placements:
@@ -210,51 +223,6 @@ def sequence_axis(mesh: DeviceMesh, placements: Sequence[Placement]) -> tuple[in
         listed = ", ".join(f"{axis_name(mesh, i)}: {p!r}" for i, p in enumerate(placements))
         raise ValueError(f"exactly one mesh axis must hold the sequence as Contiguous, Zigzag or Stripe, found {listed}")
     return found[0]
-
-
-def _check_shares(local: Tensor, mesh: DeviceMesh, axis: int, placement: SequencePlacement, length: int) -> None:
-    wire = transport_of(mesh.get_group(axis))
-    others = [size for dim, size in enumerate(local.shape) if dim != placement.dim]
-    mine = [local.ndim, length, local.shape[placement.dim], _dtype_number(local.dtype), *others]
-    every = wire.gather_values((mine + [-1] * 12)[:12])
-    for rank, (ndim, its_length, tokens, dtype, *its_others) in enumerate(every):
-        agree = (ndim, its_length, dtype, its_others[: len(others)]) == (local.ndim, length, _dtype_number(local.dtype), others)
-        if not agree:
-            raise ValueError(
-                f"from_local over mesh axis {axis_name(mesh, axis)}: rank {wire.rank} has length={length}, {local.dtype} and other "
-                f"dims {others}, rank {rank} has length={its_length}, {_DTYPES[dtype]} and other dims {its_others[: ndim - 1]}: "
-                "every rank passes its share of one tensor"
-            )
-        needed = moves.local_size(placement.layout, length, wire.world, rank)
-        if tokens != needed:
-            raise ValueError(
-                f"from_local over mesh axis {axis_name(mesh, axis)}: rank {rank} passes {tokens} tokens in dim {placement.dim}, "
-                f"but of length={length} {placement!r} gives it {needed}: cut shares with "
-                "distribute_tensor or shard_batch, or correct length="
-            )
-
-
-def _check_whole(tensor: Tensor, mesh: DeviceMesh, source: int) -> None:
-    """What is about to be sent fits where it is received, on every axis."""
-    numbers = [tensor.ndim, _dtype_number(tensor.dtype), *tensor.shape]
-    for i in range(mesh.ndim):
-        if not 0 <= source < mesh.size(i):
-            raise ValueError(f"src_data_rank={source} is no rank of mesh axis {axis_name(mesh, i)}, which has {mesh.size(i)}")
-        wire = transport_of(mesh.get_group(i))
-        for rank, (ndim, dtype, *shape) in enumerate(wire.gather_values((numbers + [-1] * 12)[:12])):
-            if (ndim, dtype, shape[:ndim]) != (tensor.ndim, _dtype_number(tensor.dtype), list(tensor.shape)):
-                raise ValueError(
-                    f"distribute_tensor over mesh axis {axis_name(mesh, i)}: rank {wire.rank} has {tensor.dtype} "
-                    f"{tuple(tensor.shape)}, rank {rank} has {_DTYPES[dtype]} {tuple(shape[:ndim])}: every rank passes a tensor of "
-                    "the same shape and dtype"
-                )
-
-
-_DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
-
-
-def _dtype_number(dtype: torch.dtype) -> int:
-    return _DTYPES.index(dtype)
 
 
 class _Distribute(torch.autograd.Function):

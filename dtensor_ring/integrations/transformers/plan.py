@@ -44,14 +44,15 @@ class RingPlan(dict[str, ParallelStyle]):
         self._before: str | None = None
         self._documents: Documents | None = None
         self._handles: list[RemovableHandle] = []
+        self._marked: list[nn.Module] = []
         names = [name for name, module in model.named_modules() if _is_attention(module)]
         super().__init__({"": _RootStyle(self)} | {name: _AttentionStyle(self) for name in names})
 
-    def gather(self, local: Tensor, dim: int = 1) -> Tensor:
+    def gather(self, local: Tensor, dim: int = 1, documents: Documents | None = None) -> Tensor:
         """All tokens, in order, of a tensor that holds this rank's tokens in `dim`, such as logits (B, S/W, V): (B, S, V).
 
         Every rank calls it. Differentiable: the gradient counts once, as that of a replicated tensor. Where documents are cut one
-        by one, they are those of the last batch.
+        by one, they are those of the last batch, unless `documents` names another's.
 
         Raises:
             RuntimeError: the plan was not applied yet.
@@ -61,7 +62,7 @@ class RingPlan(dict[str, ParallelStyle]):
         tokens = transport_of(mesh.get_group(0)).gather_values([local.shape[dim]])
         length = sum(count for (count,) in tokens)
         whole = from_local(local, mesh, [self._placement.moved_to(dim)], length=length)
-        return full_tensor(whole, documents=self._documents if self._placement.layout.cut else None)
+        return full_tensor(whole, documents=(documents or self._documents) if self._placement.layout.cut else None)
 
     def describe(self) -> str:
         """What the plan does, in a few lines."""
@@ -81,13 +82,13 @@ class RingPlan(dict[str, ParallelStyle]):
     def undo(self) -> None:
         """Give the model back as it was: attention implementation restored, hooks and marks removed."""
         self._applied()
+        self._model.set_attn_implementation(self._before or "sdpa")
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for name in self:
-            if name:
-                delattr(self._model.get_submodule(name), STATE)
-        self._model.set_attn_implementation(self._before or "sdpa")
+        for module in self._marked:
+            delattr(module, STATE)
+        self._marked.clear()
         self._mesh = None
 
     def _applied(self) -> DeviceMesh:
@@ -103,8 +104,12 @@ class RingPlan(dict[str, ParallelStyle]):
         check_axis(mesh, self._placement)
         register()
         self._before = self._model.config._attn_implementation
-        if self._before == NAME:
+        if self._before == NAME and any(hasattr(part, STATE) for part in module.modules()):
             raise RuntimeError("this model is sequence parallel already: undo() the plan that made it so")
+        if self._before == NAME:
+            raise RuntimeError(
+                "this model shares its config object with one that is sequence parallel: give it its own, copy.deepcopy(config)"
+            )
         self._model.set_attn_implementation(NAME)
         self._mesh = mesh
         self._handles = [
@@ -114,6 +119,7 @@ class RingPlan(dict[str, ParallelStyle]):
 
     def _apply_attention(self, module: nn.Module, mesh: DeviceMesh) -> None:
         setattr(module, STATE, AttentionState(mesh, self._placement, self._strategy, self._kernel))
+        self._marked.append(module)
 
     @torch.compiler.disable
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
