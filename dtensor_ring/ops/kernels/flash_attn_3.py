@@ -34,7 +34,7 @@ class FlashAttn3Kernel(FlashKernel):
         module = _module()
         if isinstance(module, str):
             return module
-        if need.training and not _has_backward():
+        if need.training and not _has_backward(need.device):
             return "this build is forward-only: use another kernel for training"
         return None
 
@@ -106,13 +106,13 @@ def _module() -> ModuleType | str:
 
 
 @cache
-def _has_backward() -> bool:
+def _has_backward(device: str) -> bool:
     """Whether this build computes gradients, asked by a tiny call: some builds have the function, which then raises."""
     module = _module()
     if isinstance(module, str) or not hasattr(module, "_flash_attn_backward"):
         return False
     kernel, options = FlashAttn3Kernel(), Options(1.0)
-    x = torch.zeros((1, 8, 1, 64), dtype=torch.bfloat16, device="cuda")
+    x = torch.zeros((1, 8, 1, 64), dtype=torch.bfloat16, device=device)
     try:
         found = kernel.call_forward(x, x, x, None, (-1, -1), options, None)
         kernel.call_backward(x, x, x, x, found.out, found.lse, None, (-1, -1), options, None)
