@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from dtensor_ring._torch import local_of, replicated
-from dtensor_ring.documents import Documents
+from dtensor_ring.documents import Documents, packed_of
 from dtensor_ring.layout import Layout
 from dtensor_ring.ops import sdpa  # noqa: F401  F.scaled_dot_product_attention on our placements
 from dtensor_ring.ops.agree import check_agreement
@@ -196,13 +196,10 @@ def _documents(documents: Documents | Tensor | Sequence[int] | None, q: Tensor, 
 
 def _placed_bounds(documents: Documents | None, q: Tensor) -> Tensor:
     """The operator's documents argument: the rows of bounds that this rank's part of the batch needs."""
-    if documents is None:
-        packed = torch.empty(0, dtype=torch.int64)
-    elif documents.rows > 1 and isinstance(q, DTensor):
+    if documents is not None and documents.rows > 1 and isinstance(q, DTensor):
         rows = share_of(q, 0)
-        packed = (documents.select(rows.start, rows.stop) if rows.start < rows.stop else documents.select(0, 1)).packed
-    else:
-        packed = documents.packed
+        documents = documents.select(rows.start, rows.stop) if rows.start < rows.stop else documents.select(0, 1)
+    packed = packed_of(documents)
     return replicated(packed, q) if isinstance(q, DTensor) else packed
 
 

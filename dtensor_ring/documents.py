@@ -182,6 +182,11 @@ class Slices:
         return torch.tensor([-1, self.k_start, *self.cu_q, *self.cu_k], dtype=torch.int64)
 
 
+def packed_of(documents: Documents | Slices | None) -> Tensor:
+    """What operators take: the bounds as one tensor, empty for no documents."""
+    return torch.empty(0, dtype=torch.int64) if documents is None else documents.packed
+
+
 def _check_row(i: int, row: tuple[int, ...], first: tuple[int, ...]) -> None:
     if not row or row[0] != 0:
         raise ValueError(f"document bounds must start at 0, row {i} starts with {row[:3]}")

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dtensor_ring.attention import choose_for_alibi
-from dtensor_ring.documents import Documents, Slices
+from dtensor_ring.documents import Documents, Slices, packed_of
 from dtensor_ring.layout import Layout
 from dtensor_ring.ops.agree import check_agreement
 from dtensor_ring.ops.arguments import check_extras, check_tensors, need_of
@@ -114,7 +114,7 @@ def attend(
         need = replace(need, alibi=alignment)
     kernel = choose_kernel(None, need).name
     scale = q_BSHD.shape[3] ** -0.5 if settings.softmax_scale is None else float(settings.softmax_scale)
-    bounds = torch.empty(0, dtype=torch.int64) if documents is None else documents.packed
+    bounds = packed_of(documents)
     group = settings.process_group.group_name
     if not torch.compiler.is_compiling():
         numbers = f"scale {scale}, softcap {softcap}, dropout_p {dropout_p}"

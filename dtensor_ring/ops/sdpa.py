@@ -26,6 +26,7 @@ from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor
 
 from dtensor_ring._torch import is_tracing, local_of
+from dtensor_ring.documents import packed_of
 from dtensor_ring.ops import library
 from dtensor_ring.ops.agree import check_agreement
 from dtensor_ring.ops.arguments import BHSD, check_tensors, choose_strategy, need_of
@@ -147,7 +148,7 @@ def _forward(
             "counts queries from the first key: dtensor_ring.ring_attention counts them so that the last query sees the last key"
         )
     rest = _rest(q, k, v, dropout_p, is_causal, scale, agree=not is_tracing())
-    out, lse, seed = library.attention(*_bshd(q, k, v), None, None, _no_documents(), *rest)
+    out, lse, seed = library.attention(*_bshd(q, k, v), None, None, packed_of(None), *rest)
     wrapped = wrap(out.transpose(1, 2), q.device_mesh, q.placements, (*q.shape[:3], v.shape[3]))
     return wrapped, wrap(lse, q.device_mesh, q.placements, q.shape[:3]), seed
 
@@ -166,7 +167,7 @@ def _backward(
 ) -> tuple[DTensor, DTensor, DTensor]:
     if dout.placements != out.placements:
         dout = redistribute(dout, out.placements)
-    tensors = *_bshd(dout, q, k, v), None, None, *_bshd(out), local_of(lse), seed, _no_documents()
+    tensors = *_bshd(dout, q, k, v), None, None, *_bshd(out), local_of(lse), seed, packed_of(None)
     grads = library.attention_backward(*tensors, *_rest(q, k, v, dropout_p, is_causal, scale, agree=False))
     dq, dk, dv = (
         wrap(grad.transpose(1, 2), x.device_mesh, x.placements, x.shape) for grad, x in zip(grads[:3], (q, k, v), strict=True)
@@ -200,10 +201,6 @@ def _rest(q: DTensor, k: DTensor, v: DTensor, dropout_p: float, is_causal: bool,
 
 def _bshd(*tensors: DTensor) -> list[Tensor]:
     return [local_of(x).transpose(1, 2) for x in tensors]
-
-
-def _no_documents() -> Tensor:
-    return torch.empty(0, dtype=torch.int64)
 
 
 def _register(op: OpOverload, act: Callable[..., object]) -> None:

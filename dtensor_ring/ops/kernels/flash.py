@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,13 @@ class Bounds(NamedTuple):
     max_q: int
     max_k: int
 
+    @staticmethod
+    def keywords(bounds: Bounds | None) -> dict[str, Any]:
+        """As the packages name them; none for a dense call."""
+        if bounds is None:
+            return {}
+        return dict(zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), bounds, strict=True))
+
 
 class Side(NamedTuple):
     """A window in the terms of flash-attn: causal, or left and right, -1 for unbounded."""
@@ -42,6 +49,11 @@ class Side(NamedTuple):
         """Causal where it is just that."""
         left, right = window
         return cls(True, -1, -1) if window == (-1, 0) else cls(False, left, right)
+
+    def keywords(self) -> dict[str, Any]:
+        """As flash-attn 2 and 3 name them; a causal call looks 0 tokens ahead."""
+        right = 0 if self.is_causal else self.right
+        return {"causal": self.is_causal, "window_size_left": self.left, "window_size_right": right}
 
 
 def lacks_gpu(need: Need, smallest_capability: tuple[int, int] = (8, 0)) -> str | None:

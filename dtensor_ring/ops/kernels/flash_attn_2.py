@@ -120,16 +120,11 @@ def _alibi_shift(bounds: Bounds | None, window: tuple[int, int], extras: Extras 
 
 
 def _common(bounds: Bounds | None, window: tuple[int, int], options: Options, extras: Extras | None) -> dict[str, Any]:
-    is_causal, left, right = Side.of(window)
-    common: dict[str, Any] = {
+    return {
         "dropout_p": options.dropout_p,
         "softmax_scale": options.scale,
-        "causal": is_causal,
-        "window_size_left": left,
-        "window_size_right": 0 if is_causal else right,
         "softcap": options.softcap,
         "alibi_slopes": _slopes(bounds, extras),
+        **Side.of(window).keywords(),
+        **Bounds.keywords(bounds),
     }
-    if bounds is not None:
-        common |= dict(zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), bounds, strict=True))
-    return common

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import cache
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -66,10 +66,8 @@ class FlashAttn3Kernel(FlashKernel):
         """Out is the result shaped as q, lse the float32 result without a head dim."""
         module = _module()
         assert isinstance(module, ModuleType), "refused otherwise"
-        lengths = _lengths(bounds)
-        results = module._flash_attn_forward(
-            q, k, v, softmax_scale=options.scale, softcap=options.softcap, **_sides(window), **lengths
-        )
+        given = {"softmax_scale": options.scale, "softcap": options.softcap}
+        results = module._flash_attn_forward(q, k, v, **given, **Side.of(window).keywords(), **Bounds.keywords(bounds))
         rows = q.shape[:-2]
         shape = (q.shape[1], q.shape[0]) if bounds is not None else (rows[0], q.shape[2], rows[1])
         out = next(x for x in results if isinstance(x, Tensor) and x.shape == (*q.shape[:-1], v.shape[-1]))
@@ -94,7 +92,7 @@ class FlashAttn3Kernel(FlashKernel):
         module = _module()
         assert isinstance(module, ModuleType), "refused otherwise"
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        sides, lengths = _sides(window), _lengths(bounds)
+        sides, lengths = Side.of(window).keywords(), Bounds.keywords(bounds)
         sides["is_causal"] = sides.pop("causal")
         options_given = {"softmax_scale": options.scale, "softcap": options.softcap, "deterministic": options.deterministic}
         module._flash_attn_backward(dout, q, k, v, out, lse, dq=dq, dk=dk, dv=dv, **sides, **lengths, **options_given)
@@ -119,14 +117,3 @@ def _has_backward(device: str) -> bool:
     except (RuntimeError, NotImplementedError, TypeError):
         return False
     return True
-
-
-def _sides(window: tuple[int, int]) -> dict[str, Any]:
-    is_causal, left, right = Side.of(window)
-    return {"causal": is_causal, "window_size_left": left, "window_size_right": 0 if is_causal else right}
-
-
-def _lengths(bounds: Bounds | None) -> dict[str, Any]:
-    if bounds is None:
-        return {}
-    return dict(zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), bounds, strict=True))

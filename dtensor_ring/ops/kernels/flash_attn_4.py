@@ -54,7 +54,7 @@ class FlashAttn4Kernel(FlashKernel):
         assert isinstance(module, ModuleType), "refused otherwise"
         softcap = options.softcap or None
         out, lse, *_ = module._flash_attn_fwd(
-            q, k, v, softmax_scale=options.scale, softcap=softcap, return_lse=True, **_sides(window), **_lengths(bounds)
+            q, k, v, softmax_scale=options.scale, softcap=softcap, return_lse=True, **_sides(window), **Bounds.keywords(bounds)
         )
         return Result(out, lse)
 
@@ -76,7 +76,7 @@ class FlashAttn4Kernel(FlashKernel):
         module = _module()
         assert isinstance(module, ModuleType), "refused otherwise"
         given = {"softmax_scale": options.scale, "softcap": options.softcap, "deterministic": options.deterministic}
-        dq, dk, dv, *_ = module._flash_attn_bwd(q, k, v, out, dout, lse, **given, **_sides(window), **_lengths(bounds))
+        dq, dk, dv, *_ = module._flash_attn_bwd(q, k, v, out, dout, lse, **given, **_sides(window), **Bounds.keywords(bounds))
         return dq, dk, dv
 
 
@@ -92,9 +92,3 @@ def _sides(window: tuple[int, int]) -> dict[str, Any]:
         "window_size_left": None if left < 0 else left,
         "window_size_right": None if right < 0 else right,
     }
-
-
-def _lengths(bounds: Bounds | None) -> dict[str, Any]:
-    if bounds is None:
-        return {}
-    return dict(zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), bounds, strict=True))
