@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed._functional_collectives import _are_we_tracing
-from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
+from torch.distributed.distributed_c10d import GroupName, _get_process_group_store, _resolve_process_group
 from torch.distributed.tensor import DTensor, Replicate, _dtensor_spec
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._op_schema import OpSchema, OutputSharding, RuntimeSchemaInfo
@@ -133,6 +133,11 @@ def is_tracing() -> bool:
 def resolve_group(name: str) -> dist.ProcessGroup:
     """The process group of a `ProcessGroup.group_name`: ops take strings, not groups."""
     return _resolve_process_group(GroupName(name))
+
+
+def store_of(group: dist.ProcessGroup) -> dist.Store:
+    """The key-value store through which the ranks of a group found each other; it answers also where the group is broken."""
+    return _get_process_group_store(group)
 
 
 @contextmanager
