@@ -33,6 +33,7 @@ from dtensor_ring.placements import (
     redistribute,
     shard_batch,
 )
+from dtensor_ring.replicas import average_gradients, check_replicas
 
 if TYPE_CHECKING:
     from dtensor_ring.integrations.transformers import ring_plan
@@ -44,6 +45,8 @@ __all__ = [
     "Documents",
     "Stripe",
     "Zigzag",
+    "average_gradients",
+    "check_replicas",
     "distribute_tensor",
     "from_local",
     "full_tensor",
