@@ -57,10 +57,11 @@ def meet(transport: Transport, call: str, values: Sequence[int]) -> list[list[in
         return [list(values)]
     assert len(values) <= _VALUES, "a record has room for so many values"
     record = [0, _number(call), *values, *[0] * (_VALUES - len(values))]
-    records = transport.gather_values(record)
-    if all(other[:2] == record[:2] for other in records):
-        return [other[2 : 2 + len(values)] for other in records]
-    raise _explained(transport, call, records, _texts(transport.gather_values(_encoded(call))))
+    with transport.during(f"comparing the call of ranks: {call}"):
+        records = transport.gather_values(record)
+        if all(other[:2] == record[:2] for other in records):
+            return [other[2 : 2 + len(values)] for other in records]
+        raise _explained(transport, call, records, _texts(transport.gather_values(_encoded(call))))
 
 
 def meet_on_axes(transports: Sequence[Transport], call: str, values: Sequence[int]) -> list[list[list[int]]]:
