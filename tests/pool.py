@@ -24,7 +24,7 @@ import torch.distributed as dist
 _context = mp.get_context("forkserver")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
@@ -57,7 +57,7 @@ def _work(rank: int, world: int, port: int, device: str, paths: list[str], line:
 class Pool:
     def __init__(self, world: int, device: str = "cpu") -> None:
         self.world = world
-        port = _free_port()
+        port = free_port()
         self._lines, self._processes = [], []
         for rank in range(world):
             here, there = _context.Pipe()

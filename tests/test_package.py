@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import ast
+import fnmatch
 import re
 import subprocess
 import sys
@@ -113,10 +115,25 @@ def test_the_picture_shows_the_step_of_every_score(layout, length, world, strate
                     assert all(cells[p][t] in (".", str(index)) for t in held)
 
 
+FEATURES = (Path(__file__).parents[1] / "docs" / "features.md").read_text()
+TESTS = Path(__file__).parent
+
+
 def test_every_test_that_the_features_page_names_is_there():
-    tests = Path(__file__).parent
-    named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", (tests.parent / "docs" / "features.md").read_text())
-    assert len(named) > 30
-    for file, name in named:
-        text = (tests / file).read_text()
-        assert f"def {name}(" in text if name else text
+    named = re.findall(r"`(test_[^`]*)`", FEATURES)
+    assert len(named) > 40
+    for each in named:
+        file, _, pattern = each.partition("::")
+        tree = ast.parse((TESTS / file).read_text())
+        tests = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+        assert fnmatch.filter(tests, pattern), f"{each}: {file} has no such test"
+
+
+def test_every_feature_names_the_tests_that_prove_it():
+    rows = [line for line in FEATURES.split("## Refused")[0].splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 20
+    for row in rows:
+        feature, _, proofs = row.strip("| ").split(" | ")
+        assert re.fullmatch(r"(`test_\w+\.py::test_[\w*]+`(, )?)+", proofs), (
+            f"{feature}: name tests as `file.py::test`, found {proofs}"
+        )
