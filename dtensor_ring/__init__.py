@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING
 
 from dtensor_ring.attention import ring_attention
 from dtensor_ring.documents import Documents
+from dtensor_ring.optional import optional
 from dtensor_ring.placements import (
     Contiguous,
+    ShardedBatch,
     Stripe,
     Zigzag,
     distribute_tensor,
@@ -36,13 +38,15 @@ from dtensor_ring.placements import (
 from dtensor_ring.replicas import average_gradients, check_replicas
 
 if TYPE_CHECKING:
-    from dtensor_ring.integrations.transformers import ring_plan
+    from dtensor_ring.integrations.transformers import RingPlan, ring_plan
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Contiguous",
     "Documents",
+    "RingPlan",
+    "ShardedBatch",
     "Stripe",
     "Zigzag",
     "average_gradients",
@@ -58,9 +62,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """`ring_plan` is imported when it is first used, since it needs transformers."""
-    if name == "ring_plan":
-        from dtensor_ring.integrations.transformers import ring_plan
-
-        return ring_plan
+    """`ring_plan` and `RingPlan` are imported when they are first used, since they need transformers."""
+    if name in ("ring_plan", "RingPlan"):
+        return optional("dtensor_ring.integrations.transformers", name)
     raise AttributeError(f"module 'dtensor_ring' has no attribute {name!r}")

@@ -115,14 +115,29 @@ def local_of(tensor: DTensor) -> Tensor:
     return tensor._local_tensor
 
 
+def replicated(tensor: Tensor, like: DTensor) -> DTensor:
+    """A small CPU tensor, equal on all ranks, as a DTensor on the mesh of `like`: `from_local` would move it to the GPU.
+
+    Dynamo cannot trace the constructor of DTensor, so compiled code calls an operator, for which `_replicate` runs once tensors are
+    real or fake. `torch.compiler.allow_in_graph` would do as well, but imports torch._dynamo into every program.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.dtensor_ring.replicated(tensor, like.detach())
+    return _replicated(tensor, like)
+
+
 def _replicated(tensor: Tensor, like: DTensor) -> DTensor:
-    """A small CPU tensor, equal on all ranks, as a DTensor on the mesh of `like`: `from_local` would move it to the GPU."""
     placements = (Replicate(),) * like.device_mesh.ndim
     meta = TensorMeta(tensor.shape, tensor.stride(), tensor.dtype)
     return DTensor(tensor, DTensorSpec(like.device_mesh, placements, tensor_meta=meta), requires_grad=False)
 
 
-replicated: Callable[[Tensor, DTensor], DTensor] = torch.compiler.allow_in_graph(_replicated)  # pyrefly: ignore[bad-assignment]
+def _replicate(_mode: object, _op: object, _types: object, args: tuple[Tensor, DTensor], _kwargs: object) -> DTensor:
+    return _replicated(*args)
+
+
+torch.library.define("dtensor_ring::replicated", "(Tensor tensor, Tensor like) -> Tensor")
+torch.library.register_torch_dispatch("dtensor_ring::replicated", DTensor, _replicate)
 
 
 def is_tracing() -> bool:

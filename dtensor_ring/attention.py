@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
 import torch.distributed as dist
@@ -20,8 +20,8 @@ from dtensor_ring.documents import Documents, packed_of
 from dtensor_ring.layout import Layout
 from dtensor_ring.ops import sdpa  # noqa: F401  F.scaled_dot_product_attention on our placements
 from dtensor_ring.ops.agree import check_agreement, refused_by_all
-from dtensor_ring.ops.arguments import check_extras, check_tensors, choose_strategy, factor_of, need_of
-from dtensor_ring.ops.kernels import choose_kernel
+from dtensor_ring.ops.arguments import Strategy, check_extras, check_tensors, choose_strategy, factor_of, need_of
+from dtensor_ring.ops.kernels import KernelName, choose_kernel
 from dtensor_ring.ops.library import attention
 from dtensor_ring.ops.mask import Band, mask_text
 from dtensor_ring.ops.schedule import Problem, ends_together
@@ -29,6 +29,72 @@ from dtensor_ring.ops.sharding import attention_axis, share_of, sink_placements
 from dtensor_ring.ops.ulysses import refuses
 from dtensor_ring.placements import redistribute
 from dtensor_ring.placements.redistribute import wrap
+
+T = TypeVar("T", Tensor, DTensor)
+
+
+# A DTensor in is a DTensor out. Each overload has all arguments, so that editors show them.
+@overload
+def ring_attention(
+    q: T,
+    k: T,
+    v: T,
+    *,
+    is_causal: bool = True,
+    scale: float | None = None,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    documents: Documents | Tensor | Sequence[int] | None = None,
+    deterministic: bool = False,
+    return_lse: Literal[False] = False,
+    strategy: Strategy | None = None,
+    kernel: KernelName | None = None,
+) -> T: ...
+
+
+@overload
+def ring_attention(
+    q: T,
+    k: T,
+    v: T,
+    *,
+    is_causal: bool = True,
+    scale: float | None = None,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    documents: Documents | Tensor | Sequence[int] | None = None,
+    deterministic: bool = False,
+    return_lse: Literal[True],
+    strategy: Strategy | None = None,
+    kernel: KernelName | None = None,
+) -> tuple[T, T]: ...
+
+
+@overload
+def ring_attention(
+    q: T,
+    k: T,
+    v: T,
+    *,
+    is_causal: bool = True,
+    scale: float | None = None,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    documents: Documents | Tensor | Sequence[int] | None = None,
+    deterministic: bool = False,
+    return_lse: bool,
+    strategy: Strategy | None = None,
+    kernel: KernelName | None = None,
+) -> T | tuple[T, T]: ...
 
 
 def ring_attention(
@@ -46,8 +112,8 @@ def ring_attention(
     documents: Documents | Tensor | Sequence[int] | None = None,
     deterministic: bool = False,
     return_lse: bool = False,
-    strategy: str | None = None,
-    kernel: str | None = None,
+    strategy: Strategy | None = None,
+    kernel: KernelName | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scaled dot-product attention of a sequence spread over the ranks of a mesh axis.
 
@@ -107,8 +173,8 @@ def ring_attention(
             raise ValueError(
                 f"q is laid out document by document ({where.layout}): pass documents=, one row for the whole batch, found {found}"
             )
-        packed, softcap, dropout_p = found is not None, float(softcap), float(dropout_p)
-        need = need_of(q, k, v, sinks, mask=mask, packed=packed, softcap=softcap, deterministic=deterministic, dropout_p=dropout_p)
+        softcap, dropout_p = float(softcap), float(dropout_p)
+        need = need_of(q, k, v, sinks, softcap=softcap, deterministic=deterministic, dropout_p=dropout_p)
         if alibi_slopes is None:
             way = choose_strategy(strategy)
         else:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtensor_ring import Documents
+from dtensor_ring import Documents, ring_attention
 
 lengths = st.lists(st.integers(0, 9), max_size=8)
 
@@ -48,6 +48,23 @@ def test_packing_equality_hash_pickle_and_repr_round_trip(rows):
         assert other == documents
         assert hash(other) == hash(documents)
     assert documents != Documents.from_lengths([longest + 1])
+
+
+def test_writing_into_packed_changes_no_documents():
+    documents = Documents.from_lengths([3, 4])
+    documents.packed.zero_()
+    assert documents.packed.tolist() == [3, 0, 3, 7]
+    assert Documents.unpack(documents.packed) == documents
+    x = torch.randn(1, 7, 1, 8)
+    apart = torch.cat([ring_attention(part, part, part) for part in x.split([3, 4], dim=1)], dim=1)
+    torch.testing.assert_close(ring_attention(x, x, x, documents=documents), apart)
+
+
+def test_unpacking_reads_any_memory_order():
+    documents = Documents.from_lengths([3, 4])
+    spread = torch.stack([documents.packed, documents.packed], dim=1)[:, 0]
+    assert not spread.is_contiguous()
+    assert Documents.unpack(spread) == documents
 
 
 def test_no_documents_pack_to_none():

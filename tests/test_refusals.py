@@ -115,6 +115,27 @@ def test_alibi_compiles():
     torch.testing.assert_close(attend(x), ring_attention(x, x, x, alibi_slopes=slopes))
 
 
+def alibi_over_ranks_compiled(backend):
+    mesh, slopes = line(), torch.tensor([0.5, 0.25])
+    inputs = [torch.randn(1, 16, 2, 8, requires_grad=True) for _ in range(3)]
+
+    def layer(q, k, v):
+        placed = [from_local(x, mesh, [Zigzag(1)], length=32) for x in (q, k, v)]
+        return ring_attention(*placed, alibi_slopes=slopes).to_local()
+
+    answers = []
+    for act in (layer, torch.compile(layer, backend=backend, fullgraph=True)):
+        out = act(*inputs)
+        answers.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    for eager, compiled in zip(*answers, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_alibi_over_ranks_compiles_with_its_gradients(pools, backend):
+    pools.run(2, alibi_over_ranks_compiled, backend)
+
+
 def test_autocast_does_not_reach_into_the_kernel():
     case = make_case(16, dtype=torch.float32)
     leaves = [x.requires_grad_() for x in case.inputs]

@@ -99,16 +99,8 @@ def attend(
     if isinstance(documents, Documents):
         q_length = k_length = documents.length
     softcap, dropout_p, deterministic = float(settings.softcap), float(settings.dropout_p), settings.deterministic
-    tensors, packed = (q_BSHD, k_BSHD, v_BSHD), documents is not None
-    need = need_of(
-        *tensors,
-        settings.sinks,
-        mask=mask,
-        packed=packed,
-        softcap=softcap,
-        deterministic=deterministic,
-        dropout_p=dropout_p,
-    )
+    tensors = q_BSHD, k_BSHD, v_BSHD
+    need = need_of(*tensors, settings.sinks, softcap=softcap, deterministic=deterministic, dropout_p=dropout_p)
     if settings.alibi_slopes is not None:
         problem = Problem(layout, Band.parse(mask), q_length, k_length, world, strategy, documents)
         strategy, alignment = choose_for_alibi(None if strategy == "ring" else strategy, problem)

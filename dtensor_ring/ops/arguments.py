@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from dtensor_ring.ops.kernels import Need
+
+Strategy = Literal["ring", "gather", "ulysses", "local"]
 
 
 class Order(NamedTuple):
@@ -47,8 +49,8 @@ def choose_strategy(strategy: str | None) -> str:
     Raises:
         ValueError: no such strategy.
     """
-    if strategy not in (None, "ring", "gather", "ulysses", "local"):
-        raise ValueError(f"unknown strategy {strategy!r}: use 'ring', 'gather', 'ulysses', 'local' (plain tensors) or None")
+    if strategy is not None and strategy not in get_args(Strategy):
+        raise ValueError(f"unknown strategy {strategy!r}: use {', '.join(map(repr, get_args(Strategy)))} or None")
     return strategy or "ring"
 
 
@@ -85,8 +87,6 @@ def need_of(
     v: Tensor,
     sinks: Tensor | None,
     *,
-    mask: str,
-    packed: bool,
     softcap: float,
     deterministic: bool,
     dropout_p: float,
@@ -98,8 +98,6 @@ def need_of(
         head_dim=q.shape[3],
         v_head_dim=v.shape[3],
         training=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)),
-        windowed=mask.startswith("window"),
-        packed=packed,
         softcap=softcap,
         deterministic=deterministic,
         dropout=dropout_p > 0,

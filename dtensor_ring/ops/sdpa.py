@@ -186,7 +186,7 @@ def _rest(q: DTensor, k: DTensor, v: DTensor, dropout_p: float, is_causal: bool,
         raise NotImplementedError(f"{_NAME} takes no documents, which {layout} needs: use dtensor_ring.ring_attention(documents=)")
     group, mask, strategy = mesh.get_group(axis).group_name, "causal" if is_causal else "full", choose_strategy(None)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    need = need_of(q, k, v, None, mask=mask, packed=False, softcap=0.0, deterministic=deterministic, dropout_p=dropout_p)
+    need = need_of(q, k, v, None, softcap=0.0, deterministic=deterministic, dropout_p=dropout_p)
     kernel = choose_kernel(None, replace(need, training=True)).name  # the same one in both passes
     factor = factor_of(scale, q.shape[3])
     if agree:

@@ -86,7 +86,8 @@ def shard_batch(
     Raises:
         ValueError: the mesh has more than one axis, the placement is not of dim 1, shapes do not fit, documents do not end at
             the length or contradict each other, labels contradict shift_labels, labels at padding count, a key looks like a
-            misspelled one, the batch is a share already, or ranks hold different batches. Every rank raises.
+            misspelled one, tensors are on the meta device, the batch is a share already, or ranks hold different batches. Every
+            rank raises.
         NotImplementedError: an attention mask that is not padding, or is beside documents; or an unknown tensor with a dim as
             long as the sequence.
     """
@@ -116,7 +117,14 @@ def check_axis(mesh: DeviceMesh, placement: SequencePlacement) -> None:
 
 
 def sequence_length(batch: Mapping[str, object]) -> int:
-    """Tokens of a row, checked to be the same in all tensors that are cut."""
+    """Tokens of a row, checked to be the same in all tensors that are cut; and that what is read of a batch has values."""
+    for key in (*CUT_KEYS, *BOUND_KEYS, "attention_mask"):
+        value = batch.get(key)
+        if isinstance(value, Tensor) and value.is_meta:
+            raise ValueError(
+                f"{key} is on the meta device, which has no values to read: labels, positions and documents are read from a batch. "
+                "Make the batch on a real device, or move the model there first (model.to_empty) if the batch follows its device"
+            )
     sizes: dict[str, tuple[int, ...]] = {}
     for key in CUT_KEYS:
         value = batch.get(key)

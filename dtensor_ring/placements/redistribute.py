@@ -8,6 +8,7 @@ input is the whole gradient, on every rank.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -32,21 +33,31 @@ Placements = tuple[Placement, ...]
 DocumentsLike = Documents | Tensor | Sequence[int]
 
 
-def from_local(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], *, length: int, check: bool = True) -> DTensor:
+def from_local(
+    local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], *, length: int | None = None, check: bool = True
+) -> DTensor:
     """A DTensor from every rank's share of it; differentiable, sends nothing but the check.
 
     Args:
         local: this rank's share; its sequence dim holds as many tokens as the layout gives this rank.
         mesh: the mesh.
         placements: one placement a mesh axis, exactly one of them ours; dims under `Shard` are split evenly.
-        length: global size of the sequence dim. Uneven shares do not tell it, and `DTensor.from_local` guesses it wrong.
+        length: global size of the sequence dim, always needed: uneven shares do not tell it, and `DTensor.from_local` guesses it
+            wrong.
         check: compare length, shape and dtype over the sequence axis, a few integers a rank for which the host waits. Without
             it ranks that disagree hang or compute nonsense later. Compiled graphs never check.
 
     Raises:
+        TypeError: no length.
         ValueError: the share has the wrong size, or ranks disagree on length, shape or dtype (raised on all of them).
     """
     with refused_together(lambda: _sequence_axis_or_only(mesh, placements) if check else []):
+        if length is None:
+            raise TypeError(
+                "from_local needs length=, the number of tokens of the whole sequence: ranks hold shares of different sizes where "
+                f"it does not divide, so that this rank's share of shape {tuple(local.shape)} does not tell it. Pass length=S, or "
+                "the batch.length of shard_batch"
+            )
         targets = normalized(mesh, placements, local.ndim)
         axis, placement = sequence_axis(mesh, targets)
     if check and not torch.compiler.is_compiling():
@@ -107,7 +118,8 @@ def redistribute(
 
     Layout to layout of one dim is an all-to-all of the tokens that change rank; sequence to another dim (heads) an all-to-all
     of blocks; `Partial` to a layout a reduce-scatter; anything to `Replicate` an all-gather or all-reduce. `documents` are the
-    bounds of packed documents, which `Zigzag(dim, per_document=True)` needs on either side.
+    bounds of packed documents, which `Zigzag(dim, per_document=True)` needs on either side. The mesh stays that of the tensor;
+    `mesh` is deprecated, does nothing and will be removed.
 
     Raises:
         TypeError: not a DTensor.
@@ -118,6 +130,9 @@ def redistribute(
         raise TypeError(f"redistribute takes a DTensor, found {type(tensor).__name__}: make one with dtensor_ring.from_local")
     if mesh is not None and mesh != tensor.device_mesh:
         raise ValueError(f"the tensor lies on {tensor.device_mesh}, not on {mesh}: redistribute keeps the mesh")
+    if mesh is not None:
+        text = "mesh= of redistribute does nothing, since a tensor stays on its mesh, and will be removed: leave it out"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
     with refused_together(partial(_sequence_axis_or_only, tensor.device_mesh, tensor.placements)):
         targets = normalized(tensor.device_mesh, placements, tensor.ndim)
         if not any(isinstance(p, SequencePlacement) for p in (*tensor.placements, *targets)):

@@ -138,7 +138,11 @@ def check_call(model: PreTrainedModel, arguments: Mapping[str, Any], parameters:
         )
     keep = arguments.get("logits_to_keep", 0)
     if isinstance(keep, Tensor) or keep:
-        raise NotImplementedError("logits_to_keep counts tokens of the whole sequence, but each rank has a part: leave it out")
+        raise NotImplementedError(
+            "generation is not supported on a parallelized model, also not without a cache: logits_to_keep counts tokens of the "
+            "whole sequence, but each rank has a part. Generate with the model before parallelize_module, or after plan.undo(); in "
+            "other calls leave logits_to_keep out"
+        )
     if arguments.get("ignore_index", IGNORED) != IGNORED:
         raise NotImplementedError(f"ignore_index must be {IGNORED}: set the labels that do not count to {IGNORED}")
     if arguments.get("is_causal") is False:

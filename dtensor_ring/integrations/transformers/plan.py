@@ -30,8 +30,8 @@ from dtensor_ring.comm.rank_checks import refused_together
 from dtensor_ring.documents import Documents
 from dtensor_ring.integrations.transformers.attention import KEYWORD, NAME, NO_MASK, STATE, AttentionState, RingBatch, register
 from dtensor_ring.integrations.transformers.checks import check_call, check_length, check_model
-from dtensor_ring.ops.arguments import choose_strategy
-from dtensor_ring.ops.kernels import KERNELS
+from dtensor_ring.ops.arguments import Strategy, choose_strategy
+from dtensor_ring.ops.kernels import KERNELS, KernelName
 from dtensor_ring.placements import SequencePlacement, Zigzag, from_local, full_tensor
 from dtensor_ring.placements.batch import check_axis, check_same, cut_batch, find_documents, sequence_length
 
@@ -44,7 +44,9 @@ class RingPlan(dict[str, ParallelStyle]):
     Made by `ring_plan`, for one model, applied once.
     """
 
-    def __init__(self, model: PreTrainedModel, placement: SequencePlacement, strategy: str | None, kernel: str | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, placement: SequencePlacement, strategy: Strategy | None, kernel: KernelName | None
+    ) -> None:
         self._model, self._placement, self._strategy, self._kernel = model, placement, strategy, kernel
         self._mesh: DeviceMesh | None = None
         self._was_applied, self._begun_among_ranks = False, _several_ranks()
@@ -193,7 +195,10 @@ class RingPlan(dict[str, ParallelStyle]):
 
 
 def ring_plan(
-    model: PreTrainedModel, placement: SequencePlacement | None = None, strategy: str | None = None, kernel: str | None = None
+    model: PreTrainedModel,
+    placement: SequencePlacement | None = None,
+    strategy: Strategy | None = None,
+    kernel: KernelName | None = None,
 ) -> RingPlan:
     """A plan that makes a Hugging Face model sequence-parallel over one mesh axis.
 
