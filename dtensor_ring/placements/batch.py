@@ -12,9 +12,7 @@ sequence numbers, or a mask of padding.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import re
 import struct
 from collections.abc import Mapping, Sequence
 
@@ -25,17 +23,21 @@ from torch.distributed.device_mesh import DeviceMesh
 from dtensor_ring.comm import Transport, transport_along
 from dtensor_ring.comm.rank_checks import checksum, meet, refused_together
 from dtensor_ring.documents import Documents
+from dtensor_ring.placements.batch_reading import (
+    BOUND_KEYS,
+    CUT_KEYS,
+    PERHAPS_A_SHARE,
+    find_documents,
+    padding_of,
+    refuse_lookalikes,
+    refuse_unknown,
+    rows_of,
+    sequence_length,
+)
 from dtensor_ring.placements.moves import take_shard
 from dtensor_ring.placements.placement import SequencePlacement, Zigzag, split_of
 
 IGNORED = -100
-CUT_KEYS = ("input_ids", "inputs_embeds", "position_ids", "labels", "shift_labels")
-BOUND_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-KNOWN_KEYS = (*CUT_KEYS, *BOUND_KEYS, "attention_mask", "documents", "num_items_in_batch")
-_BOUND_WORDS = re.compile(r"cu_?seq|seq_?len|document|doc_?id|seq_?id|segment|max_?len")  # names that other packages give bounds
-
-
-_PERHAPS_A_SHARE = "If shard_batch cut this batch, it is a rank's share already: pass the whole batch, as every rank has it"
 
 
 class ShardedBatch(dict[str, object]):
@@ -99,7 +101,7 @@ def shard_batch(
             raise ValueError("this batch is a share already, made by shard_batch: pass the whole batch")
         refuse_lookalikes(batch)
         length = sequence_length(batch)
-        _refuse_unknown(batch, length)
+        refuse_unknown(batch, length)
         found = find_documents(batch, length, documents)
     if check:
         check_same(batch, length, found, wire)
@@ -114,163 +116,6 @@ def check_axis(mesh: DeviceMesh, placement: SequencePlacement) -> None:
         )
     if not isinstance(placement, SequencePlacement) or placement.dim != 1:
         raise ValueError(f"a batch (B, S) is cut in dim 1 by Contiguous(1), Zigzag(1) or Stripe(1), found {placement!r}")
-
-
-def sequence_length(batch: Mapping[str, object]) -> int:
-    """Tokens of a row, checked to be the same in all tensors that are cut; and that what is read of a batch has values."""
-    for key in (*CUT_KEYS, *BOUND_KEYS, "attention_mask"):
-        value = batch.get(key)
-        if isinstance(value, Tensor) and value.is_meta:
-            raise ValueError(
-                f"{key} is on the meta device, which has no values to read: labels, positions and documents are read from a batch. "
-                "Make the batch on a real device, or move the model there first (model.to_empty) if the batch follows its device"
-            )
-    sizes: dict[str, tuple[int, ...]] = {}
-    for key in CUT_KEYS:
-        value = batch.get(key)
-        if value is not None and not isinstance(value, Tensor):
-            raise TypeError(f"{key} must be a tensor (B, S), found {type(value).__name__}")
-        if isinstance(value, Tensor):
-            if value.dim() < 2:
-                raise ValueError(f"{key} must have a batch and a sequence dim, found shape {tuple(value.shape)}")
-            sizes[key] = tuple(value.shape)
-    lengths = {shape[1] for shape in sizes.values()}
-    if len(lengths) != 1:
-        what = f"found shapes {sizes}" if sizes else "found neither"
-        raise ValueError(f"a batch needs input_ids or inputs_embeds, all tensors of one length, {what}")
-    return lengths.pop()
-
-
-def find_documents(
-    batch: Mapping[str, object], length: int, documents: Documents | Tensor | Sequence[int] | None = None
-) -> Documents | None:
-    """What belongs together in a row: the documents given, or those that the batch tells; None for one document a row.
-
-    A batch tells them by `cu_seq_lens_q`, by `seq_idx` (B or 1, S), where it changes, by `position_ids` (B or 1, S) that restart,
-    or by an `attention_mask` (B, S) with zeros: a row's padding and its real tokens are documents.
-
-    Raises:
-        ValueError: two of these contradict each other, or one does not fit the batch.
-        NotImplementedError: a mask that is not padding, or padding beside documents.
-    """
-    rows = _rows(batch)
-    padding = padding_of(batch, rows, length)
-    found = {} if documents is None else {"documents": Documents.of(documents, length)}
-    bounds = _cumulative(batch)
-    if bounds is not None:
-        found["cu_seq_lens_q"] = Documents.of(bounds, length)
-    numbers, positions = (_per_token(batch, key, rows, length) for key in ("seq_idx", "position_ids"))
-    if numbers is not None and length:
-        found["seq_idx"] = _documents_at(numbers.diff(dim=1) != 0)
-    jumps = torch.zeros(1, 0, dtype=torch.bool) if positions is None or not length else positions.diff(dim=1) != 1
-    if padding is not None and positions is not None:
-        jumps = jumps & ~padding[:, 1:] & ~padding[:, :-1]  # with a mask, positions at padding mean nothing
-    if positions is not None and bool(jumps.any()):
-        strict = not found and padding is None
-        found["position_ids"] = _restarting(positions) if strict else _documents_at(jumps)
-    if padding is not None and found:
-        raise NotImplementedError(
-            f"attention_mask has zeros and {' and '.join(found)} tell documents: padding beside packed documents is not supported; "
-            "make the padding a document of its own with labels of -100, and leave the mask out"
-        )
-    if padding is not None:
-        return _documents_at(padding[:, 1:] != padding[:, :-1])
-    _check_agree(found, rows)
-    return next(iter(found.values()), None)
-
-
-def _restarting(positions: Tensor) -> Documents:
-    """Documents of positions that jump; positions that do not restart at 0 are perhaps those of a rank's share."""
-    try:
-        return Documents.from_position_ids(positions)
-    except ValueError as failure:
-        raise ValueError(f"{failure}. {_PERHAPS_A_SHARE}") from None
-
-
-def _rows(batch: Mapping[str, object]) -> int:
-    """Rows of a batch; position ids may have one for all."""
-    return next((value.shape[0] for key in CUT_KEYS if key != "position_ids" and isinstance(value := batch.get(key), Tensor)), 1)
-
-
-def padding_of(batch: Mapping[str, object], rows: int, length: int) -> Tensor | None:
-    """True where `attention_mask` marks a token as padding, (B, S); None where it marks none.
-
-    Raises:
-        NotImplementedError: anything but ones at one run of tokens in each row, and zeros elsewhere.
-    """
-    mask = batch.get("attention_mask")
-    if mask is None:
-        return None
-    needed = (
-        f"only a mask ({rows}, {length}) of ones, with zeros at padding on the left or right, is supported: pack rows without "
-        "padding and pass documents (cu_seq_lens_q, or position_ids that restart)"
-    )
-    if not isinstance(mask, Tensor) or tuple(mask.shape) != (rows, length):
-        what = f"a {mask.dtype} tensor of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
-        raise NotImplementedError(f"attention_mask: found {what}; {needed}")
-    padding = mask == 0
-    begins = ~padding & torch.nn.functional.pad(padding, (1, 0), value=True)[:, :-1]  # where runs of ones begin
-    other, padded, holes = torch.stack([(~padding & (mask != 1)).any(), padding.any(), (begins.sum(1) > 1).any()]).tolist()
-    if other or (padded and mask.is_floating_point()):
-        raise NotImplementedError(f"attention_mask: found {mask.dtype} values from {mask.min()} to {mask.max()}; {needed}")
-    if holes:
-        runs = begins.sum(1).tolist()
-        row = next(i for i, count in enumerate(runs) if count > 1)
-        raise NotImplementedError(f"attention_mask: found {runs[row]} runs of ones in row {row}, with zeros between; {needed}")
-    return padding if padded else None
-
-
-def _cumulative(batch: Mapping[str, object]) -> Tensor | Sequence[int] | None:
-    """The cumulative lengths of a packed batch, the same for queries and keys."""
-    found: list[Tensor | Sequence[int] | None] = []
-    for key in BOUND_KEYS[:2]:
-        value = batch.get(key)
-        if value is not None and not isinstance(value, (Tensor, Sequence)):
-            raise TypeError(f"{key} must be a 1-D integer tensor or a list, found {type(value).__name__}")
-        found.append(value)
-    bounds, keys = found
-    if keys is not None and (bounds is None or not torch.equal(torch.as_tensor(bounds), torch.as_tensor(keys))):
-        raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ: queries and keys of a packed batch are the same tokens")
-    return bounds
-
-
-def _per_token(batch: Mapping[str, object], key: str, rows: int, length: int) -> Tensor | None:
-    """A tensor of one integer for each token, checked to be (B, S) or (1, S)."""
-    value = batch.get(key)
-    if value is None:
-        return None
-    if not isinstance(value, Tensor) or value.dim() != 2 or value.shape[0] not in (1, rows) or value.shape[1] != length:
-        what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"{key} must have shape (B, S) or (1, S), here ({rows}, {length}) or (1, {length}), found {what}")
-    return value
-
-
-def _documents_at(changes: Tensor) -> Documents:
-    """Documents that begin at token i + 1 where `changes` (rows, S-1) is true at i."""
-    length = changes.shape[1] + 1
-    bounds = [(0, *(i + 1 for i, new in enumerate(row) if new), length) for row in changes.tolist()]
-    return Documents((bounds[0],) if all(row == bounds[0] for row in bounds) else tuple(bounds))
-
-
-def _check_agree(found: Mapping[str, Documents], rows: int) -> None:
-    """Raises ValueError unless all sources tell the same documents, empty ones aside, for a batch of so many rows."""
-    told: dict[str, list[list[int]]] = {}
-    for name, documents in found.items():
-        if documents.rows not in (1, rows):
-            raise ValueError(
-                f"{name} have {documents.rows} rows, but the batch has {rows}: give one row, or one for each batch row"
-            )
-        told[name] = [sorted(set(row)) for row in documents.bounds] * (rows if documents.rows == 1 else 1)
-    for name, theirs in list(told.items())[1:]:
-        first, ours = next(iter(told.items()))
-        for row, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            if a != b:
-                token = min(set(a) ^ set(b))
-                begins, goes_on = (first, name) if token in a else (name, first)
-                raise ValueError(
-                    f"{first} and {name} contradict each other: in row {row} a document begins at token {token} by {begins}, "
-                    f"not by {goes_on}; give one of them, or make them agree"
-                )
 
 
 def check_same(batch: Mapping[str, object], length: int, documents: Documents | None, wire: Transport) -> None:
@@ -294,7 +139,7 @@ def check_same(batch: Mapping[str, object], length: int, documents: Documents | 
         if theirs[:4] != mine[:4]:
             raise ValueError(
                 f"ranks {wire.rank} and {rank} of the sequence axis hold different batches ({words}): give all of them the same "
-                f"data, as a sampler does that shards over the data-parallel axis only. {_PERHAPS_A_SHARE}"
+                f"data, as a sampler does that shards over the data-parallel axis only. {PERHAPS_A_SHARE}"
             )
         if theirs != mine:
             (its_count,) = struct.unpack("d", struct.pack("q", theirs[4]))
@@ -312,7 +157,7 @@ def cut_batch(
     for key in (*BOUND_KEYS, "attention_mask"):
         whole.pop(key, None)
     device = next(value.device for key in CUT_KEYS if isinstance(value := whole.get(key), Tensor))
-    padding = padding_of(batch, _rows(batch), length)
+    padding = padding_of(batch, rows_of(batch), length)
     packed = documents if padding is None else None
     if not isinstance(whole.get("position_ids"), Tensor):
         positions = torch.arange(length)[None] if packed is None else packed.position_ids()
@@ -375,31 +220,3 @@ def _predicted_by_real_tokens(shifted: Tensor, padding: Tensor) -> Tensor:
             "attention_mask is 0"
         )
     return shifted.masked_fill(last, IGNORED)
-
-
-def refuse_lookalikes(batch: Mapping[str, object], known: Sequence[str] = ()) -> None:
-    """Raises ValueError for a key that looks like one that is read here, or like document bounds, under another name.
-
-    Args:
-        batch: keys and values; what is None does not count.
-        known: keys that are not read here, but are right.
-    """
-    for key, value in batch.items():
-        if value is None or key in KNOWN_KEYS or key in known:
-            continue
-        near = difflib.get_close_matches(key, KNOWN_KEYS, 1, 0.8)
-        if near or _BOUND_WORDS.search(key.lower()):
-            right = repr(near[0]) if near else "documents=, 'cu_seq_lens_q', 'seq_idx' or restarting 'position_ids'"
-            raise ValueError(
-                f"{key!r} is not read, and would be ignored: documents of a packed batch and its tensors come as "
-                f"{', '.join(map(repr, KNOWN_KEYS))}. Is {right} meant?"
-            )
-
-
-def _refuse_unknown(batch: Mapping[str, object], length: int) -> None:
-    for key, value in batch.items():
-        if key not in KNOWN_KEYS and isinstance(value, Tensor) and length > 1 and length in value.shape:
-            raise NotImplementedError(
-                f"{key} of shape {tuple(value.shape)} has a dim as long as the sequence ({length}), but it is not known how to cut "
-                f"it; known are {', '.join(CUT_KEYS)}: leave it out"
-            )

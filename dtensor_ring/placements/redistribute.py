@@ -9,7 +9,7 @@ input is the whole gradient, on every rank.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from dtensor_ring.comm.rank_checks import refused_together
 from dtensor_ring.documents import Documents
 from dtensor_ring.placements import moves
 from dtensor_ring.placements.compare import check_documents, check_shares, check_whole
+from dtensor_ring.placements.mesh_moves import move
 from dtensor_ring.placements.placement import SequencePlacement, dim_of, split_of
 
 Placements = tuple[Placement, ...]
@@ -170,6 +171,8 @@ def _every_axis(mesh: DeviceMesh) -> list[Transport]:
 
 def _sequence_axis_or_only(mesh: DeviceMesh, placements: Sequence[Placement]) -> list[Transport]:
     """Where the other ranks learn that this one refuses a call: the sequence axis, or the only axis there is; else nowhere."""
+    if not isinstance(mesh, DeviceMesh):
+        return []
     axes = [i for i, p in enumerate(placements) if isinstance(p, SequencePlacement)] if isinstance(placements, Sequence) else []
     if len(axes) == 1 and axes[0] < mesh.ndim:
         return [transport_along(mesh, axes[0])]
@@ -319,98 +322,3 @@ class _Redistribute(torch.autograd.Function):
     ) -> tuple[DTensor, None, None]:
         local = move(local_of(grad), grad.device_mesh, grad.shape, grad.placements, ctx.sources, ctx.documents)
         return wrap(local, grad.device_mesh, ctx.sources, grad.shape), None, None
-
-
-def move(
-    local: Tensor,
-    mesh: DeviceMesh,
-    shape: Sequence[int],
-    sources: Sequence[Placement],
-    targets: Sequence[Placement],
-    documents: Documents | None = None,
-) -> Tensor:
-    """The local tensor under `targets` of the global tensor of `shape` whose local tensor under `sources` is given."""
-    axes = range(mesh.ndim)
-    changed = {i for i in axes if sources[i] != targets[i]}
-    # an axis whose dim an outer changed axis also splits holds a part of that axis' part: it is undone and redone with it
-    changed |= {j for j in axes for i in changed if i < j and _shares_dim(i, j, sources, targets)}
-    if any(_shares_dim(i, j, sources, targets) for i in changed for j in axes if i != j):
-        local, shared = _through_replicate(local, mesh, shape, sources, targets, sorted(changed), documents), True
-    else:
-        shared = False
-        for i in sorted(changed):
-            local = _step(local, mesh, i, sources[i], targets[i], lambda dim: shape[dim], documents)
-    return local.contiguous() if shared or changed else local
-
-
-def _through_replicate(
-    local: Tensor,
-    mesh: DeviceMesh,
-    shape: Sequence[int],
-    sources: Sequence[Placement],
-    targets: Sequence[Placement],
-    axes: list[int],
-    documents: Documents | None,
-) -> Tensor:
-    def length_at(axis: int, placements: Sequence[Placement]) -> Callable[[int], int]:
-        def length(dim: int) -> int:
-            size = shape[dim]
-            for i in range(axis):
-                if dim_of(placements[i]) == dim:
-                    size = moves.local_size(split_of(placements[i]), size, mesh.size(i), mesh.get_local_rank(i))
-            return size
-
-        return length
-
-    for i in reversed(axes):
-        local = _step(local, mesh, i, sources[i], Replicate(), length_at(i, sources), documents)
-    for i in axes:
-        local = _step(local, mesh, i, Replicate(), targets[i], length_at(i, targets), documents)
-    return local
-
-
-def _shares_dim(i: int, j: int, sources: Sequence[Placement], targets: Sequence[Placement]) -> bool:
-    mine, others = {dim_of(sources[i]), dim_of(targets[i])}, {dim_of(sources[j]), dim_of(targets[j])}
-    return bool((mine & others) - {-1})
-
-
-def _step(
-    x: Tensor,
-    mesh: DeviceMesh,
-    axis: int,
-    old: Placement,
-    new: Placement,
-    length: Callable[[int], int],
-    documents: Documents | None,
-) -> Tensor:
-    """One mesh axis from one placement to another; `length` gives a dim's size over this axis and the axes inside it."""
-    if old == new or mesh.size(axis) == 1:
-        return x
-    wire = transport_along(mesh, axis)
-    with wire.during(f"redistribute from {old!r} to {new!r}"):
-        return _moved(x, wire, (old, new), length, documents)
-
-
-def _moved(
-    x: Tensor,
-    wire: Transport,
-    placements: tuple[Placement, Placement],
-    length: Callable[[int], int],
-    documents: Documents | None,
-) -> Tensor:
-    old, new = placements
-    old_split, new_split = split_of(old, documents), split_of(new, documents)
-    if isinstance(new, Partial):
-        raise ValueError(f"{wire.axis}: {old!r} cannot become {new!r}: nothing is left to reduce")
-    if isinstance(old, Partial):
-        if isinstance(new, Replicate):
-            return wire.all_reduce(x, old.reduce_op)
-        return moves.reduce_shards(x, dim_of(new), new_split, old.reduce_op, wire)
-    if isinstance(old, Replicate):
-        return moves.take_shard(x, dim_of(new), new_split, wire.world, wire.rank)
-    if isinstance(new, Replicate):
-        return moves.gather_shards(x, dim_of(old), old_split, length(dim_of(old)), wire)
-    a, b = dim_of(old), dim_of(new)
-    if a == b:
-        return moves.reshard(x, a, old_split, new_split, length(a), wire)
-    return moves.exchange_dims(x, (a, old_split, length(a)), (b, new_split, x.shape[b]), wire)

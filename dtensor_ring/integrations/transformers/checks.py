@@ -12,7 +12,8 @@ from transformers.utils.generic import TransformersKwargs
 
 from dtensor_ring.documents import Documents
 from dtensor_ring.placements import SequencePlacement
-from dtensor_ring.placements.batch import IGNORED, KNOWN_KEYS, refuse_lookalikes
+from dtensor_ring.placements.batch import IGNORED
+from dtensor_ring.placements.batch_reading import KNOWN_KEYS, refuse_lookalikes
 
 MODEL_TYPES = (
     "llama",

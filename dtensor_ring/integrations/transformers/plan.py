@@ -33,7 +33,8 @@ from dtensor_ring.integrations.transformers.checks import check_call, check_leng
 from dtensor_ring.ops.arguments import Strategy, choose_strategy
 from dtensor_ring.ops.kernels import KERNELS, KernelName
 from dtensor_ring.placements import SequencePlacement, Zigzag, from_local, full_tensor
-from dtensor_ring.placements.batch import check_axis, check_same, cut_batch, find_documents, sequence_length
+from dtensor_ring.placements.batch import check_axis, check_same, cut_batch
+from dtensor_ring.placements.batch_reading import find_documents, sequence_length
 
 _SEQUENCE_AXIS = r"cp|sp|seq|context|ring"  # how programs name the mesh axis that holds the sequence
 
