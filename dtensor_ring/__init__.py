@@ -19,20 +19,27 @@ Words used throughout:
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
 from typing import TYPE_CHECKING
 
-from dtensor_ring.attention import ring_attention
-from dtensor_ring.documents import Documents
-from dtensor_ring.placements import (
-    Contiguous,
-    Stripe,
-    Zigzag,
-    distribute_tensor,
-    from_local,
-    full_tensor,
-    redistribute,
-    shard_batch,
-)
+# `python -m dtensor_ring plan` works on integers and must not wait two seconds for torch. While Python looks for the module that
+# `-m` names, sys.argv is that module's arguments after a first "-m", so the name itself stands just before them in sys.orig_argv.
+# Only then are public names imported when they are first used. Every other process imports them here, because that registers the
+# operators, the rules of DTensor and what torch.load may load.
+if TYPE_CHECKING or not (sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv) :][:1] == ["dtensor_ring"]):
+    from dtensor_ring.attention import ring_attention
+    from dtensor_ring.documents import Documents
+    from dtensor_ring.placements import (
+        Contiguous,
+        Stripe,
+        Zigzag,
+        distribute_tensor,
+        from_local,
+        full_tensor,
+        redistribute,
+        shard_batch,
+    )
 
 if TYPE_CHECKING:
     from dtensor_ring.integrations.transformers import ring_plan
@@ -54,10 +61,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    """`ring_plan` is imported when it is first used, since it needs transformers."""
-    if name == "ring_plan":
-        from dtensor_ring.integrations.transformers import ring_plan
+_ROOMS = {
+    "Documents": "dtensor_ring.documents",
+    "ring_attention": "dtensor_ring.attention",
+    "ring_plan": "dtensor_ring.integrations.transformers",
+}
 
-        return ring_plan
-    raise AttributeError(f"module 'dtensor_ring' has no attribute {name!r}")
+
+def __getattr__(name: str) -> object:
+    """What is imported when it is first used: `ring_plan`, which needs transformers; every public name for the command line."""
+    if name not in __all__:
+        raise AttributeError(f"module 'dtensor_ring' has no attribute {name!r}")
+    return getattr(import_module(_ROOMS.get(name, "dtensor_ring.placements")), name)
