@@ -4,6 +4,7 @@
 #   make packed   packed texts through the model on two and four ranks, each as if it were alone
 #   make test     the tests, under ten minutes
 #   make check    format, lint, layer contracts, types, tests
+#   make wheel    wheel and sdist, built and tried as users get them, in build/wheel
 #
 # Versions are pinned in constraints.txt. For another PyTorch (CUDA, nightly): make setup TORCH='torch==2.11.0'.
 
@@ -13,7 +14,7 @@ BIN := .venv/bin
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo packed test test-all check format lint contracts types clean
+.PHONY: setup demo packed test test-all check format lint contracts types wheel clean
 
 setup: .venv/ready
 
@@ -51,5 +52,8 @@ contracts: setup
 types: setup
 	$(BIN)/pyrefly check --min-severity error
 
+wheel: setup
+	tests/wheel/check.sh $(PYTHON) $(BIN)/python '$(TORCH)'
+
 clean:
-	rm -rf .venv .hypothesis .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv build .hypothesis .pytest_cache .ruff_cache .import_linter_cache

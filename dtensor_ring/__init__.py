@@ -20,7 +20,6 @@ Words used throughout:
 from __future__ import annotations
 
 import sys
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 # `python -m dtensor_ring plan` works on integers and must not wait two seconds for torch. While Python looks for the module that
@@ -32,6 +31,7 @@ if TYPE_CHECKING or not (sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)
     from dtensor_ring.documents import Documents
     from dtensor_ring.placements import (
         Contiguous,
+        ShardedBatch,
         Stripe,
         Zigzag,
         distribute_tensor,
@@ -40,17 +40,22 @@ if TYPE_CHECKING or not (sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)
         redistribute,
         shard_batch,
     )
+    from dtensor_ring.replicas import average_gradients, check_replicas
 
 if TYPE_CHECKING:
-    from dtensor_ring.integrations.transformers import ring_plan
+    from dtensor_ring.integrations.transformers import RingPlan, ring_plan
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Contiguous",
     "Documents",
+    "RingPlan",
+    "ShardedBatch",
     "Stripe",
     "Zigzag",
+    "average_gradients",
+    "check_replicas",
     "distribute_tensor",
     "from_local",
     "full_tensor",
@@ -63,13 +68,18 @@ __all__ = [
 
 _ROOMS = {
     "Documents": "dtensor_ring.documents",
+    "RingPlan": "dtensor_ring.integrations.transformers",
+    "average_gradients": "dtensor_ring.replicas",
+    "check_replicas": "dtensor_ring.replicas",
     "ring_attention": "dtensor_ring.attention",
     "ring_plan": "dtensor_ring.integrations.transformers",
 }
 
 
 def __getattr__(name: str) -> object:
-    """What is imported when it is first used: `ring_plan`, which needs transformers; every public name for the command line."""
+    """What is imported when first used: `ring_plan` and `RingPlan`, which need transformers; all names for the command line."""
     if name not in __all__:
         raise AttributeError(f"module 'dtensor_ring' has no attribute {name!r}")
-    return getattr(import_module(_ROOMS.get(name, "dtensor_ring.placements")), name)
+    from dtensor_ring.optional import optional
+
+    return optional(_ROOMS.get(name, "dtensor_ring.placements"), name)

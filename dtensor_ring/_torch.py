@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed._functional_collectives import _are_we_tracing
-from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
+from torch.distributed.distributed_c10d import GroupName, _get_process_group_store, _resolve_process_group
 from torch.distributed.tensor import DTensor, Replicate, _dtensor_spec
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._op_schema import OpSchema, OutputSharding, RuntimeSchemaInfo
@@ -115,14 +115,29 @@ def local_of(tensor: DTensor) -> Tensor:
     return tensor._local_tensor
 
 
+def replicated(tensor: Tensor, like: DTensor) -> DTensor:
+    """A small CPU tensor, equal on all ranks, as a DTensor on the mesh of `like`: `from_local` would move it to the GPU.
+
+    Dynamo cannot trace the constructor of DTensor, so compiled code calls an operator, for which `_replicate` runs once tensors are
+    real or fake. `torch.compiler.allow_in_graph` would do as well, but imports torch._dynamo into every program.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.dtensor_ring.replicated(tensor, like.detach())
+    return _replicated(tensor, like)
+
+
 def _replicated(tensor: Tensor, like: DTensor) -> DTensor:
-    """A small CPU tensor, equal on all ranks, as a DTensor on the mesh of `like`: `from_local` would move it to the GPU."""
     placements = (Replicate(),) * like.device_mesh.ndim
     meta = TensorMeta(tensor.shape, tensor.stride(), tensor.dtype)
     return DTensor(tensor, DTensorSpec(like.device_mesh, placements, tensor_meta=meta), requires_grad=False)
 
 
-replicated: Callable[[Tensor, DTensor], DTensor] = torch.compiler.allow_in_graph(_replicated)  # pyrefly: ignore[bad-assignment]
+def _replicate(_mode: object, _op: object, _types: object, args: tuple[Tensor, DTensor], _kwargs: object) -> DTensor:
+    return _replicated(*args)
+
+
+torch.library.define("dtensor_ring::replicated", "(Tensor tensor, Tensor like) -> Tensor")
+torch.library.register_torch_dispatch("dtensor_ring::replicated", DTensor, _replicate)
 
 
 def is_tracing() -> bool:
@@ -133,6 +148,11 @@ def is_tracing() -> bool:
 def resolve_group(name: str) -> dist.ProcessGroup:
     """The process group of a `ProcessGroup.group_name`: ops take strings, not groups."""
     return _resolve_process_group(GroupName(name))
+
+
+def store_of(group: dist.ProcessGroup) -> dist.Store:
+    """The key-value store through which the ranks of a group found each other; it answers also where the group is broken."""
+    return _get_process_group_store(group)
 
 
 @contextmanager

@@ -42,8 +42,6 @@ def kernel_table() -> str:
         "head dim 256": replace(base, head_dim=256, v_head_dim=256),
         "head dim 80": replace(base, head_dim=80, v_head_dim=80),
         "value dim of its own": replace(base, head_dim=128, v_head_dim=64),
-        "window": replace(base, windowed=True),
-        "packed documents": replace(base, packed=True),
         "softcap": replace(base, softcap=30.0),
         "dropout": replace(base, dropout=True),
         "softcap and dropout": replace(base, softcap=30.0, dropout=True),

@@ -32,9 +32,6 @@ class Documents:
     Every row starts at 0, never decreases and ends at the same length; equal neighbours are empty documents. Two values are
     equal when their bounds are; hashing and comparing read the digest only.
 
-    `packed` is the bounds as one int64 CPU tensor (per row, how many, then the bounds): what operators take, so that compiled
-    graphs and caches do not depend on the values.
-
     Args:
         bounds: the rows; a `Documents` of one row counts for every row of a batch.
 
@@ -44,7 +41,7 @@ class Documents:
 
     bounds: tuple[tuple[int, ...], ...]
     digest: str = field(init=False, repr=False)
-    packed: Tensor = field(init=False, repr=False)
+    _packed: Tensor = field(init=False, repr=False)  # never handed out: what is written into it would belong to another value
 
     def __post_init__(self) -> None:
         rows = tuple(tuple(index(bound) for bound in row) for row in self.bounds)
@@ -58,15 +55,15 @@ class Documents:
         # Where torch is loaded the tensor is made at once: asked for later, inside a compiled function or under a fake mode, it
         # would be a tensor of theirs. Without torch `__getattr__` makes it, when it is first asked for.
         if "torch" in sys.modules:
-            object.__setattr__(self, "packed", _tensor(flat))
+            object.__setattr__(self, "_packed", _tensor(flat))
 
     if not TYPE_CHECKING:  # a checker would take every misspelt attribute for one that this makes
 
         def __getattr__(self, name: str) -> object:
-            if name != "packed":
+            if name != "_packed":
                 raise AttributeError(f"'Documents' object has no attribute {name!r}")
-            object.__setattr__(self, "packed", _tensor(_pack(self.bounds)))
-            return self.packed
+            object.__setattr__(self, "_packed", _tensor(_pack(self.bounds)))
+            return self._packed
 
     @classmethod
     def from_lengths(cls, lengths: Iterable[int]) -> Documents:
@@ -123,6 +120,14 @@ class Documents:
         return documents
 
     @property
+    def packed(self) -> Tensor:
+        """The bounds as one int64 CPU tensor, made anew: per row, how many, then the bounds.
+
+        This is what operators take, so that compiled graphs and caches do not depend on the values.
+        """
+        return self._packed.clone()
+
+    @property
     def length(self) -> int:
         """Tokens in a row."""
         return self.bounds[0][-1]
@@ -150,7 +155,13 @@ class Documents:
     @staticmethod
     def unpack(packed: Tensor) -> Documents | Slices | None:
         """The documents, or slices, with this `packed` tensor; an empty one stands for no documents."""
-        return _unpack(packed.numpy().tobytes()) if packed.numel() else None
+        if not packed.numel():
+            return None
+        import torch
+
+        memory = bytearray(packed.nbytes)  # PyTorch copies into it: no NumPy, and no Python integer for each bound
+        torch.frombuffer(memory, dtype=torch.int64).copy_(packed)
+        return _unpack(bytes(memory))
 
     @staticmethod
     def find(bounds: tuple[int, ...], token: int) -> int:
@@ -203,9 +214,11 @@ class Slices:
 
 
 def packed_of(documents: Documents | Slices | None) -> Tensor:
-    """What operators take: the bounds as one tensor, empty for no documents."""
+    """What operators take and only read: the bounds as one tensor, empty for no documents."""
     import torch
 
+    if isinstance(documents, Documents):
+        return documents._packed
     return torch.empty(0, dtype=torch.int64) if documents is None else documents.packed
 
 

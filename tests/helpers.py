@@ -11,7 +11,7 @@ from dtensor_ring.comm import LoopbackTransport
 from dtensor_ring.documents import Documents
 from dtensor_ring.layout import Layout
 from dtensor_ring.ops.execute import Executor
-from dtensor_ring.ops.kernels import KERNELS, Options
+from dtensor_ring.ops.kernels import KERNELS, Kernel, Options
 from dtensor_ring.ops.kernels.math import keep_mask
 from dtensor_ring.ops.mask import Band, mask_text
 from dtensor_ring.ops.reference import reference_attention
@@ -101,7 +101,7 @@ def whole(shares: list[Tensor], layout: str, dim: int = 1, documents: Documents 
 
 
 def run_loopback(
-    case: Case, layout: str, world: int, strategy: str, kernel: str
+    case: Case, layout: str, world: int, strategy: str, kernel: str | Kernel
 ) -> tuple[tuple[Tensor, ...], list[tuple[int, int]]]:
     """out, lse, dq, dk, dv put together from ranks run as threads, and what each sent: (forward, whole) bytes."""
     problem = case.problem(layout, world, strategy)
@@ -111,7 +111,8 @@ def run_loopback(
         q, k, v, dout = (
             share(x, layout, world, wire.rank, documents=case.documents).contiguous() for x in (*case.inputs, case.dout)
         )
-        executor = Executor(plan(problem, wire.rank), wire, KERNELS[kernel], options, alibi=case.alibi)
+        computes = kernel if isinstance(kernel, Kernel) else KERNELS[kernel]
+        executor = Executor(plan(problem, wire.rank), wire, computes, options, alibi=case.alibi)
         out, lse = executor.forward(q, k, v, seed=SEED)
         sent = wire.traffic.bytes
         grads = executor.backward(dout, q, k, v, out, lse, seed=SEED)[:3]

@@ -24,7 +24,7 @@ import torch.distributed as dist
 _context = mp.get_context("forkserver")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
@@ -57,7 +57,7 @@ def _work(rank: int, world: int, port: int, device: str, paths: list[str], line:
 class Pool:
     def __init__(self, world: int, device: str = "cpu") -> None:
         self.world = world
-        port = _free_port()
+        port = free_port()
         self._lines, self._processes = [], []
         for rank in range(world):
             here, there = _context.Pipe()
@@ -67,12 +67,13 @@ class Pool:
             self._processes.append(process)
         self._collect(120)
 
-    def run(self, check, *args, timeout: float = 120):
+    def run(self, check, *args, timeout: float = 120, lost: frozenset[int] = frozenset()):
+        """The ranks' answers; ranks in `lost` are expected to die, and answer None."""
         for line in self._lines:
             line.send((check.__module__, check.__qualname__, args))
-        return self._collect(timeout)
+        return self._collect(timeout, lost)
 
-    def _collect(self, timeout: float):
+    def _collect(self, timeout: float, lost: frozenset[int] = frozenset()):
         answers, until = {}, time.monotonic() + timeout
         while len(answers) < self.world:
             ready = wait([line for rank, line in enumerate(self._lines) if rank not in answers], max(0.0, until - time.monotonic()))
@@ -89,6 +90,9 @@ class Pool:
                 try:
                     answers[rank] = line.recv()
                 except EOFError:
+                    if rank in lost:
+                        answers[rank] = ("ok", None)
+                        continue
                     self.close()
                     raise RuntimeError(f"rank {rank} of {self.world} died") from None
                 if answers[rank][0] != "ok":
@@ -114,11 +118,11 @@ class Pools:
     def __init__(self) -> None:
         self._pools: dict[tuple[int, str], Pool] = {}
 
-    def run(self, world: int, check, *args, device: str = "cpu", timeout: float = 120):
+    def run(self, world: int, check, *args, device: str = "cpu", timeout: float = 120, lost: frozenset[int] = frozenset()):
         pool = self._pools.get((world, device))
         if pool is None or not pool.alive:
             pool = self._pools[world, device] = Pool(world, device)
-        return pool.run(check, *args, timeout=timeout)
+        return pool.run(check, *args, timeout=timeout, lost=lost)
 
     def close(self) -> None:
         for pool in self._pools.values():

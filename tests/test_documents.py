@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dtensor_ring
-from dtensor_ring import Documents
+from dtensor_ring import Documents, ring_attention
 
 lengths = st.lists(st.integers(0, 9), max_size=8)
 
@@ -55,7 +55,7 @@ def test_packing_equality_hash_pickle_and_repr_round_trip(rows):
 
 
 def test_documents_of_a_process_without_torch_are_packed_when_asked():
-    """The module alone, as the command line loads it; the tensor is the same, and made once."""
+    """The module alone, as the command line loads it; the tensor is the same."""
     code = """
 import copy, pickle, sys, types
 package = types.ModuleType("dtensor_ring")
@@ -67,12 +67,29 @@ assert copy.deepcopy(documents) == documents == pickle.loads(pickle.dumps(docume
 assert not hasattr(documents, "unpacked")
 assert "torch" not in sys.modules
 assert documents.packed.tolist() == [4, 0, 3, 7, 9]
-assert documents.packed is documents.packed
+assert documents._packed is documents._packed
 assert Documents.unpack(documents.packed) == documents
 later = Documents.from_lengths([3, 4, 2])
 assert later == documents and hash(later) == hash(documents) and later.packed.equal(documents.packed)
 """
     subprocess.run([sys.executable, "-c", code, str(Path(dtensor_ring.__file__).parent)], check=True)
+
+
+def test_writing_into_packed_changes_no_documents():
+    documents = Documents.from_lengths([3, 4])
+    documents.packed.zero_()
+    assert documents.packed.tolist() == [3, 0, 3, 7]
+    assert Documents.unpack(documents.packed) == documents
+    x = torch.randn(1, 7, 1, 8)
+    apart = torch.cat([ring_attention(part, part, part) for part in x.split([3, 4], dim=1)], dim=1)
+    torch.testing.assert_close(ring_attention(x, x, x, documents=documents), apart)
+
+
+def test_unpacking_reads_any_memory_order():
+    documents = Documents.from_lengths([3, 4])
+    spread = torch.stack([documents.packed, documents.packed], dim=1)[:, 0]
+    assert not spread.is_contiguous()
+    assert Documents.unpack(spread) == documents
 
 
 def test_no_documents_pack_to_none():

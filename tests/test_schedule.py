@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+from flash_windows import as_flash_attn_2
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -33,8 +34,11 @@ def problems(draw):
     )
 
 
-def computed(problem: Problem, row: int) -> Counter[tuple[int, int]]:
-    """How often the plans compute each (query position, key position) of a batch row, by brute force."""
+def computed(problem: Problem, row: int, reading=lambda window, longest_k: window) -> Counter[tuple[int, int]]:
+    """How often the plans compute each (query position, key position) of a batch row, by brute force.
+
+    `reading` is how a kernel reads a window where the longest segment of a call has so many keys.
+    """
     seen: Counter[tuple[int, int]] = Counter()
     keys_of = [problem.layout.tokens(problem.k_length, problem.world, rank) for rank in range(problem.world)]
     for rank in range(problem.world):
@@ -42,7 +46,7 @@ def computed(problem: Problem, row: int) -> Counter[tuple[int, int]]:
         for step in plan(problem, rank).steps:
             buffer = [keys_of[rows.source][i] for rows in step.keys for i in range(rows.start, rows.stop)]
             for call in step.calls:
-                left, right = call.window
+                left, right = reading(call.window, max(s.k1 - s.k0 for s in call.segments))
                 for segment in call.segments:
                     if len(problem.bounds) > 1 and segment.row != row:
                         continue
@@ -74,6 +78,15 @@ def allowed(problem: Problem, row: int) -> set[tuple[int, int]]:
 def test_every_allowed_score_is_computed_exactly_once_and_no_other(problem):
     for row in range(len(problem.bounds)):
         assert computed(problem, row) == Counter(allowed(problem, row))
+
+
+@settings(max_examples=400)
+@given(problems())
+@example(Problem(Layout("contiguous"), Band(0, 25), 40, 40, 4, "ring", Documents.from_lengths([7, 33])))  # more rows than keys
+@example(Problem(Layout("zigzag"), Band(-9, None), 24, 24, 4))  # a side ahead of as many tokens as there are keys
+def test_flash_attention_2_reads_the_windows_of_plans_as_they_are_meant(problem):
+    for row in range(len(problem.bounds)):
+        assert computed(problem, row, as_flash_attn_2) == Counter(allowed(problem, row))
 
 
 @settings(max_examples=300)
@@ -118,14 +131,32 @@ def test_segments_of_a_call_are_disjoint_and_increasing_in_rows_and_keys(problem
                     assert a.row < b.row or (a.q1 <= b.q0 and a.k1 <= b.k0)
 
 
-@settings(max_examples=200)
+@settings(max_examples=300)
 @given(problems())
+@example(Problem(Layout("contiguous"), FULL, 40, 40, 3))
 def test_contributions_are_counted_for_every_row(problem):
     for rank in range(problem.world):
-        each, rows = plan(problem, rank), range(len(problem.bounds))
+        each = plan(problem, rank)
         counts = Counter((s.row, i) for step in each.steps for call in step.calls for s in call.segments for i in range(s.q0, s.q1))
         assert each.q_parts == max(counts.values(), default=0)
-        assert all(row in rows for row, _ in counts)
+        assert all(row in range(len(problem.bounds)) for row, _ in counts)
+        keys = Counter(i for sends in each.sends for send in sends for rows in send.rows for i in range(rows.start, rows.stop))
+        for step in each.steps:
+            buffer = [(rows.source, i) for rows in step.keys for i in range(rows.start, rows.stop)]  # may hold a key twice
+            for call in step.calls:
+                read = {j for s in call.segments for j in range(s.k0, s.k1)}
+                keys.update(buffer[j][1] for j in read if buffer[j][0] == rank)
+        assert each.k_parts == max(keys.values(), default=0)
+
+
+@settings(max_examples=300)
+@given(problems())
+@example(Problem(Layout("zigzag"), CAUSAL, 40, 40, 4, "ring", Documents(((0, 9, 40), (0, 31, 40)))))
+def test_sums_tell_where_a_key_row_takes_part_in_several_calls(problem):
+    for rank in range(problem.world):
+        for step in plan(problem, rank).steps:
+            uses = Counter((s.row, j) for call in step.calls for s in call.segments for j in range(s.k0, s.k1))
+            assert step.sums == (max(uses.values(), default=0) > 1)
 
 
 def causal(kind: str, world: int, length: int, strategy: str = "ring", block: int = 1) -> list:

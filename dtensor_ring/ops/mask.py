@@ -12,7 +12,7 @@ runs of one stride, that is again a band in storage indices, and a box of scores
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 from dtensor_ring.layout import Piece, Run
@@ -36,6 +36,13 @@ class Band:
         left, right = (int(side) for side in text.removeprefix("window:").split(","))
         return cls(None if right < 0 else -right, None if left < 0 else left)
 
+    def __str__(self) -> str:
+        """`causal`, `full`, or `window 5 back, 0 ahead`."""
+        if self.hi is None and self.lo in (None, 0):
+            return "full" if self.lo is None else "causal"
+        back, ahead = ("unbounded" if side is None else side for side in (self.hi, None if self.lo is None else -self.lo))
+        return f"window {back} back, {ahead} ahead"
+
     @property
     def bounded(self) -> bool:
         """Whether a query sees a number of keys that does not grow with the length."""
@@ -50,9 +57,16 @@ def mask_text(is_causal: bool, window: tuple[int, int]) -> str:
     """The mask as the text `Band.parse` reads; causal with a window forces R = 0.
 
     Raises:
-        ValueError: causal with a window that looks ahead, or a side below -1.
+        TypeError: a side that is no integer.
+        ValueError: not two sides, causal with a window that looks ahead, or a side below -1.
     """
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise ValueError(f"window={window!r}: needs two numbers of tokens, (back, ahead), such as (1023, 0); -1 is unbounded")
     left, right = window
+    if not isinstance(left, int) or not isinstance(right, int):
+        raise TypeError(
+            f"window={window!r}: a side is a whole number of tokens, found {type(left).__name__}, {type(right).__name__}"
+        )
     if left < -1 or right < -1:
         raise ValueError(f"window=({left}, {right}): a side is a number of tokens, or -1 for unbounded")
     if is_causal and right > 0:
@@ -127,11 +141,13 @@ class Tile:
         return (-1 if self.hi is None else self.hi - shift), (-1 if self.lo is None else shift - self.lo)
 
     def fits(self, window: tuple[int, int]) -> bool:
-        """Whether a kernel called on this box with `window` computes exactly this tile."""
+        """Whether a kernel called on this box with `window` computes exactly this tile, alone or beside boxes of more keys."""
         left, right = window
         shift = self.q1 - self.k1
         lo, hi = (None if right < 0 else shift - right), (None if left < 0 else shift + left)
-        return Tile.trimmed(self.q0, self.q1, self.k0, self.k1, lo, hi) == self
+        # see `split_misread`: for FlashAttention-2 the right side is the key count of the call's longest segment
+        misread = right < 0 <= left and self.rows > max(self.columns, left + 1) + 1
+        return not misread and Tile.trimmed(self.q0, self.q1, self.k0, self.k1, lo, hi) == self
 
     def moved(self, q: int, k: int) -> Tile:
         """The tile with its rows moved by `q` and its columns by `k`."""
@@ -139,14 +155,23 @@ class Tile:
         lo, hi = (None if self.lo is None else self.lo + d), (None if self.hi is None else self.hi + d)
         return Tile(self.q0 + q, self.q1 + q, self.k0 + k, self.k1 + k, lo, hi)
 
-    def split_long_right(self) -> tuple[Tile, ...]:
-        """Two tiles where one would need a right window of its key count or more, which FlashAttention-2 reads as unbounded."""
-        if self.lo is None or self.window[1] < self.columns:
+    def split_misread(self) -> tuple[Tile, ...]:
+        """The tile cut where FlashAttention-2 would misread its window.
+
+        That kernel reads a right side of as many tokens as there are keys, or more, as unbounded; and where the left side is
+        bounded, an unbounded right side as the number of keys, which hides the last keys from the first rows of a box of many
+        more rows than keys.
+        """
+        right = self.window[1]
+        if self.lo is not None and right >= self.columns:
+            first = self.lo + self.k1  # one past the last row that does not see the last key
+        elif self.hi is not None and right < 0 and self.rows > self.columns + 1:
+            first = self.hi + self.k0 + 1  # one past the last row that sees the first key
+        else:
             return (self,)
-        first = self.lo + self.k1  # one past the first row that sees the last key
-        parts = (replace(self, q1=first), replace(self, q0=first))
-        found = (Tile.trimmed(p.q0, p.q1, p.k0, p.k1, p.lo, p.hi) for p in parts)
-        return tuple(part for part in found if part is not None)
+        boxes = (self.q0, first), (first, self.q1)
+        halves = (Tile.trimmed(q0, q1, self.k0, self.k1, self.lo, self.hi) for q0, q1 in boxes)
+        return tuple(part for half in halves if half is not None for part in half.split_misread())
 
 
 def joined(a: Tile, b: Tile) -> Tile | None:

@@ -53,7 +53,7 @@ class Step:
     """What one step computes: the key rows it needs, in buffer order, and the calls on that buffer.
 
     `sums` tells that some key row takes part in more than one call, so that its gradients are added in float32 before they
-    travel; `cells` counts the scores.
+    travel; calls on other batch rows add zeros, which round nothing. `cells` counts the scores.
     """
 
     keys: tuple[Rows, ...] = ()
@@ -68,7 +68,7 @@ class Step:
 
 
 def document_tiles(queries: Sequence[Piece], keys: Sequence[Piece], band: Band) -> list[Tile]:
-    """Tiles of a rank's queries against keys of the same document, neighbours joined, windows split that kernels misread."""
+    """Tiles of a rank's queries against keys of the same document, neighbours joined, tiles cut whose windows kernels misread."""
     of_document: dict[int, list[Piece]] = {}
     for key in keys:
         of_document.setdefault(key.document, []).append(key)
@@ -79,7 +79,7 @@ def document_tiles(queries: Sequence[Piece], keys: Sequence[Piece], band: Band) 
     for document, q_pieces in by_document.items():
         k_pieces = of_document.get(document, [])
         found += coalesce([tile for q in q_pieces for k in k_pieces for tile in tiles_between(q, k, band)])
-    return [part for tile in found for part in tile.split_long_right()]
+    return [part for tile in found for part in tile.split_misread()]
 
 
 def keep_needed(keys: Sequence[Rows], tiles: list[tuple[int, Tile]]) -> tuple[tuple[Rows, ...], list[tuple[int, Tile]]]:
@@ -105,10 +105,8 @@ def keep_needed(keys: Sequence[Rows], tiles: list[tuple[int, Tile]]) -> tuple[tu
 
 def step_of(keys: tuple[Rows, ...], tiles: list[tuple[int, Tile]]) -> Step:
     """The step that computes tiles, given as (batch row, tile), on a buffer of keys."""
-    calls = _group(tiles)
     sums = any(deepest([(t.k0, t.k1) for r, t in tiles if r == row]) > 1 for row in {row for row, _ in tiles})
-    sums = sums or (len({row for row, _ in tiles}) > 1 and len(calls) > 1)
-    return Step(keys, calls, sum(tile.cells for _, tile in tiles), sums)
+    return Step(keys, _group(tiles), sum(tile.cells for _, tile in tiles), sums)
 
 
 def _group(tiles: list[tuple[int, Tile]]) -> tuple[Call, ...]:

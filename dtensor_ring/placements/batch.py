@@ -12,22 +12,30 @@ sequence numbers, or a mask of padding.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import re
+import struct
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtensor_ring.comm import Transport, transport_of
+from dtensor_ring.comm import Transport, transport_along
+from dtensor_ring.comm.rank_checks import checksum, meet, refused_together
 from dtensor_ring.documents import Documents
 from dtensor_ring.placements.moves import take_shard
 from dtensor_ring.placements.placement import SequencePlacement, Zigzag, split_of
 
 IGNORED = -100
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 CUT_KEYS = ("input_ids", "inputs_embeds", "position_ids", "labels", "shift_labels")
 BOUND_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+KNOWN_KEYS = (*CUT_KEYS, *BOUND_KEYS, "attention_mask", "documents", "num_items_in_batch")
+_BOUND_WORDS = re.compile(r"cu_?seq|seq_?len|document|doc_?id|seq_?id|segment|max_?len")  # names that other packages give bounds
+
+
+_PERHAPS_A_SHARE = "If shard_batch cut this batch, it is a rank's share already: pass the whole batch, as every rank has it"
 
 
 class ShardedBatch(dict[str, object]):
@@ -77,15 +85,22 @@ def shard_batch(
 
     Raises:
         ValueError: the mesh has more than one axis, the placement is not of dim 1, shapes do not fit, documents do not end at
-            the length or contradict each other, labels at padding count, or ranks hold different batches (on every rank).
+            the length or contradict each other, labels contradict shift_labels, labels at padding count, a key looks like a
+            misspelled one, tensors are on the meta device, the batch is a share already, or ranks hold different batches. Every
+            rank raises.
         NotImplementedError: an attention mask that is not padding, or is beside documents; or an unknown tensor with a dim as
             long as the sequence.
     """
     placement = Zigzag(1) if placement is None else placement
     check_axis(mesh, placement)
-    length = sequence_length(batch)
-    found = find_documents(batch, length, documents)
-    wire = transport_of(mesh.get_group(0))
+    wire = transport_along(mesh)
+    with refused_together(lambda: [wire] if check else []):
+        if isinstance(batch, ShardedBatch):
+            raise ValueError("this batch is a share already, made by shard_batch: pass the whole batch")
+        refuse_lookalikes(batch)
+        length = sequence_length(batch)
+        _refuse_unknown(batch, length)
+        found = find_documents(batch, length, documents)
     if check:
         check_same(batch, length, found, wire)
     return cut_batch(batch, placement, wire, length, found)
@@ -102,7 +117,14 @@ def check_axis(mesh: DeviceMesh, placement: SequencePlacement) -> None:
 
 
 def sequence_length(batch: Mapping[str, object]) -> int:
-    """Tokens of a row, checked to be the same in all tensors that are cut."""
+    """Tokens of a row, checked to be the same in all tensors that are cut; and that what is read of a batch has values."""
+    for key in (*CUT_KEYS, *BOUND_KEYS, "attention_mask"):
+        value = batch.get(key)
+        if isinstance(value, Tensor) and value.is_meta:
+            raise ValueError(
+                f"{key} is on the meta device, which has no values to read: labels, positions and documents are read from a batch. "
+                "Make the batch on a real device, or move the model there first (model.to_empty) if the batch follows its device"
+            )
     sizes: dict[str, tuple[int, ...]] = {}
     for key in CUT_KEYS:
         value = batch.get(key)
@@ -145,7 +167,7 @@ def find_documents(
         jumps = jumps & ~padding[:, 1:] & ~padding[:, :-1]  # with a mask, positions at padding mean nothing
     if positions is not None and bool(jumps.any()):
         strict = not found and padding is None
-        found["position_ids"] = Documents.from_position_ids(positions) if strict else _documents_at(jumps)
+        found["position_ids"] = _restarting(positions) if strict else _documents_at(jumps)
     if padding is not None and found:
         raise NotImplementedError(
             f"attention_mask has zeros and {' and '.join(found)} tell documents: padding beside packed documents is not supported; "
@@ -155,6 +177,14 @@ def find_documents(
         return _documents_at(padding[:, 1:] != padding[:, :-1])
     _check_agree(found, rows)
     return next(iter(found.values()), None)
+
+
+def _restarting(positions: Tensor) -> Documents:
+    """Documents of positions that jump; positions that do not restart at 0 are perhaps those of a rank's share."""
+    try:
+        return Documents.from_position_ids(positions)
+    except ValueError as failure:
+        raise ValueError(f"{failure}. {_PERHAPS_A_SHARE}") from None
 
 
 def _rows(batch: Mapping[str, object]) -> int:
@@ -244,33 +274,34 @@ def _check_agree(found: Mapping[str, Documents], rows: int) -> None:
 
 
 def check_same(batch: Mapping[str, object], length: int, documents: Documents | None, wire: Transport) -> None:
-    """Raises ValueError on every rank unless all ranks hold the same batch; the host waits once."""
+    """Raises ValueError on every rank unless all ranks hold the same batch and number of items; the host waits once."""
     tensors = [(key, value) for key in (*CUT_KEYS, "attention_mask") if isinstance(value := batch.get(key), Tensor)]
     rows = tensors[0][1].shape[0] if tensors else 0
     words = "|".join(
         [f"{key} {value.dtype} {tuple(value.shape)}" for key, value in tensors] + [documents.digest if documents else ""]
     )
     number = int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest(), "big")
-    sums = [_checksum(value) for _, value in tensors]
-    mine = [rows, length, number, sum(sums) % (1 << 61)]
-    for rank, theirs in enumerate(wire.gather_values(mine)):
+    sums = [checksum(value) for _, value in tensors]
+    items = batch.get("num_items_in_batch")
+    count = float(items) if isinstance(items, (Tensor, int, float)) else -1.0
+    mine = [rows, length, number, sum(sums) % (1 << 61), *struct.unpack("q", struct.pack("d", count))]
+    for rank, theirs in enumerate(meet(wire, "a batch that every rank holds whole", mine)):
         if theirs[:2] != mine[:2]:
             raise ValueError(
                 f"rank {wire.rank} has a batch of {rows} rows of {length} tokens, rank {rank} one of {theirs[0]} rows of "
                 f"{theirs[1]} tokens: every rank of the sequence axis needs the same whole batch"
             )
-        if theirs != mine:
+        if theirs[:4] != mine[:4]:
             raise ValueError(
                 f"ranks {wire.rank} and {rank} of the sequence axis hold different batches ({words}): give all of them the same "
-                "data, as a sampler does that shards over the data-parallel axis only"
+                f"data, as a sampler does that shards over the data-parallel axis only. {_PERHAPS_A_SHARE}"
             )
-
-
-def _checksum(values: Tensor) -> int:
-    flat = values.detach().flatten()
-    flat = (flat.contiguous().view(_BITS[flat.itemsize]) if flat.is_floating_point() else flat).to(torch.int64)
-    weights = torch.arange(1, flat.numel() + 1, device=flat.device) % 65521
-    return int((flat * weights).sum())
+        if theirs != mine:
+            (its_count,) = struct.unpack("d", struct.pack("q", theirs[4]))
+            raise ValueError(
+                f"num_items_in_batch is {count:g} on rank {wire.rank}, {its_count:g} on rank {rank} of the sequence axis (-1: not "
+                "given): it counts the labels of the whole batch, so every rank of the axis passes the same number"
+            )
 
 
 def cut_batch(
@@ -280,7 +311,6 @@ def cut_batch(
     whole = dict(batch)
     for key in (*BOUND_KEYS, "attention_mask"):
         whole.pop(key, None)
-    _refuse_unknown(whole, length)
     device = next(value.device for key in CUT_KEYS if isinstance(value := whole.get(key), Tensor))
     padding = padding_of(batch, _rows(batch), length)
     packed = documents if padding is None else None
@@ -288,9 +318,12 @@ def cut_batch(
         positions = torch.arange(length)[None] if packed is None else packed.position_ids()
         whole["position_ids"] = positions.to(device)
     labels = whole.get("labels")
-    if isinstance(labels, Tensor) and not isinstance(whole.get("shift_labels"), Tensor):
-        whole["shift_labels"] = shift_labels(labels, packed)
     shifted = whole.get("shift_labels")
+    if isinstance(labels, Tensor):
+        if isinstance(shifted, Tensor):
+            _check_shifted(labels, shifted, packed)
+        else:
+            shifted = whole["shift_labels"] = shift_labels(labels, packed)
     if isinstance(shifted, Tensor) and padding is not None:
         shifted = whole["shift_labels"] = _predicted_by_real_tokens(shifted, padding)
     if placement.layout.cut and documents is None:
@@ -316,6 +349,18 @@ def shift_labels(labels: Tensor, documents: Documents | None) -> Tensor:
     return shifted
 
 
+def _check_shifted(labels: Tensor, shifted: Tensor, documents: Documents | None) -> None:
+    """Raises ValueError unless shifted labels are the labels of the next tokens; ends of documents may count or not."""
+    wrong = (shifted != shift_labels(labels, None)) & (shifted != shift_labels(labels, documents))
+    if bool(wrong.any()):
+        row, token = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"labels and shift_labels contradict each other: in row {row} the label of token {token + 1} is "
+            f"{shift_labels(labels, None)[row, token]}, but shift_labels[{row}, {token}] is {shifted[row, token]}: pass labels, "
+            "which are shifted here, or shift_labels alone"
+        )
+
+
 def _predicted_by_real_tokens(shifted: Tensor, padding: Tensor) -> Tensor:
     """Shifted labels (B, S) without that of each row's first real token, where padding before it would predict it.
 
@@ -332,9 +377,28 @@ def _predicted_by_real_tokens(shifted: Tensor, padding: Tensor) -> Tensor:
     return shifted.masked_fill(last, IGNORED)
 
 
+def refuse_lookalikes(batch: Mapping[str, object], known: Sequence[str] = ()) -> None:
+    """Raises ValueError for a key that looks like one that is read here, or like document bounds, under another name.
+
+    Args:
+        batch: keys and values; what is None does not count.
+        known: keys that are not read here, but are right.
+    """
+    for key, value in batch.items():
+        if value is None or key in KNOWN_KEYS or key in known:
+            continue
+        near = difflib.get_close_matches(key, KNOWN_KEYS, 1, 0.8)
+        if near or _BOUND_WORDS.search(key.lower()):
+            right = repr(near[0]) if near else "documents=, 'cu_seq_lens_q', 'seq_idx' or restarting 'position_ids'"
+            raise ValueError(
+                f"{key!r} is not read, and would be ignored: documents of a packed batch and its tensors come as "
+                f"{', '.join(map(repr, KNOWN_KEYS))}. Is {right} meant?"
+            )
+
+
 def _refuse_unknown(batch: Mapping[str, object], length: int) -> None:
     for key, value in batch.items():
-        if key not in CUT_KEYS and isinstance(value, Tensor) and length > 1 and length in value.shape:
+        if key not in KNOWN_KEYS and isinstance(value, Tensor) and length > 1 and length in value.shape:
             raise NotImplementedError(
                 f"{key} of shape {tuple(value.shape)} has a dim as long as the sequence ({length}), but it is not known how to cut "
                 f"it; known are {', '.join(CUT_KEYS)}: leave it out"

@@ -1,0 +1,82 @@
+"""Plans under the windows that FlashAttention-2's kernels would apply: exact, whatever the layout, mask, documents and lengths."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from flash_windows import FLASH_2_WINDOWS, as_flash_attn_2
+from helpers import LAYOUTS, MASKS, assert_exact, assert_like_kernel, make_case, run_loopback, single_device
+
+from dtensor_ring.documents import Documents
+from dtensor_ring.ops.kernels import KERNELS, Options, Packing, Span
+
+STRATEGIES = ("ring", "gather")
+WINDOWS = [(True, (3, 0)), (True, (25, 0)), (False, (4, 30)), (False, (-1, 20)), (False, (30, -1)), (False, (0, 9))]
+DOCUMENTS = [None, ((0, 7, 40),), ((0, 5, 5, 6, 20, 37, 40), (0, 1, 12, 39, 40))]
+
+
+@pytest.mark.parametrize(
+    ("window", "longest_k", "read"),
+    [
+        ((-1, -1), 4, (-1, -1)),
+        ((-1, 0), 4, (4, 0)),
+        ((2, 0), 4, (2, 0)),
+        ((4, 0), 4, (4, 0)),
+        ((-1, 3), 4, (4, 3)),
+        ((-1, 4), 4, (-1, -1)),  # every key, also those more than 4 ahead of a row far above the last
+        ((2, -1), 4, (2, 4)),  # keys up to 4 ahead only
+        ((2, 9), 4, (2, 4)),
+        ((9, 9), 4, (-1, -1)),
+    ],
+)
+def test_flash_attention_2_reads_sides_as_long_as_the_keys_its_own_way(window, longest_k, read):
+    assert as_flash_attn_2(window, longest_k) == read
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("window", "rows", "columns"), [((-1, 4), 9, 3), ((0, -1), 9, 3)])
+def test_the_stand_in_misreads_what_plans_must_avoid(packed, window, rows, columns):
+    case, options = make_case(rows, k_length=columns, batch=1), Options(0.3)
+    if packed:
+        flat, packing = [x[0] for x in case.inputs], Packing.of([Span(0, rows, 0, columns)], rows, columns, torch.device("cpu"))
+        out, meant = (k.forward_packed(*flat, packing, window, options).out for k in (FLASH_2_WINDOWS, KERNELS["math"]))
+    else:
+        out, meant = (k.forward(*case.inputs, window, options).out for k in (FLASH_2_WINDOWS, KERNELS["math"]))
+    assert not torch.allclose(out, meant)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("bounds", DOCUMENTS, ids=["whole", "packed", "rows"])
+def test_windows_and_documents_are_exact(layout, strategy, bounds):
+    for world, (is_causal, window) in itertools.product((1, 3, 4), (*MASKS.values(), *WINDOWS)):
+        case = make_case(40, documents=bounds and Documents(bounds), heads=(2, 1), dim=4)
+        case.is_causal, case.window = is_causal, window
+        assert_exact(run_loopback(case, layout, world, strategy, FLASH_2_WINDOWS)[0], case.exact())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_documents_cut_one_by_one_are_exact(strategy):
+    for world, (is_causal, window) in itertools.product((2, 4), (*MASKS.values(), *WINDOWS)):
+        case = make_case(72, documents=Documents.from_lengths([41, 1, 9, 3, 18]), heads=(2, 1), dim=4)
+        case.is_causal, case.window = is_causal, window
+        assert_exact(run_loopback(case, "zigzag/documents", world, strategy, FLASH_2_WINDOWS)[0], case.exact())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("lengths", [(7, 30), (30, 7), (40, 1), (1, 40)])
+def test_two_lengths_are_exact(layout, lengths):
+    for strategy, (is_causal, window) in itertools.product(STRATEGIES, (*MASKS.values(), *WINDOWS)):
+        case = make_case(lengths[0], k_length=lengths[1], heads=(2, 1), dim=4)
+        case.is_causal, case.window = is_causal, window
+        assert_exact(run_loopback(case, layout, 3, strategy, FLASH_2_WINDOWS)[0], case.exact())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_rows_of_other_documents_add_nothing_to_a_gradient_in_sixteen_bits(layout, strategy):
+    """Each call of a batch whose rows differ returns zeros for the other rows: they are added, and travel, unwidened."""
+    case = make_case(300, dim=32, documents=Documents(((0, 90, 300), (0, 211, 300))), dtype=torch.bfloat16)
+    assert_like_kernel(run_loopback(case, layout, 4, strategy, "torch_cpu")[0], single_device(case, "torch_cpu"), case.exact())
