@@ -19,23 +19,28 @@ Words used throughout:
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
-from dtensor_ring.attention import ring_attention
-from dtensor_ring.documents import Documents
-from dtensor_ring.optional import optional
-from dtensor_ring.placements import (
-    Contiguous,
-    ShardedBatch,
-    Stripe,
-    Zigzag,
-    distribute_tensor,
-    from_local,
-    full_tensor,
-    redistribute,
-    shard_batch,
-)
-from dtensor_ring.replicas import average_gradients, check_replicas
+# `python -m dtensor_ring plan` works on integers and must not wait two seconds for torch. While Python looks for the module that
+# `-m` names, sys.argv is that module's arguments after a first "-m", so the name itself stands just before them in sys.orig_argv.
+# Only then are public names imported when they are first used. Every other process imports them here, because that registers the
+# operators, the rules of DTensor and what torch.load may load.
+if TYPE_CHECKING or not (sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv) :][:1] == ["dtensor_ring"]):
+    from dtensor_ring.attention import ring_attention
+    from dtensor_ring.documents import Documents
+    from dtensor_ring.placements import (
+        Contiguous,
+        ShardedBatch,
+        Stripe,
+        Zigzag,
+        distribute_tensor,
+        from_local,
+        full_tensor,
+        redistribute,
+        shard_batch,
+    )
+    from dtensor_ring.replicas import average_gradients, check_replicas
 
 if TYPE_CHECKING:
     from dtensor_ring.integrations.transformers import RingPlan, ring_plan
@@ -61,8 +66,20 @@ __all__ = [
 ]
 
 
+_ROOMS = {
+    "Documents": "dtensor_ring.documents",
+    "RingPlan": "dtensor_ring.integrations.transformers",
+    "average_gradients": "dtensor_ring.replicas",
+    "check_replicas": "dtensor_ring.replicas",
+    "ring_attention": "dtensor_ring.attention",
+    "ring_plan": "dtensor_ring.integrations.transformers",
+}
+
+
 def __getattr__(name: str) -> object:
-    """`ring_plan` and `RingPlan` are imported when they are first used, since they need transformers."""
-    if name in ("ring_plan", "RingPlan"):
-        return optional("dtensor_ring.integrations.transformers", name)
-    raise AttributeError(f"module 'dtensor_ring' has no attribute {name!r}")
+    """What is imported when first used: `ring_plan` and `RingPlan`, which need transformers; all names for the command line."""
+    if name not in __all__:
+        raise AttributeError(f"module 'dtensor_ring' has no attribute {name!r}")
+    from dtensor_ring.optional import optional
+
+    return optional(_ROOMS.get(name, "dtensor_ring.placements"), name)

@@ -10,6 +10,7 @@ every layer of a model reads the same value, so that no layer waits for a GPU.
 from __future__ import annotations
 
 import hashlib
+import sys
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -17,9 +18,11 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 from operator import index
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+# Plans are integers: this file and those above it that make plans load torch only where a tensor is made.
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,7 +52,18 @@ class Documents:
         flat = _pack(rows)
         object.__setattr__(self, "bounds", rows)
         object.__setattr__(self, "digest", hashlib.blake2b(flat, digest_size=16).hexdigest())
-        object.__setattr__(self, "_packed", torch.frombuffer(bytearray(flat), dtype=torch.int64))
+        # Where torch is loaded the tensor is made at once: asked for later, inside a compiled function or under a fake mode, it
+        # would be a tensor of theirs. Without torch `__getattr__` makes it, when it is first asked for.
+        if "torch" in sys.modules:
+            object.__setattr__(self, "_packed", _tensor(flat))
+
+    if not TYPE_CHECKING:  # a checker would take every misspelt attribute for one that this makes
+
+        def __getattr__(self, name: str) -> object:
+            if name != "_packed":
+                raise AttributeError(f"'Documents' object has no attribute {name!r}")
+            object.__setattr__(self, "_packed", _tensor(_pack(self.bounds)))
+            return self._packed
 
     @classmethod
     def from_lengths(cls, lengths: Iterable[int]) -> Documents:
@@ -67,7 +81,9 @@ class Documents:
             TypeError: not one-dimensional integers.
             ValueError: does not start at 0 or decreases.
         """
-        if isinstance(cu_seqlens, Tensor):
+        import torch
+
+        if isinstance(cu_seqlens, torch.Tensor):
             if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool:
                 raise TypeError(f"cu_seqlens must be a 1-D integer tensor, found {cu_seqlens.dim()}-D {cu_seqlens.dtype}")
             return cls((tuple(cu_seqlens.tolist()),))
@@ -132,6 +148,8 @@ class Documents:
 
     def position_ids(self) -> Tensor:
         """Positions inside the documents, int64 of shape (rows, S): 0 1 2 0 1 2 3 0 1 for lengths 3, 4, 2."""
+        import torch
+
         return torch.stack([_positions(row) for row in self.bounds])
 
     @staticmethod
@@ -139,6 +157,8 @@ class Documents:
         """The documents, or slices, with this `packed` tensor; an empty one stands for no documents."""
         if not packed.numel():
             return None
+        import torch
+
         memory = bytearray(packed.nbytes)  # PyTorch copies into it: no NumPy, and no Python integer for each bound
         torch.frombuffer(memory, dtype=torch.int64).copy_(packed)
         return _unpack(bytes(memory))
@@ -188,11 +208,15 @@ class Slices:
     @property
     def packed(self) -> Tensor:
         """As `Documents.packed`, told apart by a negative first value."""
+        import torch
+
         return torch.tensor([-1, self.k_start, *self.cu_q, *self.cu_k], dtype=torch.int64)
 
 
 def packed_of(documents: Documents | Slices | None) -> Tensor:
     """What operators take and only read: the bounds as one tensor, empty for no documents."""
+    import torch
+
     if isinstance(documents, Documents):
         return documents._packed
     return torch.empty(0, dtype=torch.int64) if documents is None else documents.packed
@@ -222,6 +246,8 @@ def _restarts(i: int, positions: list[int]) -> tuple[int, ...]:
 
 
 def _positions(row: tuple[int, ...]) -> Tensor:
+    import torch
+
     bounds = torch.tensor(row, dtype=torch.int64)
     starts = torch.repeat_interleave(bounds[:-1], bounds.diff())
     return torch.arange(row[-1]) - starts
@@ -233,6 +259,12 @@ def _pack(rows: tuple[tuple[int, ...], ...]) -> bytes:
         flat.append(len(row))
         flat.extend(row)
     return flat.tobytes()
+
+
+def _tensor(flat: bytes) -> Tensor:
+    import torch
+
+    return torch.frombuffer(bytearray(flat), dtype=torch.int64)
 
 
 @lru_cache(maxsize=256)
