@@ -38,6 +38,7 @@ def _work(rank: int, world: int, port: int, device: str, paths: list[str], line:
     warnings.filterwarnings(
         "ignore", category=DeprecationWarning, module="torch|flash_attn|cutlass|quack|nvidia_cutlass_dsl|tvm_ffi"
     )
+    warnings.filterwarnings("ignore", message="attention on this packed batch")  # small packings are not balanced
     if device == "cuda":
         warnings.filterwarnings("ignore", message="Attempting to run cuBLAS")  # PyTorch's autograd threads, the first time
         torch.cuda.set_device(rank)

@@ -16,6 +16,7 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
 from dtensor_ring import Documents, Zigzag, distribute_tensor, ring_attention, ring_plan, shard_batch
+from dtensor_ring.layout import Layout
 from dtensor_ring.placements import ShardedBatch
 
 
@@ -207,3 +208,65 @@ def test_numbers_that_make_no_sense_are_refused(arguments, kind, text):
     x = torch.randn(1, 8, 2, 4)
     with pytest.raises(kind, match=text):
         ring_attention(x, x, x, **arguments)
+
+
+LONG_AND_SHORT = Documents.from_lengths([600, *[20] * 20])
+
+
+def share_of_work(world: int) -> float:
+    """Mean work over the most loaded rank's under plain zigzag, counted token by token."""
+    positions = LONG_AND_SHORT.position_ids()[0]
+    work = [(positions[Layout("zigzag").tokens(1000, world, rank)] + 1).sum().item() for rank in range(world)]
+    return sum(work) / world / max(work)
+
+
+def unbalanced():
+    mesh, ids, rank = line(), torch.zeros(1, 1000, dtype=torch.int64), dist.get_rank()
+    share = share_of_work(4)
+    assert share < 0.8, "or the test shows nothing"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.resetwarnings()
+        for _ in range(3):
+            shard_batch({"input_ids": ids}, mesh, documents=LONG_AND_SHORT)
+    texts = [str(warning.message) for warning in caught]
+    assert len(texts) == (rank == 0), "one rank, once"
+    if rank == 0:
+        assert f"busy for {share:.0%} of the time" in texts[0]
+        assert "Documents(21 in 1 row of 1000 tokens" in texts[0]
+        assert "under Zigzag(1) over 4 ranks. Zigzag(1, per_document=True) would reach 100%" in texts[0]
+
+    model = make_model("llama")
+    plan = ring_plan(model)
+    parallelize_module(model, init_device_mesh("cpu", (4,), mesh_dim_names=("cp",)), plan)
+    assert "ask again after one" in plan.describe()
+    model(input_ids=ids, documents=LONG_AND_SHORT)
+    assert f"balance:   {share:.2f} (mean work / most loaded rank) on the last batch" in plan.describe()
+    assert "Zigzag(1, per_document=True) would reach 100%" in plan.describe()
+    model(input_ids=ids)
+    assert "ask again after one" in plan.describe()
+
+
+def test_an_unbalanced_packing_is_told_once_with_its_remedy(pools):
+    pools.run(4, unbalanced)
+
+
+def balanced():
+    mesh, ids = line(), torch.zeros(1, 1000, dtype=torch.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shard_batch({"input_ids": ids}, mesh, documents=[0, 1000])
+        shard_batch({"input_ids": ids}, mesh, Zigzag(1, per_document=True), documents=LONG_AND_SHORT)
+        padded = torch.ones(1, 1000, dtype=torch.int64)
+        padded[:, 600:] = 0
+        shard_batch({"input_ids": ids, "attention_mask": padded}, mesh)
+    rows = Documents((LONG_AND_SHORT.bounds[0], (0, 600, 1000)))
+    with pytest.warns(UserWarning, match=r"Pack the rows into one \(B=1\)"):
+        shard_batch({"input_ids": ids.expand(2, -1)}, mesh, documents=rows) if dist.get_rank() == 0 else warnings.warn(
+            "attention on this packed batch. Pack the rows into one (B=1)", stacklevel=1
+        )
+    if dist.get_rank():
+        shard_batch({"input_ids": ids.expand(2, -1)}, mesh, documents=rows)
+
+
+def test_balanced_packings_and_padding_do_not_warn(pools):
+    pools.run(4, balanced)

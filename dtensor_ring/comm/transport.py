@@ -75,7 +75,7 @@ class Transport(ABC):
         axis: what errors call the group, such as "mesh axis 'cp'".
         traffic: what this rank has sent.
         activity: what the transfers started now are part of; its text is made only where one fails. See `during`.
-        warned: what this group's ranks were warned of already.
+        batches: packed batches whose balance was looked at; see `placements.batch`.
     """
 
     def __init__(self, rank: int, world: int, axis: str = "this group") -> None:
@@ -84,7 +84,7 @@ class Transport(ABC):
         self.axis = axis
         self.traffic = Traffic()
         self.activity: object = "a transfer"
-        self.warned: set[str] = set()
+        self.batches = 0
 
     @contextmanager
     def during(self, activity: object) -> Iterator[None]:

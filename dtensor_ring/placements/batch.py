@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -23,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dtensor_ring.comm import Transport, transport_along
 from dtensor_ring.comm.rank_checks import checksum, meet, refused_together
 from dtensor_ring.documents import Documents
+from dtensor_ring.layout import work_balance
 from dtensor_ring.placements.batch_reading import (
     BOUND_KEYS,
     CUT_KEYS,
@@ -38,6 +40,8 @@ from dtensor_ring.placements.moves import take_shard
 from dtensor_ring.placements.placement import SequencePlacement, Zigzag, split_of
 
 IGNORED = -100
+GOOD_BALANCE = 0.8  # mean work over the most loaded rank's, below which a packed batch is worth a warning
+_BATCHES_LOOKED_AT = 16
 
 
 class ShardedBatch(dict[str, object]):
@@ -105,7 +109,44 @@ def shard_batch(
         found = find_documents(batch, length, documents)
     if check:
         check_same(batch, length, found, wire)
+    warn_of_imbalance(found, batch, placement, wire)
     return cut_batch(batch, placement, wire, length, found)
+
+
+def warn_of_imbalance(
+    documents: Documents | None,
+    batch: Mapping[str, object],
+    placement: SequencePlacement,
+    transport: Transport,
+    reach: int | None = None,
+) -> None:
+    """Warn once, on rank 0, where documents give the most loaded rank far more work than the mean; say what helps.
+
+    The first packed batches of a group are looked at, since packing is alike from batch to batch; padding does not count.
+    """
+    packed = documents is not None and batch.get("attention_mask") is None
+    if documents is None or not packed or transport.rank or transport.world == 1 or transport.batches >= _BATCHES_LOOKED_AT:
+        return
+    transport.batches += 1
+    balance = work_balance(placement.layout, documents, transport.world, reach)
+    if balance < GOOD_BALANCE:
+        transport.batches = _BATCHES_LOOKED_AT
+        remedy = balance_remedy(documents, placement, transport.world, reach)
+        warnings.warn(
+            f"attention on this packed batch keeps its ranks busy for {balance:.0%} of the time that the most loaded one takes: "
+            f"{documents} under {placement!r} over {transport.world} ranks. {remedy}",
+            stacklevel=3,
+        )
+
+
+def balance_remedy(documents: Documents, placement: SequencePlacement, world: int, reach: int | None = None) -> str:
+    """What would balance the work of a packed batch better, with the figure it would reach."""
+    if placement.layout.cut:
+        return "Longer rows, or fewer ranks, would balance better"
+    if documents.rows > 1:
+        return "Pack the rows into one (B=1), which Zigzag(1, per_document=True) cuts document by document"
+    better = work_balance(Zigzag(1, per_document=True).layout, documents, world, reach)
+    return f"Zigzag(1, per_document=True) would reach {better:.0%}"
 
 
 def check_axis(mesh: DeviceMesh, placement: SequencePlacement) -> None:

@@ -9,7 +9,6 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 from dtensor_ring.layout import Run
-from dtensor_ring.ops.mask import Band
 from dtensor_ring.ops.schedule import Plan, Problem, plan
 from dtensor_ring.ops.steps import Call, Rows, Step
 from dtensor_ring.report.facts import asks_too_much
@@ -70,17 +69,10 @@ def _excerpt(counted: Totals) -> list[int]:
 def _title(problem: Problem) -> str:
     exchange = "halo: the keys around each chunk" if problem.is_halo else problem.strategy
     ranks = "1 rank" if problem.world == 1 else f"{problem.world} ranks"
-    facts = [str(problem.layout), _mask(problem.band), f"{problem.q_length} tokens over {ranks}", exchange]
+    facts = [str(problem.layout), str(problem.band), f"{problem.q_length} tokens over {ranks}", exchange]
     if problem.documents is not None:
         facts.append(str(problem.documents))
     return _folded("", [", ".join(fact.replace(" ", _TIED) for fact in facts)], 2)
-
-
-def _mask(band: Band) -> str:
-    if band.hi is None and band.lo in (None, 0):
-        return "full" if band.lo is None else "causal"
-    back, ahead = ("unbounded" if side is None else side for side in (band.hi, None if band.lo is None else -band.lo))
-    return f"window {back} back, {ahead} ahead"
 
 
 def _holdings(problem: Problem, shown: Sequence[int]) -> str:

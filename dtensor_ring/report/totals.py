@@ -118,30 +118,10 @@ def _scores_of_run(run: Run, band: Band, start: int, stop: int) -> int:
         return 0
     seen = run.count * (stop - start)
     if band.lo is not None:
-        seen = _ramp(run, 1 - band.lo - start) - _ramp(run, 1 - band.lo - stop)
+        seen = run.excess(1 - band.lo - start) - run.excess(1 - band.lo - stop)
     if band.hi is not None:
-        seen -= _ramp(run, -band.hi - start) - _ramp(run, -band.hi - stop)
+        seen -= run.excess(-band.hi - start) - run.excess(-band.hi - stop)
     return seen
-
-
-def _ramp(run: Run, shift: int) -> int:
-    """Sum of max(p + shift, 0) over the tokens p of a run."""
-    blocks, block = _blocks(run)
-    first = run.start + shift
-    return _triangles(first + block - 1, run.stride, blocks) - _triangles(first - 1, run.stride, blocks)
-
-
-def _blocks(run: Run) -> tuple[int, int]:
-    """How many blocks of neighbouring tokens a run has, and of how many tokens."""
-    return (1, run.count) if run.stride == 1 else (run.count // run.block, run.block)
-
-
-def _triangles(first: int, stride: int, count: int) -> int:
-    """Sum of 1 + 2 + ... + x over x = first, first + stride, ..., `count` of them; nothing where x is negative."""
-    skipped = 0 if first > 0 else min(-first // stride + 1, count)
-    n, x = count - skipped, first + skipped * stride
-    steps, squares = n * (n - 1) // 2, n * (n - 1) * (2 * n - 1) // 6
-    return (n * x * (x + 1) + stride * (2 * x + 1) * steps + stride * stride * squares) // 2
 
 
 # Exchange: key tokens a rank fetches, and how often its own are sent.
@@ -186,7 +166,7 @@ def _needed(problem: Problem, runs: Runs, is_halo: bool) -> list[Range]:
 def _seen(run: Run, band: Band, start: int, stop: int) -> Iterable[Range]:
     """Positions of [start, stop) that the queries of a run see: one range, or one a block where they leave gaps."""
     lo, hi = band.lo, band.hi
-    blocks, block = _blocks(run)
+    blocks, block = run.rounds()
     whole = lo is None or hi is None or run.stride <= block + hi - lo
     if lo is not None and hi is not None and lo > hi:
         return
@@ -212,7 +192,7 @@ class _Cover:
         self._strided: dict[tuple[int, int, int | None], tuple[int, Callable[[int], int]]] = {}
 
     def over(self, run: Run) -> int:
-        blocks, block = _blocks(run)
+        blocks, block = run.rounds()
         if blocks == 1:
             return self._lines(run.start) - self._lines(run.start + block)
         # Single tokens are dealt to the end of the sequence; rounds of blocks end before a last round dealt in another manner.

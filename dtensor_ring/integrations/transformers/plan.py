@@ -30,10 +30,11 @@ from dtensor_ring.comm.rank_checks import refused_together
 from dtensor_ring.documents import Documents
 from dtensor_ring.integrations.transformers.attention import KEYWORD, NAME, NO_MASK, STATE, AttentionState, RingBatch, register
 from dtensor_ring.integrations.transformers.checks import check_call, check_length, check_model
+from dtensor_ring.layout import work_balance
 from dtensor_ring.ops.arguments import Strategy, choose_strategy
 from dtensor_ring.ops.kernels import KERNELS, KernelName
 from dtensor_ring.placements import SequencePlacement, Zigzag, from_local, full_tensor
-from dtensor_ring.placements.batch import check_axis, check_same, cut_batch
+from dtensor_ring.placements.batch import GOOD_BALANCE, balance_remedy, check_axis, check_same, cut_batch, warn_of_imbalance
 from dtensor_ring.placements.batch_reading import find_documents, sequence_length
 
 _SEQUENCE_AXIS = r"cp|sp|seq|context|ring"  # how programs name the mesh axis that holds the sequence
@@ -53,6 +54,7 @@ class RingPlan(dict[str, ParallelStyle]):
         self._was_applied, self._begun_among_ranks = False, _several_ranks()
         self._before: str | None = None
         self._documents: Documents | None = None
+        self._is_packed = False
         self._handles: list[RemovableHandle] = []
         self._marked: list[nn.Module] = []
         names = [name for name, module in model.named_modules() if _is_attention(module)]
@@ -86,8 +88,26 @@ class RingPlan(dict[str, ParallelStyle]):
                 f"  kernel:    {self._kernel or 'the first that does not refuse'}",
                 "  batch:     input_ids, inputs_embeds, position_ids and labels are cut; labels are shifted first",
                 "  loss:      mean over the whole batch; with num_items_in_batch this rank's sum / num_items_in_batch",
+                "  gradients: to be averaged over the axis: fully_shard or DDP over it, or average_gradients(model, mesh)",
+                f"  balance:   {self._balance()}",
             ]
         )
+
+    @property
+    def _reach(self) -> int | None:
+        """Keys that a query of any layer sees at most; None where a layer sees the whole document."""
+        config: Any = self._model.config
+        kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
+        return config.sliding_window if kinds == {"sliding_attention"} else None
+
+    def _balance(self) -> str:
+        """Mean work over the most loaded rank's, of the last batch if it was packed."""
+        if self._mesh is None or self._documents is None or not self._is_packed:
+            return "of packed batches it depends on where documents end: ask again after one"
+        world = self._mesh.size()
+        share = work_balance(self._placement.layout, self._documents, world, self._reach)
+        remedy = "" if share >= GOOD_BALANCE else f". {balance_remedy(self._documents, self._placement, world, self._reach)}"
+        return f"{share:.2f} (mean work / most loaded rank) on the last batch, {self._documents}{remedy}"
 
     def undo(self) -> None:
         """Give the model back as it was: attention implementation restored, hooks and marks removed."""
@@ -172,6 +192,8 @@ class RingPlan(dict[str, ParallelStyle]):
             check_length(length, wire.world, self._placement)
             found = find_documents(given, length, documents)
         check_same(given, length, found, wire)
+        warn_of_imbalance(found, given, self._placement, wire, self._reach)
+        self._is_packed = found is not None and given.get("attention_mask") is None
         batch = cut_batch(given, self._placement, wire, length, found)
         found = self._documents = batch.documents
         count = batch.num_items
