@@ -134,14 +134,15 @@ def sweep(dtype, grad: bool, inference: bool):
 
 
 # What is refused by name, each with what to call instead.
-REFUSED = {"__lshift__", "__rshift__", "copysign", "copysign_", "nextafter", "nextafter_", "sgn_"}
-REFUSED |= {"eq_", "ne_", "lt_", "le_", "gt_", "ge_"}
+REFUSED = {"__lshift__", "__rshift__", "sgn_", "eq_", "ne_", "lt_", "le_", "gt_", "ge_"}
+# Refused where the gradient of an operand is wanted that autograd makes as a plain tensor.
+WITHOUT_GRADIENT = {"copysign", "copysign_", "nextafter", "nextafter_"}
 # Random numbers, answers that depend on data, a workspace that only CPUs write, a sum over rows in the gradient.
 WITHOUT_RULE = {"bernoulli", "native_dropout", "equal", "log_sigmoid_forward.output", "mvlgamma", "mvlgamma_"}
 
 
-def _unexpected(raised):
-    known = REFUSED | WITHOUT_RULE
+def _unexpected(raised, *others):
+    known = REFUSED.union(WITHOUT_RULE, *others)
     names = [str(op).removeprefix("aten.") for op in raised]
     return {name: text for name, text in zip(names, raised.values(), strict=True) if not {name, name.split(".")[0]} & known}
 
@@ -160,7 +161,7 @@ def test_the_gradient_of_every_pointwise_op_is_right_or_raises(pools):
     for right, raised, wrong in pools.run(2, sweep, torch.float64, True, False):
         # autograd makes the zero gradient of sgn as a plain tensor, whatever the placements; sgn stays for the gradient of abs
         assert wrong in ([], ["aten.sgn.default ['gradient 0']"])
-        assert not _unexpected(raised)
+        assert not _unexpected(raised, WITHOUT_GRADIENT)
         assert len(right) > 200
 
 
@@ -219,9 +220,25 @@ def substitutes():
     wanted.backward(torch.ones_like(wanted))
     result.backward(torch.ones_like(result))
     assert torch.equal(full_tensor(mine.grad), plain.grad)
-    for act in (lambda: torch.copysign(mine, sign), lambda: torch.nextafter(mine, sign), lambda: _place(x).copysign_(sign)):
-        with pytest.raises(NotImplementedError, match="autograd makes as a plain tensor"):
+    mine.grad = None
+    direct = torch.copysign(mine, sign)
+    assert torch.equal(full_tensor(direct), wanted)
+    direct.backward(torch.ones_like(direct))
+    assert torch.equal(full_tensor(mine.grad), plain.grad)
+    wanting = sign.detach().requires_grad_()
+    for act in (
+        lambda: torch.copysign(mine, wanting),
+        lambda: torch.nextafter(mine, sign),
+        lambda: torch.nextafter(mine.detach(), wanting),
+        lambda: _place(x).copysign_(wanting),
+    ):
+        with pytest.raises(
+            NotImplementedError, match=r"autograd makes as a plain tensor, which then meets DTensors: pass .*y\.detach\(\)"
+        ):
             act()
+    with torch.no_grad():
+        assert torch.equal(full_tensor(torch.nextafter(mine, wanting)), torch.nextafter(x, y))
+    assert torch.equal(full_tensor(_place(x).copysign_(sign)), torch.copysign(x, y))
     with pytest.raises(NotImplementedError, match=r"use x.copy_\(x > y\)"):
         _place(x).gt_(sign)
     assert torch.equal(full_tensor(_place(x).copy_(_place(x) > sign)), x.clone().gt_(y))

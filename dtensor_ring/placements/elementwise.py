@@ -76,10 +76,6 @@ _WRONG = {
     "__or__": _BITS.format("or"),
     "__xor__": _BITS.format("xor"),
     "_prelu_kernel": "has a slope a channel: where one slope will do, write torch.where(x > 0, x, slope * x) with slope a number",
-    "copysign.Tensor": _PLAIN_GRADIENT + "use torch.where(torch.signbit(y), -x.abs(), x.abs())",
-    "copysign_.Tensor": _PLAIN_GRADIENT + "use x.copy_(torch.where(torch.signbit(y), -x.abs(), x.abs()))",
-    "nextafter": _PLAIN_GRADIENT + "work on x.to_local() and y.to_local()",
-    "nextafter_": _PLAIN_GRADIENT + "work on x.to_local() and y.to_local()",
     # `sgn` is of this kind too, but the gradient of `abs` calls it.
     "sgn_": _PLAIN_GRADIENT + "use x.sign_()",
     **{
@@ -87,6 +83,23 @@ _WRONG = {
         for name, sign in {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}.items()
     },
 }
+# Ops with an operand whose gradient is zero and made as a plain tensor: the operand's place, and what to write instead. They are
+# right as long as it wants no gradient, which is known where an op is called and not where its placements are worked out.
+PLAIN_GRADIENTS = {
+    "copysign.Tensor": ((1,), "pass y.detach(), whose gradient is zero in any case"),
+    "copysign_.Tensor": ((1,), "pass y.detach(), whose gradient is zero in any case"),
+    "nextafter": ((0, 1), "pass x.detach() and y.detach(), whose gradients are zero in any case"),
+    "nextafter_": ((0, 1), "pass x.detach() and y.detach(), whose gradients are zero in any case"),
+}
+
+
+def why_no_gradient(name: str, operands: Sequence[object]) -> str | None:
+    """Why an op of `PLAIN_GRADIENTS` is refused on these operands; None where none of them wants the gradient."""
+    places, advice = PLAIN_GRADIENTS[name]
+    wanted = torch.is_grad_enabled() and any(getattr(operands[i], "requires_grad", False) for i in places if i < len(operands))
+    return f"aten.{name} {_PLAIN_GRADIENT}{advice}" if wanted else None
+
+
 # Zeros stay zeros under every reduction, and a copy holds what its source holds.
 _ANY_PARTIAL = overloads("clone", "detach", "alias", "zeros_like", "empty_like")
 _SUMS_ALONE = overloads("add.Tensor", "add_.Tensor")

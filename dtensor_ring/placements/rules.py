@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from dtensor_ring._torch import DTensorSpec, OpSchema, OutputSharding, install_rule, refuse_methods, specs_of, with_meta
 from dtensor_ring.placements.elementwise import (
+    PLAIN_GRADIENTS,
     aten,
     has_partial,
     is_elementwise,
@@ -22,6 +24,7 @@ from dtensor_ring.placements.elementwise import (
     listed,
     name_of,
     overloads,
+    why_no_gradient,
     why_wrong,
 )
 from dtensor_ring.placements.lists import list_rule, takes_lists
@@ -248,3 +251,19 @@ def _no_storage(tensor: DTensor) -> str | None:
 
 install_rule(rule, is_ours)
 refuse_methods(("apply_", "share_memory_"), _no_storage)
+
+
+def _refuse_plain_gradients(name: str, op: OpOverload) -> None:
+    def check(_cls: type, _op: OpOverload, _types: Sequence[type], args: tuple[object, ...], _kwargs: dict[str, object]) -> object:
+        ours = any(isinstance(x, DTensor) and any(isinstance(p, SequencePlacement) for p in x.placements) for x in args)
+        reason = why_no_gradient(name, args) if ours else None
+        if reason is not None:
+            raise NotImplementedError(reason)
+        return NotImplemented
+
+    torch.library.register_torch_dispatch(op, DTensor, check)
+
+
+for _name in PLAIN_GRADIENTS:
+    for _op in overloads(_name):
+        _refuse_plain_gradients(_name, _op)
