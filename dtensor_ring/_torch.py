@@ -46,6 +46,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., object])
 Rule = Callable[[OpSchema], OutputSharding | None]
 
 # What `split_factor` of our placements raises. PyTorch's redistribute planner catches just this class and falls back to its
@@ -223,6 +224,16 @@ torch.library.register_torch_dispatch("dtensor_ring::replicated", DTensor, _repl
 def is_tracing() -> bool:
     """Whether a compiler runs the code on fake tensors; inside DTensor's dispatch `torch.compiler.is_compiling()` does not tell."""
     return _are_we_tracing()
+
+
+def constant_when_compiled(function: F) -> F:
+    """A function that compilers call instead of tracing it, taking what it returns for a constant.
+
+    As `torch.compiler.assume_constant_result`, which sets the same mark but imports torch._dynamo for it, and so doubles what
+    importing this package costs. Gone once that import is lazy in PyTorch.
+    """
+    setattr(function, "_dynamo_marked_constant", True)  # noqa: B010
+    return function
 
 
 def resolve_group(name: str) -> dist.ProcessGroup:
