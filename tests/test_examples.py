@@ -93,3 +93,24 @@ def test_packed_texts_through_a_real_model_have_the_losses_they_have_alone():
     )
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=580)
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+
+
+def first_lines_of_readme():
+    """README's first lines on CPUs, with a small model: loss and weights after its step are those of one process."""
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert 'init_device_mesh("cuda", (2, 4)' in code
+    code = code.replace('"cuda", (2, 4)', '"cpu", (2, 2)').replace("AdamW(model.parameters())", "SGD(model.parameters(), lr=0.5)")
+    ids = make_batch(17, rows=1)["input_ids"]
+    reference, model = make_model("llama"), make_model("llama")
+    names = {"model": model, "ids": ids}
+    exec(code, names)
+    loss = reference(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    torch.optim.SGD(reference.parameters(), lr=0.5).step()
+    torch.testing.assert_close(names["loss"].detach(), loss.detach(), rtol=0, atol=2e-6)
+    pairs = zip((p.full_tensor() for p in model.parameters()), reference.parameters(), strict=True)
+    assert worst(pairs) < 1e-6
+
+
+def test_the_first_lines_of_readme_train_as_one_process(pools):
+    pools.run(4, first_lines_of_readme)
