@@ -30,10 +30,7 @@ from dtensor_ring.ops.kernels import KERNELS, Need, Options, Packing, Span
 from dtensor_ring.ops.merge import merge_
 from dtensor_ring.ops.reference import reference_attention
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
-]
+pytestmark = pytest.mark.gpu
 PLACEMENTS = {"contiguous": Contiguous(1), "zigzag": Zigzag(1), "stripe": Stripe(1)}
 PER_DOCUMENT = "zigzag/documents"
 
