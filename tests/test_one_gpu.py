@@ -33,6 +33,7 @@ SHAPES = [(64, 64), (33, 200), (200, 33), (300, 3), (9, 3), (3, 9), (1, 70), (70
 def mesh():
     """A mesh of one rank over NCCL."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29655", RANK="0", WORLD_SIZE="1")
+    torch.cuda.set_device(0)
     dist.init_process_group("nccl", device_id=torch.device("cuda", 0))
     yield init_device_mesh("cuda", (1,), mesh_dim_names=("cp",))
     dist.destroy_process_group()
