@@ -5,6 +5,7 @@
 #   make test     the tests, under ten minutes
 #   make check    format, lint, layer contracts, types, tests
 #   make mutants  can the tests fail? COUNT=20 small faults drawn by SEED=1, one at a time (half an hour)
+#   make wheel    wheel and sdist, built and tried as users get them, in build/wheel
 #
 # Versions are pinned in constraints.txt. For another PyTorch (CUDA, nightly): make setup TORCH='torch==2.11.0'.
 
@@ -16,7 +17,7 @@ BIN := .venv/bin
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo packed test test-all mutants check format lint contracts types clean
+.PHONY: setup demo packed test test-all mutants check format lint contracts types wheel clean
 
 setup: .venv/ready
 
@@ -57,5 +58,8 @@ contracts: setup
 types: setup
 	$(BIN)/pyrefly check --min-severity error
 
+wheel: setup
+	tests/wheel/check.sh $(PYTHON) $(BIN)/python '$(TORCH)'
+
 clean:
-	rm -rf .venv .hypothesis .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv build .hypothesis .pytest_cache .ruff_cache .import_linter_cache

@@ -19,31 +19,43 @@ Words used throughout:
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
-from dtensor_ring.attention import ring_attention
-from dtensor_ring.documents import Documents
-from dtensor_ring.placements import (
-    Contiguous,
-    Stripe,
-    Zigzag,
-    distribute_tensor,
-    from_local,
-    full_tensor,
-    redistribute,
-    shard_batch,
-)
+# `python -m dtensor_ring plan` works on integers and must not wait two seconds for torch. While Python looks for the module that
+# `-m` names, sys.argv is that module's arguments after a first "-m", so the name itself stands just before them in sys.orig_argv.
+# Only then are public names imported when they are first used. Every other process imports them here, because that registers the
+# operators, the rules of DTensor and what torch.load may load.
+if TYPE_CHECKING or not (sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv) :][:1] == ["dtensor_ring"]):
+    from dtensor_ring.attention import ring_attention
+    from dtensor_ring.documents import Documents
+    from dtensor_ring.placements import (
+        Contiguous,
+        ShardedBatch,
+        Stripe,
+        Zigzag,
+        distribute_tensor,
+        from_local,
+        full_tensor,
+        redistribute,
+        shard_batch,
+    )
+    from dtensor_ring.replicas import average_gradients, check_replicas
 
 if TYPE_CHECKING:
-    from dtensor_ring.integrations.transformers import ring_plan
+    from dtensor_ring.integrations.transformers import RingPlan, ring_plan
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Contiguous",
     "Documents",
+    "RingPlan",
+    "ShardedBatch",
     "Stripe",
     "Zigzag",
+    "average_gradients",
+    "check_replicas",
     "distribute_tensor",
     "from_local",
     "full_tensor",
@@ -54,10 +66,20 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    """`ring_plan` is imported when it is first used, since it needs transformers."""
-    if name == "ring_plan":
-        from dtensor_ring.integrations.transformers import ring_plan
+_ROOMS = {
+    "Documents": "dtensor_ring.documents",
+    "RingPlan": "dtensor_ring.integrations.transformers",
+    "average_gradients": "dtensor_ring.replicas",
+    "check_replicas": "dtensor_ring.replicas",
+    "ring_attention": "dtensor_ring.attention",
+    "ring_plan": "dtensor_ring.integrations.transformers",
+}
 
-        return ring_plan
-    raise AttributeError(f"module 'dtensor_ring' has no attribute {name!r}")
+
+def __getattr__(name: str) -> object:
+    """What is imported when first used: `ring_plan` and `RingPlan`, which need transformers; all names for the command line."""
+    if name not in __all__:
+        raise AttributeError(f"module 'dtensor_ring' has no attribute {name!r}")
+    from dtensor_ring.optional import optional
+
+    return optional(_ROOMS.get(name, "dtensor_ring.placements"), name)

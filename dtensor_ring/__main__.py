@@ -1,57 +1,201 @@
-"""`python -m dtensor_ring plan ...` prints the plan of an attention, `python -m dtensor_ring kernels` what each kernel supports."""
+"""`python -m dtensor_ring plan ...` prints the plan of an attention, `python -m dtensor_ring kernels` what each kernel supports.
+
+`plan` loads no torch: see `dtensor_ring/__init__.py`.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import re
+import signal
 import sys
 from collections.abc import Sequence
 
-from dtensor_ring.debug import draw, kernel_table
 from dtensor_ring.documents import Documents
 from dtensor_ring.layout import Layout
 from dtensor_ring.ops.mask import Band, mask_text
 from dtensor_ring.ops.schedule import Problem
+from dtensor_ring.report.drawing import draw, summary
+from dtensor_ring.report.facts import facts
+
+_LENGTH = 64
+_UNITS = {"": 1, "k": 1000, "M": 1000**2, "G": 1000**3, "Ki": 1024, "Mi": 1024**2, "Gi": 1024**3}
+
+_ABOUT = "Look at dtensor_ring: at plans of attention, and at what kernels support."
+_EXAMPLES = """\
+examples:
+  python -m dtensor_ring plan --layout zigzag --world 4 --length 64
+  python -m dtensor_ring plan --world 1024 --length 10M --summary
+  python -m dtensor_ring kernels
+"""
+_ABOUT_PLAN = """\
+Print a plan: who holds what, which step computes each score, what every step
+fetches and sends, and the work of each rank. More than 8 ranks are shown as an
+excerpt; --rank shows others, --summary the totals of all.
+
+A length is a number of tokens, also with k, M or G (1000, 1000^2, 1000^3) or
+Ki, Mi or Gi (1024, 1024^2, 1024^3) after it: 10k, 1.5M, 64Ki.
+"""
+_EXAMPLES_OF_PLAN = """\
+examples:
+  python -m dtensor_ring plan --layout zigzag --world 4 --length 64
+  python -m dtensor_ring plan --layout stripe:4 --world 2 --window 16 0
+  python -m dtensor_ring plan --layout zigzag/documents --documents 10,20,34
+  python -m dtensor_ring plan --world 64 --length 1M --rank 0,63
+  python -m dtensor_ring plan --world 1024 --length 10M --summary
+  python -m dtensor_ring plan --world 8 --length 64Ki --json
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m dtensor_ring", description="Look at dtensor_ring.")
+    parser = argparse.ArgumentParser(
+        prog="python -m dtensor_ring", description=_ABOUT, epilog=_EXAMPLES, formatter_class=_formatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    plan = commands.add_parser("plan", help="who holds what, what each step computes and sends, work and balance")
-    plan.add_argument("--layout", default="zigzag", help="contiguous, zigzag, stripe or stripe:BLOCK")
-    plan.add_argument("--world", type=int, default=4, help="ranks")
-    plan.add_argument("--length", type=int, default=64, help="tokens of the sequence")
-    masks = plan.add_mutually_exclusive_group()
-    masks.add_argument("--full", action="store_true", help="every query sees every key; causal otherwise")
-    masks.add_argument("--window", type=int, nargs=2, metavar=("L", "R"), help="keys from L back to R ahead; -1 is unbounded")
-    plan.add_argument("--documents", metavar="LENGTHS", help="lengths of packed documents, such as 10,20,34")
-    plan.add_argument("--strategy", choices=("ring", "gather"), default="ring", help="ulysses makes no plan: heads change places")
-    commands.add_parser("kernels", help="which kernel supports which argument, and why not")
+    planning = commands.add_parser(
+        "plan",
+        help="who holds what, what each step computes and sends, work and balance",
+        description=_ABOUT_PLAN,
+        epilog=_EXAMPLES_OF_PLAN,
+        formatter_class=_formatter,
+    )
+    _add_plan_arguments(planning)
+    commands.add_parser("kernels", help="which kernel supports which argument, and why not", formatter_class=_formatter)
     options = parser.parse_args(arguments)
     if options.command == "kernels":
-        print(kernel_table())  # noqa: T201  the command's output
+        from dtensor_ring.debug import kernel_table  # it asks the kernels, which need torch
+
+        _write(kernel_table() + "\n")
         return 0
     try:
-        print(draw(_problem(options)))  # noqa: T201  the command's output
+        _write(_plan(options) + "\n")
     except ValueError as error:
-        parser.error(str(error))
+        planning.error(str(error))
     return 0
 
 
+def run(arguments: Sequence[str] | None = None) -> int:
+    """As `main`, for a process of its own: a reader that has gone away, or Ctrl-C, ends it quietly with the shell's status."""
+    try:
+        try:
+            return main(arguments)
+        finally:
+            _write("")  # what argparse printed waits in the buffer still
+    except BrokenPipeError:
+        # Python flushes standard output once more when it exits, and must find somewhere to write.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)  # noqa: T201  the command's output
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    """Help of 80 columns on every terminal, with line breaks as written."""
+    return argparse.RawDescriptionHelpFormatter(prog, width=80)
+
+
+def _add_plan_arguments(plan: argparse.ArgumentParser) -> None:
+    layouts = (
+        "contiguous, zigzag, stripe, stripe:BLOCK, or zigzag/documents, which cuts each of --documents by itself (default: zigzag)"
+    )
+    plan.add_argument("--layout", default="zigzag", help=layouts)
+    plan.add_argument("--world", type=int, default=4, metavar="RANKS", help="number of ranks (default: 4)")
+    plan.add_argument(
+        "--length",
+        type=_length,
+        metavar="TOKENS",
+        help=f"tokens of the sequence, such as 4096, 10k, 1.5M or 64Ki (default: {_LENGTH}, or what --documents add up to)",
+    )
+    plan.add_argument("--documents", type=_lengths, metavar="LENGTHS", help="lengths of packed documents, such as 10,20,34")
+    masks = plan.add_mutually_exclusive_group()
+    masks.add_argument("--full", action="store_true", help="every query sees every key; causal otherwise")
+    masks.add_argument("--window", type=_side, nargs=2, metavar=("L", "R"), help="keys from L back to R ahead; -1 is unbounded")
+    plan.add_argument("--strategy", choices=("ring", "gather"), default="ring", help="ulysses makes no plan: heads change places")
+    shown = plan.add_mutually_exclusive_group()
+    shown.add_argument(
+        "--rank",
+        type=_ranks,
+        action="append",
+        metavar="R",
+        help="only these ranks, with all their steps: --rank 0,3, or --rank 0 --rank 3",
+    )
+    shown.add_argument("--summary", action="store_true", help="only totals, for any number of ranks in a moment")
+    plan.add_argument("--json", action="store_true", help="the same facts as one JSON object")
+
+
+def _plan(options: argparse.Namespace) -> str:
+    problem = _problem(options)
+    ranks = None
+    if options.rank is not None:
+        ranks = sorted({rank for some in options.rank for rank in some})
+        if ranks[-1] >= problem.world:
+            raise ValueError(f"--rank {ranks[-1]}: the ranks of --world {problem.world} are 0 to {problem.world - 1}")
+    if options.json:
+        return json.dumps(facts(problem, ranks, only_totals=options.summary), indent=2)
+    return summary(problem) if options.summary else draw(problem, ranks)
+
+
 def _problem(options: argparse.Namespace) -> Problem:
-    if options.world < 1 or options.length < 0:
-        raise ValueError(f"need at least one rank and no negative length, found --world {options.world} --length {options.length}")
-    documents = None
-    if options.documents is not None:
-        parts = options.documents.split(",")
-        if not all(part.isdecimal() for part in parts):
-            raise ValueError(f"--documents takes lengths between commas, such as 10,20,34, found {options.documents!r}")
-        documents = Documents.of(Documents.from_lengths(map(int, parts)), options.length)
+    if options.world < 1:
+        raise ValueError(f"need at least one rank, found --world {options.world}")
+    layout = Layout.parse(options.layout)
+    documents = None if options.documents is None else Documents.from_lengths(options.documents)
+    if layout.cut == "documents" and documents is None:
+        raise ValueError(f"--layout {layout} cuts documents: give their lengths, such as --documents 10,20,34")
+    length = options.length
+    if length is None:
+        length = _LENGTH if documents is None else documents.length
+    if documents is not None and documents.length != length:
+        raise ValueError(
+            f"documents end at token {documents.length}, but the sequence has {length} tokens: leave out --length, "
+            "or add a document for the rest"
+        )
     window = (-1, -1) if options.window is None else (options.window[0], options.window[1])
     is_causal = not options.full and options.window is None
     band = Band.parse(mask_text(is_causal, window))
-    return Problem(Layout.parse(options.layout), band, options.length, options.length, options.world, options.strategy, documents)
+    return Problem(layout, band, length, length, options.world, options.strategy, documents)
+
+
+def _length(text: str) -> int:
+    """Tokens, from digits with at most one point and a unit."""
+    match = re.fullmatch(r"([0-9]+)(?:\.([0-9]+))?(k|M|G|Ki|Mi|Gi|)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number of tokens: write digits, and after them k, M, G (powers of 1000) or Ki, Mi, Gi (of 1024), "
+            "such as 4096, 10k, 1.5M or 64Ki"
+        )
+    digits, fraction, unit = match[1], match[2] or "", match[3]
+    tokens, rest = divmod(int(digits + fraction) * _UNITS[unit], 10 ** len(fraction))
+    if rest:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of tokens, but {tokens} and a part of one")
+    return tokens
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        return [_length(part) for part in text.split(",")]
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"takes lengths between commas, such as 10,20,34, found {text!r}: {error}") from None
+
+
+def _side(text: str) -> int:
+    """One side of a window: a length, or a negative number, which `mask_text` judges."""
+    return int(text) if re.fullmatch(r"-[0-9]+", text) else _length(text)
+
+
+def _ranks(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(re.fullmatch(r"[0-9]+", part) for part in parts):
+        raise argparse.ArgumentTypeError(f"takes ranks between commas, such as 0,3, found {text!r}")
+    return [int(part) for part in parts]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

@@ -5,8 +5,10 @@ Ran on torch 2.11 and 2.13. Features are asked for by name, once, here; versions
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any, Generic, TypeVar
 from weakref import ref
 
@@ -17,8 +19,9 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed._functional_collectives import _are_we_tracing
-from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
-from torch.distributed.tensor import DTensor, Replicate, _dtensor_spec
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import GroupName, _get_process_group_store, _resolve_process_group
+from torch.distributed.tensor import DTensor, Partial, Replicate, _dtensor_spec
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._op_schema import OpSchema, OutputSharding, RuntimeSchemaInfo
 from torch.distributed.tensor._ops.utils import register_prop_rule
@@ -31,16 +34,19 @@ __all__ = [
     "NotDecodableError",
     "OpSchema",
     "OutputSharding",
+    "PartialNorm",
     "PlacementBase",
     "install_rule",
     "is_tracing",
     "lasting",
+    "refuse_methods",
     "register_attention_rule",
     "replicated",
     "resolve_group",
 ]
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., object])
 Rule = Callable[[OpSchema], OutputSharding | None]
 
 # What `split_factor` of our placements raises. PyTorch's redistribute planner catches just this class and falls back to its
@@ -77,6 +83,55 @@ class PlacementBase(_StridedShard):
         return self.split_factor
 
 
+class PartialNorm(Partial):
+    """Each rank holds the p-norm of its own elements; the norm over the axis is the p-norm of these.
+
+        2-norm of 3 | 4 over two ranks    rank 0: 3    rank 1: 4    reduced: (3**2 + 4**2) ** (1/2) = 5
+
+    PyTorch's own `_NormPartial` does the same for finite orders, but `.item()` on it gives this rank's part without a word. A
+    class of ours lets that be refused. `Partial` is public, its methods are not: gone once PyTorch has placements
+    by users.
+    """
+
+    order: float
+
+    def __init__(self, order: float) -> None:
+        super().__init__({math.inf: "max", -math.inf: "min"}.get(order, "sum"))
+        object.__setattr__(self, "order", float(order))  # `Partial` is frozen
+
+    @override
+    def _reduce_value(self, tensor: Tensor, mesh: DeviceMesh, mesh_dim: int) -> Tensor:
+        if self.order == 0 or math.isinf(self.order):  # a count of elements, the largest, the smallest
+            return super()._reduce_value(tensor, mesh, mesh_dim)
+        return super()._reduce_value(tensor**self.order, mesh, mesh_dim) ** (1 / self.order)
+
+    @override
+    def _partition_value(self, tensor: Tensor, mesh: DeviceMesh, mesh_dim: int) -> Tensor:
+        if self.order == 0 or math.isinf(self.order):
+            return super()._partition_value(tensor, mesh, mesh_dim)
+        return tensor / mesh.size(mesh_dim) ** (1 / self.order)
+
+    @override
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PartialNorm) and other.order == self.order
+
+    @override
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    @override
+    def __hash__(self) -> int:
+        return hash((type(self).__name__, self.order))
+
+    @override
+    def __repr__(self) -> str:
+        return f"PartialNorm({self.order})"
+
+    @override
+    def __str__(self) -> str:
+        return f"Norm({self.order})"
+
+
 def install_rule(rule: Rule, cares: Callable[[OpSchema], bool]) -> None:
     """Ask `rule` before PyTorch's own sharding rules for the ops that `cares` is true of; others go on unchanged.
 
@@ -93,6 +148,32 @@ def install_rule(rule: Rule, cares: Callable[[OpSchema], bool]) -> None:
 
     propagator.propagate_op_sharding_non_cached = propagate
     propagator.propagate_op_sharding = LocalLRUCache(propagate)
+
+
+def refuse_methods(names: Sequence[str], reason: Callable[[DTensor], str | None]) -> None:
+    """Make methods of DTensor raise on the tensors that `reason` gives a text for; on others they do what they did before.
+
+    `apply_` and `share_memory_` are C functions on the storage of a tensor, and a DTensor has none: the process dies of a
+    segmentation fault. They never reach DTensor's dispatch, where a rule could refuse them, and results of ops are plain
+    DTensors, so no subclass can stand in: what is left is the attribute of the class. Gone once PyTorch checks for subclasses
+    in these methods, as it does in `map_`, `numpy` and `tolist`.
+
+    Raises (from the methods):
+        NotImplementedError: `reason` has a text for the tensor.
+    """
+    for name in names:
+        setattr(DTensor, name, _refusing(getattr(DTensor, name), reason))
+
+
+def _refusing(stock: Callable[..., object], reason: Callable[[DTensor], str | None]) -> Callable[..., object]:
+    @wraps(stock)
+    def method(self: DTensor, *args: object, **kwargs: object) -> object:
+        text = reason(self)
+        if text is not None:
+            raise NotImplementedError(f"x.{stock.__name__} on {list(self.placements)}: {text}")
+        return stock(self, *args, **kwargs)
+
+    return method
 
 
 def with_meta(schema: OpSchema, specs: Any) -> Any:  # noqa: ANN401  one spec or a tuple of them
@@ -115,14 +196,29 @@ def local_of(tensor: DTensor) -> Tensor:
     return tensor._local_tensor
 
 
+def replicated(tensor: Tensor, like: DTensor) -> DTensor:
+    """A small CPU tensor, equal on all ranks, as a DTensor on the mesh of `like`: `from_local` would move it to the GPU.
+
+    Dynamo cannot trace the constructor of DTensor, so compiled code calls an operator, for which `_replicate` runs once tensors are
+    real or fake. `torch.compiler.allow_in_graph` would do as well, but imports torch._dynamo into every program.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.dtensor_ring.replicated(tensor, like.detach())
+    return _replicated(tensor, like)
+
+
 def _replicated(tensor: Tensor, like: DTensor) -> DTensor:
-    """A small CPU tensor, equal on all ranks, as a DTensor on the mesh of `like`: `from_local` would move it to the GPU."""
     placements = (Replicate(),) * like.device_mesh.ndim
     meta = TensorMeta(tensor.shape, tensor.stride(), tensor.dtype)
     return DTensor(tensor, DTensorSpec(like.device_mesh, placements, tensor_meta=meta), requires_grad=False)
 
 
-replicated: Callable[[Tensor, DTensor], DTensor] = torch.compiler.allow_in_graph(_replicated)  # pyrefly: ignore[bad-assignment]
+def _replicate(_mode: object, _op: object, _types: object, args: tuple[Tensor, DTensor], _kwargs: object) -> DTensor:
+    return _replicated(*args)
+
+
+torch.library.define("dtensor_ring::replicated", "(Tensor tensor, Tensor like) -> Tensor")
+torch.library.register_torch_dispatch("dtensor_ring::replicated", DTensor, _replicate)
 
 
 def is_tracing() -> bool:
@@ -130,9 +226,24 @@ def is_tracing() -> bool:
     return _are_we_tracing()
 
 
+def constant_when_compiled(function: F) -> F:
+    """A function that compilers call instead of tracing it, taking what it returns for a constant.
+
+    As `torch.compiler.assume_constant_result`, which sets the same mark but imports torch._dynamo for it, and so doubles what
+    importing this package costs. Gone once that import is lazy in PyTorch.
+    """
+    setattr(function, "_dynamo_marked_constant", True)  # noqa: B010
+    return function
+
+
 def resolve_group(name: str) -> dist.ProcessGroup:
     """The process group of a `ProcessGroup.group_name`: ops take strings, not groups."""
     return _resolve_process_group(GroupName(name))
+
+
+def store_of(group: dist.ProcessGroup) -> dist.Store:
+    """The key-value store through which the ranks of a group found each other; it answers also where the group is broken."""
+    return _get_process_group_store(group)
 
 
 @contextmanager

@@ -2,31 +2,99 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from dtensor_ring._torch import local_of, replicated
+from dtensor_ring.comm import axis_name, transport_along
 from dtensor_ring.documents import Documents, packed_of
 from dtensor_ring.layout import Layout
 from dtensor_ring.ops import sdpa  # noqa: F401  F.scaled_dot_product_attention on our placements
-from dtensor_ring.ops.agree import check_agreement
-from dtensor_ring.ops.arguments import check_extras, check_tensors, choose_strategy, need_of
-from dtensor_ring.ops.kernels import choose_kernel
+from dtensor_ring.ops.agree import check_agreement, refused_by_all
+from dtensor_ring.ops.arguments import Strategy, check_extras, check_tensors, choose_strategy, factor_of, need_of
+from dtensor_ring.ops.kernels import KernelName, choose_kernel
 from dtensor_ring.ops.library import attention
 from dtensor_ring.ops.mask import Band, mask_text
 from dtensor_ring.ops.schedule import Problem, ends_together
 from dtensor_ring.ops.sharding import attention_axis, share_of, sink_placements
 from dtensor_ring.ops.ulysses import refuses
 from dtensor_ring.placements import redistribute
-from dtensor_ring.placements.compare import axis_name
 from dtensor_ring.placements.redistribute import wrap
+
+T = TypeVar("T", Tensor, DTensor)
+
+
+# A DTensor in is a DTensor out. Each overload has all arguments, so that editors show them.
+@overload
+def ring_attention(
+    q: T,
+    k: T,
+    v: T,
+    *,
+    is_causal: bool = True,
+    scale: float | None = None,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    documents: Documents | Tensor | Sequence[int] | None = None,
+    deterministic: bool = False,
+    return_lse: Literal[False] = False,
+    strategy: Strategy | None = None,
+    kernel: KernelName | None = None,
+) -> T: ...
+
+
+@overload
+def ring_attention(
+    q: T,
+    k: T,
+    v: T,
+    *,
+    is_causal: bool = True,
+    scale: float | None = None,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    documents: Documents | Tensor | Sequence[int] | None = None,
+    deterministic: bool = False,
+    return_lse: Literal[True],
+    strategy: Strategy | None = None,
+    kernel: KernelName | None = None,
+) -> tuple[T, T]: ...
+
+
+@overload
+def ring_attention(
+    q: T,
+    k: T,
+    v: T,
+    *,
+    is_causal: bool = True,
+    scale: float | None = None,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    documents: Documents | Tensor | Sequence[int] | None = None,
+    deterministic: bool = False,
+    return_lse: bool,
+    strategy: Strategy | None = None,
+    kernel: KernelName | None = None,
+) -> T | tuple[T, T]: ...
 
 
 def ring_attention(
@@ -44,8 +112,8 @@ def ring_attention(
     documents: Documents | Tensor | Sequence[int] | None = None,
     deterministic: bool = False,
     return_lse: bool = False,
-    strategy: str | None = None,
-    kernel: str | None = None,
+    strategy: Strategy | None = None,
+    kernel: KernelName | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scaled dot-product attention of a sequence spread over the ranks of a mesh axis.
 
@@ -77,7 +145,8 @@ def ring_attention(
         return_lse: also return lse (B, H, Sq), float32 (float64 for float64), placed as q is; a gradient of it is refused.
         strategy: "ring" (memory bounded, one rank's keys at a time), "gather" (all keys at once, no merging) or "ulysses" (heads
             instead of tokens on each rank; as many ranks as heads allow); None is "ring", or "gather" for ALiBi where only that
-            lets flash kernels measure distances.
+            lets flash kernels measure distances. "local", for plain tensors, says that this rank holds whole sequences; without
+            it they warn where a process group of several ranks is up.
         kernel: a name in `dtensor_ring.ops.kernels.KERNELS`; None is the first that does not refuse.
 
     Returns:
@@ -85,33 +154,37 @@ def ring_attention(
 
     Raises:
         TypeError: DTensors mixed with plain tensors, or dtypes that differ.
-        ValueError: shapes, placements, window or documents that do not fit; or ranks that do not agree, which they find out
-            on every rank at the first call of a kind. What is wrong on one rank alone is raised there, while others wait for it.
+        ValueError: shapes, placements, window, numbers or documents that do not fit; or ranks that do not agree. What is wrong
+            on one rank is raised on every rank at the first call of a kind; ranks that part later wait for one another in vain,
+            and say so when the group's timeout ends.
         NotImplementedError: no kernel does what is asked; the text has each kernel's reason.
     """
-    _check_kinds(q, k, v)
-    check_tensors(q, k, v)
-    check_extras(q, sinks, softcap, dropout_p, alibi_slopes)
-    mask = mask_text(is_causal, window)
-    where = _where(q, k, v)
-    found = _documents(documents, q, k)
-    if where.layout.cut and (found is None or found.rows != 1):
-        raise ValueError(
-            f"q is laid out document by document ({where.layout}): pass documents=, one row for the whole batch, found {found}"
-        )
-    packed, softcap, dropout_p = found is not None, float(softcap), float(dropout_p)
-    need = need_of(q, k, v, sinks, mask=mask, packed=packed, softcap=softcap, deterministic=deterministic, dropout_p=dropout_p)
-    if alibi_slopes is None:
-        way = choose_strategy(strategy)
-    else:
-        way, alignment = _choose_for_alibi(strategy, where, mask, q, k, found)
-        need = replace(need, alibi=alignment)
-    if way == "ulysses" and where.mesh is not None and where.axis is not None:
-        _check_heads(where.mesh, where.axis, q, k)
-    chosen = choose_kernel(kernel, need).name
-    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if strategy != "local" and not isinstance(q, DTensor):
+        _warn_if_alone()
+    with refused_by_all(q, k, v):
+        _check_kinds(q, k, v)
+        check_tensors(q, k, v)
+        check_extras(q, sinks, softcap, dropout_p, alibi_slopes)
+        factor = factor_of(scale, q.shape[3])
+        mask = mask_text(is_causal, window)
+        where = _where(q, k, v)
+        found = _documents(documents, q, k)
+        if where.layout.cut and (found is None or found.rows != 1):
+            raise ValueError(
+                f"q is laid out document by document ({where.layout}): pass documents=, one row for the whole batch, found {found}"
+            )
+        softcap, dropout_p = float(softcap), float(dropout_p)
+        need = need_of(q, k, v, sinks, softcap=softcap, deterministic=deterministic, dropout_p=dropout_p)
+        if alibi_slopes is None:
+            way = choose_strategy(strategy)
+        else:
+            way, alignment = _choose_for_alibi(strategy, where, mask, q, k, found)
+            need = replace(need, alibi=alignment)
+        _check_strategy(way, where, q, k)
+        chosen = choose_kernel(kernel, need).name
+        extras = _placed_sinks(sinks, q), _placed_slopes(alibi_slopes, q), _placed_bounds(found, q)
     if where.mesh is not None and where.axis is not None and not torch.compiler.is_compiling():
-        name = f"ring_attention over mesh axis {axis_name(where.mesh, where.axis)}"
+        name = f"ring_attention over {transport_along(where.mesh, where.axis).axis}"
         numbers = f"scale {factor}, softcap {softcap}, dropout_p {dropout_p}"
         words = str(q.dtype), f"mask {mask}", way, chosen, numbers, str(found or "no documents")
         assert isinstance(q, DTensor) and isinstance(k, DTensor), "tensors on a mesh are DTensors"
@@ -119,18 +192,29 @@ def ring_attention(
         check_agreement(where.group, name, where.layout, (*q.shape, *k.shape, *v.shape), rows, words)
     origin = (share_of(q, 0).start, share_of(q, 2).start) if dropout_p and isinstance(q, DTensor) else (0, 0)
     options = factor, softcap, dropout_p, deterministic, mask, str(where.layout), way, chosen, 0, where.group
-    extras = _placed_sinks(sinks, q), _placed_slopes(alibi_slopes, q), _placed_bounds(found, q)
     out, lse, _ = attention(q, k, v, *extras, q.shape[1], k.shape[1], *origin, *options)
     if return_lse and out.requires_grad and not torch.compiler.is_compiling():
         lse = _NoGradient.apply(lse, out)
     return (out, lse) if return_lse else out
 
 
+def _warn_if_alone() -> None:
+    """Warn of plain tensors in a program of several ranks: the call is right only where each rank holds whole sequences."""
+    if torch.compiler.is_compiling() or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    warnings.warn(
+        f"ring_attention got plain tensors in a program of {dist.get_world_size()} ranks: this rank attends to its own tokens "
+        "alone. Over a spread sequence, make DTensors with dtensor_ring.from_local; where this rank holds whole sequences, say so "
+        "with strategy='local'",
+        stacklevel=3,
+    )
+
+
 def choose_for_alibi(strategy: str | None, problem: Problem) -> tuple[str, Literal["aligned", "shifted"]]:
     """The strategy, and whether blocks are "aligned" so that flash kernels measure ALiBi distances rightly, or "shifted"."""
     if strategy == "ulysses":
         problem = replace(problem, world=1)
-    for way in ("ring", "gather") if strategy is None else (choose_strategy(strategy),):
+    for way in ("ring", "gather") if strategy in (None, "local") else (choose_strategy(strategy),):
         if ends_together(replace(problem, strategy=way)):
             return way, "aligned"
     return choose_strategy(strategy), "shifted"
@@ -146,7 +230,17 @@ def _choose_for_alibi(
     return choose_for_alibi(strategy, problem)
 
 
-def _check_heads(mesh: DeviceMesh, axis: int, q: Tensor, k: Tensor) -> None:
+def _check_strategy(strategy: str, where: _Where, q: Tensor, k: Tensor) -> None:
+    if where.mesh is None or where.axis is None:
+        return
+    mesh, axis = where.mesh, where.axis
+    if strategy == "local":
+        raise ValueError(
+            f"strategy='local' attends to this rank's tokens alone, but mesh axis {axis_name(mesh, axis)} holds the sequence as "
+            f"{where.layout}: leave strategy out, or pass x.to_local()"
+        )
+    if strategy != "ulysses":
+        return
     heads, kv_heads = (len(range(x.shape[2])[share_of(x, 2)]) if isinstance(x, DTensor) else x.shape[2] for x in (q, k))
     reason = refuses(mesh.size(axis), heads, kv_heads)
     if reason is not None:

@@ -10,6 +10,7 @@ every layer of a model reads the same value, so that no layer waits for a GPU.
 from __future__ import annotations
 
 import hashlib
+import sys
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -17,9 +18,11 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 from operator import index
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+# Plans are integers: this file and those above it that make plans load torch only where a tensor is made.
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,9 +31,6 @@ class Documents:
 
     Every row starts at 0, never decreases and ends at the same length; equal neighbours are empty documents. Two values are
     equal when their bounds are; hashing and comparing read the digest only.
-
-    `packed` is the bounds as one int64 CPU tensor (per row, how many, then the bounds): what operators take, so that compiled
-    graphs and caches do not depend on the values.
 
     Args:
         bounds: the rows; a `Documents` of one row counts for every row of a batch.
@@ -41,7 +41,7 @@ class Documents:
 
     bounds: tuple[tuple[int, ...], ...]
     digest: str = field(init=False, repr=False)
-    packed: Tensor = field(init=False, repr=False)
+    _packed: Tensor = field(init=False, repr=False)  # never handed out: what is written into it would belong to another value
 
     def __post_init__(self) -> None:
         rows = tuple(tuple(index(bound) for bound in row) for row in self.bounds)
@@ -52,7 +52,18 @@ class Documents:
         flat = _pack(rows)
         object.__setattr__(self, "bounds", rows)
         object.__setattr__(self, "digest", hashlib.blake2b(flat, digest_size=16).hexdigest())
-        object.__setattr__(self, "packed", torch.frombuffer(bytearray(flat), dtype=torch.int64))
+        # Where torch is loaded the tensor is made at once: asked for later, inside a compiled function or under a fake mode, it
+        # would be a tensor of theirs. Without torch `__getattr__` makes it, when it is first asked for.
+        if "torch" in sys.modules:
+            object.__setattr__(self, "_packed", _tensor(flat))
+
+    if not TYPE_CHECKING:  # a checker would take every misspelt attribute for one that this makes
+
+        def __getattr__(self, name: str) -> object:
+            if name != "_packed":
+                raise AttributeError(f"'Documents' object has no attribute {name!r}")
+            object.__setattr__(self, "_packed", _tensor(_pack(self.bounds)))
+            return self._packed
 
     @classmethod
     def from_lengths(cls, lengths: Iterable[int]) -> Documents:
@@ -70,7 +81,9 @@ class Documents:
             TypeError: not one-dimensional integers.
             ValueError: does not start at 0 or decreases.
         """
-        if isinstance(cu_seqlens, Tensor):
+        import torch
+
+        if isinstance(cu_seqlens, torch.Tensor):
             if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool:
                 raise TypeError(f"cu_seqlens must be a 1-D integer tensor, found {cu_seqlens.dim()}-D {cu_seqlens.dtype}")
             return cls((tuple(cu_seqlens.tolist()),))
@@ -107,6 +120,14 @@ class Documents:
         return documents
 
     @property
+    def packed(self) -> Tensor:
+        """The bounds as one int64 CPU tensor, made anew: per row, how many, then the bounds.
+
+        This is what operators take, so that compiled graphs and caches do not depend on the values.
+        """
+        return self._packed.clone()
+
+    @property
     def length(self) -> int:
         """Tokens in a row."""
         return self.bounds[0][-1]
@@ -127,12 +148,20 @@ class Documents:
 
     def position_ids(self) -> Tensor:
         """Positions inside the documents, int64 of shape (rows, S): 0 1 2 0 1 2 3 0 1 for lengths 3, 4, 2."""
+        import torch
+
         return torch.stack([_positions(row) for row in self.bounds])
 
     @staticmethod
     def unpack(packed: Tensor) -> Documents | Slices | None:
         """The documents, or slices, with this `packed` tensor; an empty one stands for no documents."""
-        return _unpack(packed.numpy().tobytes()) if packed.numel() else None
+        if not packed.numel():
+            return None
+        import torch
+
+        memory = bytearray(packed.nbytes)  # PyTorch copies into it: no NumPy, and no Python integer for each bound
+        torch.frombuffer(memory, dtype=torch.int64).copy_(packed)
+        return _unpack(bytes(memory))
 
     @staticmethod
     def find(bounds: tuple[int, ...], token: int) -> int:
@@ -179,11 +208,17 @@ class Slices:
     @property
     def packed(self) -> Tensor:
         """As `Documents.packed`, told apart by a negative first value."""
+        import torch
+
         return torch.tensor([-1, self.k_start, *self.cu_q, *self.cu_k], dtype=torch.int64)
 
 
 def packed_of(documents: Documents | Slices | None) -> Tensor:
-    """What operators take: the bounds as one tensor, empty for no documents."""
+    """What operators take and only read: the bounds as one tensor, empty for no documents."""
+    import torch
+
+    if isinstance(documents, Documents):
+        return documents._packed
     return torch.empty(0, dtype=torch.int64) if documents is None else documents.packed
 
 
@@ -211,6 +246,8 @@ def _restarts(i: int, positions: list[int]) -> tuple[int, ...]:
 
 
 def _positions(row: tuple[int, ...]) -> Tensor:
+    import torch
+
     bounds = torch.tensor(row, dtype=torch.int64)
     starts = torch.repeat_interleave(bounds[:-1], bounds.diff())
     return torch.arange(row[-1]) - starts
@@ -222,6 +259,12 @@ def _pack(rows: tuple[tuple[int, ...], ...]) -> bytes:
         flat.append(len(row))
         flat.extend(row)
     return flat.tobytes()
+
+
+def _tensor(flat: bytes) -> Tensor:
+    import torch
+
+    return torch.frombuffer(bytearray(flat), dtype=torch.int64)
 
 
 @lru_cache(maxsize=256)

@@ -63,6 +63,16 @@ class Run:
         index = past // self.stride * self.block + min(past % self.stride, self.block)
         return min(index, self.count)
 
+    def rounds(self) -> tuple[int, int]:
+        """How many blocks of neighbouring tokens the run has, and of how many tokens."""
+        return (1, self.count) if self.stride == 1 else (self.count // self.block, self.block)
+
+    def excess(self, shift: int) -> int:
+        """Sum of max(p + shift, 0) over the tokens p: what scores of a band are counted with, whatever the length."""
+        blocks, block = self.rounds()
+        first = self.start + shift
+        return _triangles(first + block - 1, self.stride, blocks) - _triangles(first - 1, self.stride, blocks)
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -232,6 +242,33 @@ def _whole_blocks(run: Run, begin: int, end: int) -> Iterator[tuple[int, Run]]:
         if high > low:
             whole = low == head and high == tail and high - low > run.block
             yield low, Run(run.token(low), high - low, run.stride, run.block) if whole else Run(run.token(low), high - low)
+
+
+def _triangles(first: int, stride: int, count: int) -> int:
+    """Sum of 1 + 2 + ... + x over x = first, first + stride, ..., `count` of them; nothing where x is negative."""
+    skipped = 0 if first > 0 else min(-first // stride + 1, count)
+    n, x = count - skipped, first + skipped * stride
+    steps, squares = n * (n - 1) // 2, n * (n - 1) * (2 * n - 1) // 6
+    return (n * x * (x + 1) + stride * (2 * x + 1) * steps + stride * stride * squares) // 2
+
+
+def work_balance(layout: Layout, documents: Documents, world: int, reach: int | None = None) -> float:
+    """Mean causal work (scores) of the ranks over the most loaded rank's: 1 is perfect.
+
+    Args:
+        layout: how the rows are spread.
+        documents: their bounds.
+        world: ranks.
+        reach: keys that a query sees at most, itself counted; None is all before it in its document.
+    """
+    work = [0] * world
+    for bounds in documents.bounds:
+        for rank in range(world):
+            for piece in cut(layout.runs(documents.length, world, rank, bounds), bounds):
+                shift = 1 - bounds[piece.document]
+                work[rank] += piece.run.excess(shift) - (0 if reach is None else piece.run.excess(shift - reach))
+    most = max(work)
+    return sum(work) / world / most if most else 1.0
 
 
 def _share(length: int, world: int, rank: int) -> int:

@@ -38,6 +38,7 @@ TIMEOUT = 420  # seconds for the tests of one mutant; an endless loop is a mutan
 
 # Mutated files, and the test files (or `file -k words`) that concern them: pure ones first, then threads, then processes.
 PLANNER = ["test_mask", "test_schedule", "test_packing -k 'known or random or only_keys or one_kernel or exact'", "test_windows"]
+GENERIC = ["test_placements", "test_generic_ops", "test_partial_sums", "test_ops_sweep", "test_pointwise", "test_optimizers", "test_refusals"]
 TESTS = {
     "layout.py": ["test_layout", "test_schedule", "test_packing -k known"],
     "balance.py": ["test_layout", "test_packing -k 'known or random or without_tokens or exact'"],
@@ -63,8 +64,11 @@ TESTS = {
     "ops/kernels/base.py": ["test_kernels", "test_extras", "test_execute -k packed"],
     "ops/kernels/math.py": ["test_kernels", "test_extras", "test_execute -k packed"],
     "ops/kernels/torch_cpu.py": ["test_kernels", "test_execute -k 'packed or thousand'"],
-    "placements/rules.py": ["test_placements", "test_partial_sums", "test_ops_sweep", "test_refusals"],
-    "placements/batch.py": ["test_batch", "test_packing", "test_refusals"],
+    "placements/batch*.py": ["test_batch", "test_packing", "test_misuse", "test_refusals"],
+    "placements/rules.py": GENERIC,
+    "placements/elementwise.py": GENERIC,
+    "placements/lists.py": GENERIC,
+    "placements/norms.py": GENERIC,
     "placements/*.py": ["test_redistribute -k without", "test_placements", "test_redistribute", "test_packing", "test_refusals"],
 }
 

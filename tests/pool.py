@@ -38,6 +38,7 @@ def _work(rank: int, world: int, port: int, device: str, paths: list[str], line:
     warnings.filterwarnings(
         "ignore", category=DeprecationWarning, module="torch|flash_attn|cutlass|quack|nvidia_cutlass_dsl|tvm_ffi"
     )
+    warnings.filterwarnings("ignore", message="attention on this packed batch")  # small packings are not balanced
     if device == "cuda":
         warnings.filterwarnings("ignore", message="Attempting to run cuBLAS")  # PyTorch's autograd threads, the first time
         torch.cuda.set_device(rank)
@@ -67,12 +68,13 @@ class Pool:
             self._processes.append(process)
         self._collect(120)
 
-    def run(self, check, *args, timeout: float = 120):
+    def run(self, check, *args, timeout: float = 120, lost: frozenset[int] = frozenset()):
+        """The ranks' answers; ranks in `lost` are expected to die, and answer None."""
         for line in self._lines:
             line.send((check.__module__, check.__qualname__, args))
-        return self._collect(timeout)
+        return self._collect(timeout, lost)
 
-    def _collect(self, timeout: float):
+    def _collect(self, timeout: float, lost: frozenset[int] = frozenset()):
         answers, until = {}, time.monotonic() + timeout
         while len(answers) < self.world:
             ready = wait([line for rank, line in enumerate(self._lines) if rank not in answers], max(0.0, until - time.monotonic()))
@@ -89,6 +91,9 @@ class Pool:
                 try:
                     answers[rank] = line.recv()
                 except EOFError:
+                    if rank in lost:
+                        answers[rank] = ("ok", None)
+                        continue
                     self.close()
                     raise RuntimeError(f"rank {rank} of {self.world} died") from None
                 if answers[rank][0] != "ok":
@@ -114,11 +119,11 @@ class Pools:
     def __init__(self) -> None:
         self._pools: dict[tuple[int, str], Pool] = {}
 
-    def run(self, world: int, check, *args, device: str = "cpu", timeout: float = 120):
+    def run(self, world: int, check, *args, device: str = "cpu", timeout: float = 120, lost: frozenset[int] = frozenset()):
         pool = self._pools.get((world, device))
         if pool is None or not pool.alive:
             pool = self._pools[world, device] = Pool(world, device)
-        return pool.run(check, *args, timeout=timeout)
+        return pool.run(check, *args, timeout=timeout, lost=lost)
 
     def close(self) -> None:
         for pool in self._pools.values():

@@ -226,3 +226,22 @@ def told_wrongly():
 
 def test_masks_and_documents_that_contradict_are_refused_in_words(pools):
     pools.run(2, told_wrongly)
+
+
+def batches_without_values():
+    mesh, rank = _mesh(), dist.get_rank()
+    ids, absent = torch.arange(16).view(2, 8), torch.empty(2, 8, dtype=torch.int64, device="meta")
+    for batch, name in [
+        ({"input_ids": absent}, "input_ids"),
+        ({"input_ids": ids, "labels": absent}, "labels"),
+        ({"input_ids": ids, "attention_mask": absent}, "attention_mask"),
+        ({"input_ids": ids, "cu_seq_lens_q": absent[0]}, "cu_seq_lens_q"),
+    ]:
+        for check in (True, False):
+            with pytest.raises(ValueError, match=f"{name} is on the meta device, which has no values to read"):
+                shard_batch(batch, mesh, check=check)
+    assert shard_batch({"input_ids": ids}, mesh)["input_ids"].shape == (2, 4), rank
+
+
+def test_a_batch_on_the_meta_device_is_refused_in_words(pools):
+    pools.run(2, batches_without_values)

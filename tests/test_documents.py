@@ -2,13 +2,17 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtensor_ring import Documents
+import dtensor_ring
+from dtensor_ring import Documents, ring_attention
 
 lengths = st.lists(st.integers(0, 9), max_size=8)
 
@@ -48,6 +52,44 @@ def test_packing_equality_hash_pickle_and_repr_round_trip(rows):
         assert other == documents
         assert hash(other) == hash(documents)
     assert documents != Documents.from_lengths([longest + 1])
+
+
+def test_documents_of_a_process_without_torch_are_packed_when_asked():
+    """The module alone, as the command line loads it; the tensor is the same."""
+    code = """
+import copy, pickle, sys, types
+package = types.ModuleType("dtensor_ring")
+package.__path__ = sys.argv[1:]
+sys.modules["dtensor_ring"] = package
+from dtensor_ring.documents import Documents
+documents = Documents.from_lengths([3, 4, 2])
+assert copy.deepcopy(documents) == documents == pickle.loads(pickle.dumps(documents))
+assert not hasattr(documents, "unpacked")
+assert "torch" not in sys.modules
+assert documents.packed.tolist() == [4, 0, 3, 7, 9]
+assert documents._packed is documents._packed
+assert Documents.unpack(documents.packed) == documents
+later = Documents.from_lengths([3, 4, 2])
+assert later == documents and hash(later) == hash(documents) and later.packed.equal(documents.packed)
+"""
+    subprocess.run([sys.executable, "-c", code, str(Path(dtensor_ring.__file__).parent)], check=True)
+
+
+def test_writing_into_packed_changes_no_documents():
+    documents = Documents.from_lengths([3, 4])
+    documents.packed.zero_()
+    assert documents.packed.tolist() == [3, 0, 3, 7]
+    assert Documents.unpack(documents.packed) == documents
+    x = torch.randn(1, 7, 1, 8)
+    apart = torch.cat([ring_attention(part, part, part) for part in x.split([3, 4], dim=1)], dim=1)
+    torch.testing.assert_close(ring_attention(x, x, x, documents=documents), apart)
+
+
+def test_unpacking_reads_any_memory_order():
+    documents = Documents.from_lengths([3, 4])
+    spread = torch.stack([documents.packed, documents.packed], dim=1)[:, 0]
+    assert not spread.is_contiguous()
+    assert Documents.unpack(spread) == documents
 
 
 def test_no_documents_pack_to_none():

@@ -169,7 +169,7 @@ def refusals():
     placed = distribute_tensor(x, mesh, [Zigzag(1)])
     for act, error, text in (
         (
-            lambda: ring_attention(x, x, x, sinks=distribute_tensor(torch.zeros(4), mesh, [Replicate()])),
+            lambda: ring_attention(x, x, x, strategy="local", sinks=distribute_tensor(torch.zeros(4), mesh, [Replicate()])),
             TypeError,
             "are plain tensors",
         ),

@@ -7,6 +7,7 @@ from helpers import make_case
 from dtensor_ring.documents import Documents
 from dtensor_ring.ops.kernels import KERNELS, Extras, Need, Options, Packing, Span, choose_kernel
 from dtensor_ring.ops.kernels.base import band_mask, row_blocks
+from dtensor_ring.ops.kernels.flash import load
 from dtensor_ring.ops.kernels.math import MathKernel
 from dtensor_ring.ops.reference import reference_attention
 
@@ -247,3 +248,13 @@ def test_the_reference_masks_documents_windows_and_lengths():
         torch.testing.assert_close(lse[:, :, part], alone_lse)
     sdpa = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in case.inputs), is_causal=True)
     torch.testing.assert_close(reference_attention(*case.inputs)[0], sdpa.transpose(1, 2))
+
+
+@pytest.mark.parametrize(("module", "needs"), [("no_such_module", ()), ("json", ("dumps",)), ("json", ("attention",))])
+def test_looking_for_a_package_compiles(module, needs):
+    def scaled(x):
+        found = load(module, "a package", needs)
+        return x * (2 if isinstance(found, str) else 3)
+
+    wanted = scaled(torch.ones(2))
+    assert torch.equal(torch.compile(scaled, backend="eager", fullgraph=True)(torch.ones(2)), wanted)

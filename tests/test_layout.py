@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dtensor_ring
-from dtensor_ring.layout import Layout, Run, cut
+from dtensor_ring.documents import Documents
+from dtensor_ring.layout import Layout, Run, cut, work_balance
 
 layouts = st.sampled_from([Layout("contiguous"), Layout("zigzag"), Layout("stripe"), Layout("stripe", 2), Layout("stripe", 5)])
 
@@ -99,3 +100,21 @@ def test_layouts_and_documents_know_no_process_groups():
         names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
         names += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
         assert not [name for name in names if name.startswith("torch.distributed")]
+
+
+@given(
+    st.sampled_from(["contiguous", "zigzag", "stripe", "stripe:3", "zigzag/documents"]),
+    st.lists(st.integers(0, 20), min_size=1, max_size=6),
+    st.integers(1, 5),
+    st.one_of(st.none(), st.integers(1, 9)),
+)
+def test_work_balance_is_that_of_counted_scores(name, lengths, world, reach):
+    layout, documents = Layout.parse(name), Documents.from_lengths(lengths)
+    bounds = documents.bounds[0]
+    work = [0] * world
+    for rank in range(world):
+        for token in layout.tokens(documents.length, world, rank, bounds):
+            seen = token - bounds[Documents.find(bounds, token)] + 1
+            work[rank] += seen if reach is None else min(seen, reach)
+    wanted = sum(work) / world / max(work) if max(work) else 1.0
+    assert work_balance(layout, documents, world, reach) == pytest.approx(wanted)

@@ -2,22 +2,15 @@ from __future__ import annotations
 
 import ast
 import fnmatch
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import dtensor_ring
-from dtensor_ring.__main__ import main
-from dtensor_ring.debug import draw
-from dtensor_ring.documents import Documents
-from dtensor_ring.layout import Layout
-from dtensor_ring.ops.mask import Band
-from dtensor_ring.ops.schedule import Problem, plan
 
 
 def test_every_public_name_is_there():
@@ -32,87 +25,36 @@ def test_importing_needs_neither_transformers_nor_accelerate():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
-def test_plan_draws_who_does_what(capsys):
-    assert main(["plan", "--layout", "zigzag", "--world", "4", "--length", "64"]) == 0
-    text = capsys.readouterr().out
-    assert "rank 1: 8..15 | 48..55" in text
-    assert "step 0: own keys [0, 16)" in text
-    assert "balance (mean work / most loaded rank): 1.0000" in text
-    for rank in range(4):
-        assert f"rank {rank}: 520 scores in 4 calls" in text
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        (["--layout", "stripe:2", "--world", "2", "--length", "9"], "rank 1: 2..7 2 in 4"),
-        (["--full", "--length", "8"], "zigzag, full, 8 tokens"),
-        (["--window", "3", "0", "--length", "64"], "halo: the keys around each chunk"),
-        (["--documents", "10,20,34"], "Documents(3 in 1 row of 64 tokens"),
-        (["--strategy", "gather"], "its keys to every rank"),
-        (["--length", "0"], "sends 0 key rows"),
-        (["--world", "1"], "sends nothing"),
-        (["--length", "100000", "--world", "8"], "balance"),
-    ],
+# Fails unless the operator that models are compiled with is there.
+REGISTERED = (
+    "import sys, torch, dtensor_ring; torch.ops.dtensor_ring.attention; print(sorted(sys.modules['dtensor_ring'].__dict__))"
 )
-def test_every_option_of_plan(capsys, arguments, text):
-    assert main(["plan", *arguments]) == 0
-    assert text in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        (["--documents", "3,4"], "documents end at token 7, but the sequence has 64 tokens"),
-        (["--layout", "snake"], "unknown layout 'snake'"),
-        (["--world", "0"], "at least one rank"),
-        (["--window", "-5", "0"], "a side is a number of tokens"),
-    ],
-)
-def test_plan_says_what_is_wrong(capsys, arguments, text):
-    with pytest.raises(SystemExit):
-        main(["plan", *arguments])
-    assert text in capsys.readouterr().err
+@pytest.mark.parametrize("arguments", [[], ["-m", "dtensor_ring"]])
+def test_importing_registers_the_operators(tmp_path, arguments):
+    """Also where a program of the user's, run as a module, has the words of our command line among its own arguments."""
+    (tmp_path / "users_program.py").write_text(REGISTERED)
+    command = [sys.executable, "-m", "users_program", *arguments]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(dtensor_ring.__file__).parents[1]}"}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert set(dtensor_ring.__all__) - {"ring_plan", "RingPlan"} <= set(eval(ended.stdout))
 
 
-def test_the_kernel_table_in_the_docs_is_the_one_the_code_prints(capsys):
-    assert main(["kernels"]) == 0
-    text = (Path(dtensor_ring.__file__).parents[1] / "docs" / "kernels.md").read_text()
-    assert text.split("<!-- kernels: begin -->")[1].split("<!-- kernels: end -->")[0].strip() == capsys.readouterr().out.strip()
-
-
-@given(
-    st.sampled_from(["contiguous", "zigzag", "stripe", "stripe:2"]),
-    st.integers(1, 32),
-    st.integers(1, 4),
-    st.sampled_from(["ring", "gather"]),
-)
-def test_the_picture_shows_the_step_of_every_score(layout, length, world, strategy):
-    problem = Problem(
-        Layout.parse(layout),
-        Band(0, None),
-        length,
-        length,
-        world,
-        strategy,
-        Documents.from_lengths([length // 2, length - length // 2]),
-    )
-    lines = draw(problem).split("queries down, keys across)\n")[1].split("\n")[:length]
-    cells = [line.split() for line in lines]
-    for p in range(length):
-        for t in range(length):
-            same = (p < length // 2) == (t < length // 2)
-            assert (cells[p][t] != ".") == (t <= p and same)
-    if strategy == "ring":
-        for rank in range(world):
-            for p in problem.layout.tokens(length, world, rank):
-                for index, step in enumerate(plan(problem, rank).steps):
-                    held = {
-                        problem.layout.tokens(length, world, rows.source)[i]
-                        for rows in step.keys
-                        for i in range(rows.start, rows.stop)
-                    }
-                    assert all(cells[p][t] in (".", str(index)) for t in held)
+def test_the_command_line_has_every_public_name_without_importing_any():
+    """The process of `python -m dtensor_ring` as the package finds it when it is imported."""
+    code = """
+import sys
+sys.argv, sys.orig_argv = ["-m", "plan"], ["python", "-m", "dtensor_ring", "plan"]
+import dtensor_ring
+assert "torch" not in sys.modules
+names = [getattr(dtensor_ring, name).__name__ for name in dtensor_ring.__all__]
+import torch
+torch.ops.dtensor_ring.attention
+print(names)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert eval(ended.stdout) == dtensor_ring.__all__
 
 
 FEATURES = (Path(__file__).parents[1] / "docs" / "features.md").read_text()

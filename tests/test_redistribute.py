@@ -191,6 +191,19 @@ def test_what_does_not_fit_is_refused_on_every_rank(pools):
     pools.run(4, refusals)
 
 
+def meshes_given_again():
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
+    x = torch.randn(4, 8)
+    placed = distribute_tensor(x, mesh, [Zigzag(1)])
+    with pytest.warns(DeprecationWarning, match="mesh= of redistribute does nothing"):
+        moved = redistribute(placed, [Replicate()], mesh=mesh)
+    assert torch.equal(moved.to_local(), x)
+
+
+def test_the_mesh_of_redistribute_is_told_to_do_nothing(pools):
+    pools.run(2, meshes_given_again)
+
+
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("length", [0, 1, 9, 16])
 def test_moves_are_permutations_without_processes(world, length):

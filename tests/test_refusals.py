@@ -115,6 +115,27 @@ def test_alibi_compiles():
     torch.testing.assert_close(attend(x), ring_attention(x, x, x, alibi_slopes=slopes))
 
 
+def alibi_over_ranks_compiled(backend):
+    mesh, slopes = line(), torch.tensor([0.5, 0.25])
+    inputs = [torch.randn(1, 16, 2, 8, requires_grad=True) for _ in range(3)]
+
+    def layer(q, k, v):
+        placed = [from_local(x, mesh, [Zigzag(1)], length=32) for x in (q, k, v)]
+        return ring_attention(*placed, alibi_slopes=slopes).to_local()
+
+    answers = []
+    for act in (layer, torch.compile(layer, backend=backend, fullgraph=True)):
+        out = act(*inputs)
+        answers.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    for eager, compiled in zip(*answers, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_alibi_over_ranks_compiles_with_its_gradients(pools, backend):
+    pools.run(2, alibi_over_ranks_compiled, backend)
+
+
 def test_autocast_does_not_reach_into_the_kernel():
     case = make_case(16, dtype=torch.float32)
     leaves = [x.requires_grad_() for x in case.inputs]
@@ -134,7 +155,7 @@ def one_mask_for_the_whole_batch():
         placed = [distribute_tensor(x, mesh, [Zigzag(1), other], src_data_rank=None) for x in case.inputs]
         found.append(full_tensor(ring_attention(*placed, dropout_p=0.5, kernel="math")))
     torch.manual_seed(3)
-    found.append(ring_attention(*case.inputs, dropout_p=0.5, kernel="math"))
+    found.append(ring_attention(*case.inputs, dropout_p=0.5, kernel="math", strategy="local"))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=0, atol=1e-12)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -240,7 +241,13 @@ def refused_calls():
     _refused(lambda: model(input_ids=batch["input_ids"][:, :1]), ValueError, "rows of 1 tokens leave ranks [1] of 2 without any")
     _refused(lambda: model(input_ids=batch["input_ids"] + rank), ValueError, "hold different batches")
     _refused(lambda: model.model(input_ids=batch["input_ids"]), RuntimeError, "call the parallelized model itself")
-    _refused(lambda: model.generate(batch["input_ids"], max_new_tokens=1), NotImplementedError, "Generate with the model before")
+    for cache in (True, False):
+        generate = partial(model.generate, batch["input_ids"], max_new_tokens=1, use_cache=cache)
+        _refused(generate, NotImplementedError, "eneration")
+        _refused(generate, NotImplementedError, "is not supported on a parallelized model")
+        _refused(generate, NotImplementedError, "Generate with the model before parallelize_module, or after plan.undo()")
+    absent = batch["input_ids"].to("meta")
+    _refused(lambda: model(input_ids=absent), ValueError, "input_ids is on the meta device, which has no values to read")
     model.loss_function = lambda **_: None
     _refused(lambda: model(**batch), NotImplementedError, "only the causal language-model loss adds up")
 

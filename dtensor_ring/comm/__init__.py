@@ -2,8 +2,8 @@
 
 from dtensor_ring.comm.alone import AloneTransport
 from dtensor_ring.comm.loopback import LoopbackTransport
-from dtensor_ring.comm.process_group import ProcessGroupTransport, transport_of
-from dtensor_ring.comm.transport import Message, Pending, Traffic, Transport
+from dtensor_ring.comm.process_group import ProcessGroupTransport, axis_name, transport_along, transport_of
+from dtensor_ring.comm.transport import Message, Pending, SilentRankError, Traffic, Transport
 
 __all__ = [
     "AloneTransport",
@@ -11,7 +11,10 @@ __all__ = [
     "Message",
     "Pending",
     "ProcessGroupTransport",
+    "SilentRankError",
     "Traffic",
     "Transport",
+    "axis_name",
+    "transport_along",
     "transport_of",
 ]

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import override
 
-from dtensor_ring._torch import all_gather_flat, reduce_scatter_flat
-from dtensor_ring.comm.transport import Message, Pending, Transport
+from dtensor_ring._torch import all_gather_flat, reduce_scatter_flat, store_of
+from dtensor_ring.comm.rank_checks import meet
+from dtensor_ring.comm.transport import Message, Pending, SilentRankError, Transport
+
+T = TypeVar("T")
 
 _REDUCE = {
     "sum": dist.ReduceOp.SUM,
@@ -23,33 +29,52 @@ _REDUCE = {
 _transports: WeakKeyDictionary[dist.ProcessGroup, ProcessGroupTransport] = WeakKeyDictionary()
 
 
-def transport_of(group: dist.ProcessGroup) -> ProcessGroupTransport:
-    """The transport of a process group: one for each, kept as long as the group lives, with its traffic count."""
+_GRACE = 2.0  # seconds that a rank which waited in vain waits to hear what the others wait for
+_LARGEST_TAG = (1 << 31) - 1
+
+
+def transport_of(group: dist.ProcessGroup, axis: str | None = None) -> ProcessGroupTransport:
+    """The transport of a process group: one for each, kept as long as the group lives, with its traffic count.
+
+    Sends nothing, so that a rank may ask for it alone. `axis` is what errors call the group from now on.
+    """
     if group not in _transports:
         _transports[group] = ProcessGroupTransport(group)
-    return _transports[group]
+    transport = _transports[group]
+    if axis is not None:
+        transport.axis = axis
+    return transport
+
+
+def axis_name(mesh: DeviceMesh, i: int) -> str:
+    """`'cp'`, or the number of an axis without a name."""
+    return repr(mesh.mesh_dim_names[i]) if mesh.mesh_dim_names else str(i)
+
+
+def transport_along(mesh: DeviceMesh, i: int = 0) -> ProcessGroupTransport:
+    """The transport of a mesh axis, named in errors after it."""
+    return transport_of(mesh.get_group(i), f"mesh axis {axis_name(mesh, i)}")
 
 
 class ProcessGroupTransport(Transport):
     """A transport over `torch.distributed`.
 
-    On NCCL all messages of an exchange are issued as one group, and the first use makes every rank of the group meet once,
-    which point-to-point transfers among some of the ranks need. The group is not kept alive: it ends with
-    `destroy_process_group` as without us.
+    On NCCL all messages of an exchange are issued as one group, and the first exchange begins with a meeting of every rank of
+    the group, which point-to-point transfers among some of the ranks need. On gloo, where a message of an unexpected size ends
+    the process, the size is part of a message's tag, so that it waits instead, and collectives compare sizes first; a wait that
+    ends in vain says who waited for whom. The group is not kept alive: it ends with `destroy_process_group` as without us.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        super().__init__(dist.get_rank(group), dist.get_world_size(group))
+        super().__init__(dist.get_rank(group), dist.get_world_size(group), f"process group {group.group_name!r}")
         self._reference = ref(group)
-        self._device = torch.device("cuda", torch.cuda.current_device()) if self._is_nccl() else torch.device("cpu")
-        if self._is_nccl() and self.world > 1:
-            dist.all_reduce(torch.zeros(1, device=self._device), group=group)
+        self._has_met = False
 
     @property
     def _group(self) -> dist.ProcessGroup:
         group = self._reference()
         if group is None:
-            raise RuntimeError("the process group of this mesh axis was destroyed")
+            raise RuntimeError(f"the process group of {self.axis} was destroyed")
         return group
 
     def _is_nccl(self) -> bool:
@@ -58,19 +83,54 @@ class ProcessGroupTransport(Transport):
     @override
     def value_device(self) -> torch.device:
         """The GPU on NCCL, else the CPU."""
-        return self._device
+        return torch.device("cuda", torch.cuda.current_device()) if self._is_nccl() else torch.device("cpu")
+
+    @override
+    def try_gather_values(self, values: Sequence[int], patience: float) -> list[list[int]] | None:
+        """As `gather_values`, but None where not every rank has joined after `patience` seconds, or the group is broken."""
+        mine = torch.tensor(values, dtype=torch.int64, device=self.value_device())
+        gathered = mine.new_empty((self.world, len(mine)))
+        until = time.monotonic() + patience
+        try:
+            work = all_gather_flat(gathered.view(-1), mine, group=self._group, async_op=True)
+            while work is not None and not work.is_completed():
+                if time.monotonic() > until:
+                    return None
+                time.sleep(0.001)
+            if work is not None:
+                work.wait()
+        except RuntimeError:  # the error to show is the one that the others were to be told of
+            return None
+        return gathered.tolist()
+
+    @override
+    def _compare(self, collective: str, tensor: Tensor) -> None:
+        if not self._is_nccl():
+            meet(self, f"{self.activity} ({collective} of {tensor.dtype} {tuple(tensor.shape)})", [])
+
+    def _meet_once(self) -> None:
+        if not self._has_met and self.world > 1 and self._is_nccl():
+            dist.all_reduce(torch.zeros(1, device=self.value_device()), group=self._group)
+        self._has_met = True
 
     @override
     def _exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending[None]:
-        ops = [dist.P2POp(dist.isend, m.tensor, group=self._group, group_peer=m.rank) for m in sends]
-        ops += [dist.P2POp(dist.irecv, m.tensor, group=self._group, group_peer=m.rank) for m in receives]
+        self._meet_once()
+        sized = not self._is_nccl()
+        ops = [
+            dist.P2POp(act, m.tensor, group=self._group, group_peer=m.rank, tag=m.tensor.nbytes % _LARGEST_TAG if sized else 0)
+            for act, messages in ((dist.isend, sends), (dist.irecv, receives))
+            for m in messages
+        ]
         if not ops:
             return Pending.ready(None)
-        works = dist.batch_isend_irecv(ops)
+        works, peers, activity = dist.batch_isend_irecv(ops), [m.rank for m in (*sends, *receives)], self.activity
+        if len(works) < len(peers):  # NCCL: one work for all
+            peers = [peers[0] if len(set(peers)) == 1 else None] * len(works)
 
         def finish() -> None:
-            for work in works:
-                work.wait()
+            for work, peer in zip(works, peers, strict=True):
+                self._waited(work.wait, activity, peer)
 
         return Pending(finish)
 
@@ -78,25 +138,58 @@ class ProcessGroupTransport(Transport):
     def _all_gather(self, tensor: Tensor) -> Pending[Tensor]:
         gathered = tensor.new_empty((self.world, *tensor.shape))
         work = all_gather_flat(gathered.view(-1), tensor.view(-1), group=self._group, async_op=True)
-        return Pending(lambda: _after(work, gathered))
+        return self._after(work, gathered)
 
     @override
     def _reduce_scatter(self, tensor: Tensor) -> Pending[Tensor]:
         out = tensor.new_empty(tensor.shape[1:])
         work = reduce_scatter_flat(out.view(-1), tensor.view(-1), group=self._group, async_op=True)
-        return Pending(lambda: _after(work, out))
+        return self._after(work, out)
 
     @override
     def _all_reduce(self, tensor: Tensor, op: str) -> Tensor:
         out = tensor.clone()
-        if op == "avg" and not self._is_nccl():
-            dist.all_reduce(out, op=dist.ReduceOp.SUM, group=self._group)
-            return out / self.world
-        dist.all_reduce(out, op=_REDUCE[op], group=self._group)
-        return out
+        averages = op == "avg" and not self._is_nccl()
+        kind = dist.ReduceOp.SUM if averages else _REDUCE[op]
+        self._waited(lambda: dist.all_reduce(out, op=kind, group=self._group), self.activity)
+        return out / self.world if averages else out
 
+    def _after(self, work: dist.Work | None, result: Tensor) -> Pending[Tensor]:
+        activity = self.activity
 
-def _after(work: dist.Work | None, result: Tensor) -> Tensor:
-    if work is not None:
-        work.wait()
-    return result
+        def finish() -> Tensor:
+            if work is not None:
+                self._waited(work.wait, activity)
+            return result
+
+        return Pending(finish)
+
+    def _waited(self, wait: Callable[[], T], activity: object, peer: int | None = None) -> T:
+        """What `wait` returns; a failure says what this rank waited for, and what the other ranks wait for, if they do."""
+        start = time.monotonic()
+        try:
+            return wait()
+        except RuntimeError as failure:
+            awaited = "the other ranks" if peer is None else f"rank {peer}"
+            what = f"{activity}: rank {self.rank} of {self.axis} waited {time.monotonic() - start:.1f} s for {awaited}"
+            raise SilentRankError(f"{what}. {self._whereabouts(what)} ({failure})") from failure
+
+    def _whereabouts(self, what: str) -> str:
+        """Who else waited in vain, and for what: the ranks that do not say so are those to look at."""
+        store, others = store_of(self._group), [rank for rank in range(self.world) if rank != self.rank]
+        said: dict[int, str] = {}
+        try:
+            store.set(f"dtensor_ring/{self.rank}", what)
+            until = time.monotonic() + _GRACE
+            while len(said) < len(others) and time.monotonic() < until:
+                said |= {r: store.get(k).decode() for r in others if r not in said and store.check([k := f"dtensor_ring/{r}"])}
+                time.sleep(0.05)
+        except RuntimeError:
+            return "The group's store does not answer: the process that holds it, often rank 0's, may have ended."
+        silent = [str(rank) for rank in others if rank not in said]
+        if silent:
+            which = f"Rank {silent[0]} says nothing: it" if len(silent) == 1 else f"Ranks {', '.join(silent)} say nothing: each"
+            texts = [f"{which} ended, hangs or makes other calls; read its output first."]
+        else:
+            texts = ["Every rank waits, so they make different calls."]
+        return " ".join([*texts, *(f"[{text}]" for _, text in sorted(said.items()))])

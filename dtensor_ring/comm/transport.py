@@ -7,7 +7,8 @@ group makes the same calls in the same order. Messages of no elements are left o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
@@ -15,6 +16,10 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+
+
+class SilentRankError(RuntimeError):
+    """A rank waited in vain: the text names it, the rank it waited for, the mesh axis, and what the transfer was part of."""
 
 
 class Message(NamedTuple):
@@ -64,12 +69,31 @@ class Pending(Generic[T]):
 
 
 class Transport(ABC):
-    """Data exchange among the `world` ranks of one group, seen from `rank`."""
+    """Data exchange among the `world` ranks of one group, seen from `rank`.
 
-    def __init__(self, rank: int, world: int) -> None:
+    Attributes:
+        axis: what errors call the group, such as "mesh axis 'cp'".
+        traffic: what this rank has sent.
+        activity: what the transfers started now are part of; its text is made only where one fails. See `during`.
+        batches: packed batches whose balance was looked at; see `placements.batch`.
+    """
+
+    def __init__(self, rank: int, world: int, axis: str = "this group") -> None:
         self.rank = rank
         self.world = world
+        self.axis = axis
         self.traffic = Traffic()
+        self.activity: object = "a transfer"
+        self.batches = 0
+
+    @contextmanager
+    def during(self, activity: object) -> Iterator[None]:
+        """Name what the transfers started inside the block are part of, for the error of one that fails."""
+        before, self.activity = self.activity, activity
+        try:
+            yield
+        finally:
+            self.activity = before
 
     def empty(self, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A buffer to receive into, on the device of `like` and of its dtype unless one is given."""
@@ -90,17 +114,20 @@ class Transport(ABC):
 
     def all_gather(self, tensor: Tensor) -> Pending[Tensor]:
         """Tensors of one shape from all ranks, stacked: (world, *shape). Sends the tensor to every other rank."""
+        self._compare("all-gather", tensor)
         self.traffic.add(self.world - 1, (self.world - 1) * tensor.nbytes)
         return self._all_gather(tensor.contiguous())
 
     def reduce_scatter(self, tensor: Tensor) -> Pending[Tensor]:
         """The sum over ranks of slice `rank` of (world, *shape) tensors: (*shape). Sends every other rank its slice."""
         assert tensor.shape[0] == self.world, "reduce_scatter takes one slice a rank"
+        self._compare("reduce-scatter", tensor)
         self.traffic.add(self.world - 1, tensor.nbytes // self.world * (self.world - 1))
         return self._reduce_scatter(tensor.contiguous())
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
         """The sum (or `op`: "sum", "avg", "max", "min", "product") over ranks. Counted as reduce-scatter and all-gather."""
+        self._compare(f"all-reduce ({op})", tensor)
         self.traffic.add(2 * (self.world - 1), 2 * tensor.nbytes * (self.world - 1) // self.world)
         return self._all_reduce(tensor.contiguous(), op)
 
@@ -111,9 +138,16 @@ class Transport(ABC):
         mine = torch.tensor(values, dtype=torch.int64, device=self.value_device())
         return self._all_gather(mine).wait().tolist()
 
+    def try_gather_values(self, values: Sequence[int], patience: float) -> list[list[int]] | None:
+        """As `gather_values`, but None where not every rank has joined after `patience` seconds."""
+        return self.gather_values(values)
+
     def value_device(self) -> torch.device:
         """Where small values must lie to be exchanged."""
         return torch.device("cpu")
+
+    def _compare(self, collective: str, tensor: Tensor) -> None:  # noqa: B027  by default nothing is asked
+        """Raises RuntimeError on every rank unless all start this collective on tensors of one shape; where that is asked."""
 
     @abstractmethod
     def _exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending[None]: ...

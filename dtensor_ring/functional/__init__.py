@@ -5,7 +5,6 @@ They take this rank's plain tensors and a process group. `dtensor_ring.ring_atte
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 from dtensor_ring.functional.batch import (
@@ -38,6 +37,7 @@ from dtensor_ring.functional.varlen import (
     zigzag_ring_flash_attn_varlen_kvpacked_func,
     zigzag_ring_flash_attn_varlen_qkvpacked_func,
 )
+from dtensor_ring.optional import optional
 
 if TYPE_CHECKING:
     from dtensor_ring.integrations.transformers.adapter import substitute_hf_flash_attn, update_ring_flash_attn_params
@@ -75,5 +75,5 @@ __all__ = [
 def __getattr__(name: str) -> object:
     """The Hugging Face adapter is imported when it is first used, since it needs transformers."""
     if name in ("substitute_hf_flash_attn", "update_ring_flash_attn_params"):
-        return getattr(import_module("dtensor_ring.integrations.transformers.adapter"), name)
+        return optional("dtensor_ring.integrations.transformers.adapter", name)
     raise AttributeError(f"module 'dtensor_ring.functional' has no attribute {name!r}")

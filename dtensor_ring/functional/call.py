@@ -12,7 +12,7 @@ from dtensor_ring.attention import choose_for_alibi
 from dtensor_ring.documents import Documents, Slices, packed_of
 from dtensor_ring.layout import Layout
 from dtensor_ring.ops.agree import check_agreement
-from dtensor_ring.ops.arguments import check_extras, check_tensors, need_of
+from dtensor_ring.ops.arguments import check_extras, check_tensors, factor_of, need_of
 from dtensor_ring.ops.kernels import choose_kernel
 from dtensor_ring.ops.library import attention
 from dtensor_ring.ops.mask import Band, mask_text
@@ -93,27 +93,19 @@ def attend(
     """
     check_tensors(q_BSHD, k_BSHD, v_BSHD)
     check_extras(q_BSHD, settings.sinks, settings.softcap, settings.dropout_p, settings.alibi_slopes)
+    scale = factor_of(settings.softmax_scale, q_BSHD.shape[3])
     world, mask = settings.world, settings.mask
     q_length, k_length = world * q_BSHD.shape[1], world * k_BSHD.shape[1]
     if isinstance(documents, Documents):
         q_length = k_length = documents.length
     softcap, dropout_p, deterministic = float(settings.softcap), float(settings.dropout_p), settings.deterministic
-    tensors, packed = (q_BSHD, k_BSHD, v_BSHD), documents is not None
-    need = need_of(
-        *tensors,
-        settings.sinks,
-        mask=mask,
-        packed=packed,
-        softcap=softcap,
-        deterministic=deterministic,
-        dropout_p=dropout_p,
-    )
+    tensors = q_BSHD, k_BSHD, v_BSHD
+    need = need_of(*tensors, settings.sinks, softcap=softcap, deterministic=deterministic, dropout_p=dropout_p)
     if settings.alibi_slopes is not None:
         problem = Problem(layout, Band.parse(mask), q_length, k_length, world, strategy, documents)
         strategy, alignment = choose_for_alibi(None if strategy == "ring" else strategy, problem)
         need = replace(need, alibi=alignment)
     kernel = choose_kernel(None, need).name
-    scale = q_BSHD.shape[3] ** -0.5 if settings.softmax_scale is None else float(settings.softmax_scale)
     bounds = packed_of(documents)
     group = settings.process_group.group_name
     if not torch.compiler.is_compiling():

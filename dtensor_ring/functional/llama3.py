@@ -23,7 +23,7 @@ from torch import Tensor
 from dtensor_ring.documents import Documents, Slices
 from dtensor_ring.functional.call import Output, Settings, answer, attend
 from dtensor_ring.functional.lengths import check_tokens, host_lengths, remember
-from dtensor_ring.functional.variants import packed_variants
+from dtensor_ring.functional.variants import packed_variants, refusing_together
 from dtensor_ring.layout import Layout
 
 
@@ -64,6 +64,7 @@ def llama3_flash_attn_prepare_cu_seqlens(
     return q_tensor, k_tensor, _longest(cu_q), _longest(cu_k), slice(k_start, k_stop)
 
 
+@refusing_together
 def llama3_flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -145,6 +146,7 @@ def zigzag_llama3_flash_attn_prepare_cu_seqlens(cu_seqlens: Tensor, causal: bool
     return ZigzagPrepared(Documents((bounds,)), causal, rank, world_size, tuple((run.start, run.start + run.count) for run in runs))
 
 
+@refusing_together
 def zigzag_llama3_flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,

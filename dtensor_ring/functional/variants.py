@@ -4,13 +4,42 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial, wraps
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from dtensor_ring.comm import Transport, transport_of
+from dtensor_ring.comm.rank_checks import refused_together
 from dtensor_ring.functional.call import Output
 
 Function = Callable[..., Output]
+
+
+def refusing_together(func: Function) -> Function:
+    """`func`, whose refusal of its arguments on one rank is told to the other ranks of its `group`."""
+
+    @wraps(func)
+    def wrapped(*args: Any, **kwargs: Any) -> Output:  # noqa: ANN401
+        if torch.compiler.is_compiling():
+            return func(*args, **kwargs)
+        with refused_together(partial(_group_of, wrapped, args, kwargs)):
+            return func(*args, **kwargs)
+
+    return wrapped
+
+
+def _group_of(func: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> list[Transport]:
+    if not dist.is_initialized():
+        return []
+    try:
+        group = inspect.signature(func).bind(*args, **kwargs).arguments.get("group")
+    except TypeError:  # wrong arguments: the error being told
+        group = kwargs.get("group")
+    group = dist.group.WORLD if group is None else group
+    return [transport_of(group)] if isinstance(group, dist.ProcessGroup) else []
 
 
 def packed_variants(func: Function, name: str) -> tuple[Function, Function]:
@@ -19,10 +48,12 @@ def packed_variants(func: Function, name: str) -> tuple[Function, Function]:
     `kv` is (..., 2, Hk, D), `qkv` (..., 3, H, D), stacked in the dim before the heads.
     """
 
+    @refusing_together
     def kvpacked(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -> Output:  # noqa: ANN401
         _check(name, "kv", kv, 2)
         return func(q, kv.select(-3, 0), kv.select(-3, 1), *args, **kwargs)
 
+    @refusing_together
     def qkvpacked(qkv: Tensor, *args: Any, **kwargs: Any) -> Output:  # noqa: ANN401
         _check(name, "qkv", qkv, 3)
         return func(qkv.select(-3, 0), qkv.select(-3, 1), qkv.select(-3, 2), *args, **kwargs)

@@ -16,7 +16,7 @@ from torch import Tensor
 from dtensor_ring.documents import Documents
 from dtensor_ring.functional.call import Output, Settings, answer, attend
 from dtensor_ring.functional.lengths import check_tokens, host_lengths
-from dtensor_ring.functional.variants import Function, packed_variants
+from dtensor_ring.functional.variants import Function, packed_variants, refusing_together
 from dtensor_ring.layout import Layout
 
 
@@ -26,6 +26,7 @@ def _whole_documents(local_bounds: tuple[int, ...], world: int) -> Documents:
 
 
 def _family(name: str, layout: Layout, holds: str, chunks: int) -> tuple[Function, Function, Function]:
+    @refusing_together
     def func(
         q: Tensor,
         k: Tensor,

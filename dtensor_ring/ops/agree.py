@@ -4,11 +4,33 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from functools import lru_cache
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache, partial
 
-from dtensor_ring._torch import resolve_group
-from dtensor_ring.comm import transport_of
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from dtensor_ring._torch import is_tracing, resolve_group
+from dtensor_ring.comm import Transport, transport_along, transport_of
+from dtensor_ring.comm.rank_checks import meet, refused_together
 from dtensor_ring.layout import Layout
+from dtensor_ring.placements import SequencePlacement
+
+
+def refused_by_all(*tensors: Tensor) -> AbstractContextManager[None]:
+    """What is refused inside the block on one rank is told to the ranks that share the sequence of `tensors`."""
+    return nullcontext() if torch.compiler.is_compiling() or is_tracing() else refused_together(partial(_meeting_places, tensors))
+
+
+def _meeting_places(tensors: Sequence[Tensor]) -> list[Transport]:
+    """The mesh axis that holds the sequence of the first DTensor, in dim 1 for `Shard`; tensors may not fit together."""
+    for tensor in tensors:
+        if isinstance(tensor, DTensor):
+            for axis, placement in enumerate(tensor.placements):
+                if isinstance(placement, SequencePlacement) or placement == Shard(1):
+                    return [transport_along(tensor.device_mesh, axis)]
+    return []
 
 
 @lru_cache(maxsize=512)
@@ -29,12 +51,14 @@ def check_agreement(
         words: everything else that must be the same: dtype, mask, strategy, kernel, numbers, documents.
 
     Raises:
+        ValueError, TypeError, NotImplementedError: a rank refuses this call, on every rank.
+        RuntimeError: ranks are in different calls, on every rank.
         ValueError: ranks differ, or a share does not hold the tokens that the layout gives its rank; on every rank.
     """
     wire = transport_of(resolve_group(group))
     everything = "|".join((str(layout), *words))
     number = int.from_bytes(hashlib.blake2b(everything.encode(), digest_size=7).digest(), "big")
-    every = wire.gather_values([*shapes, *rows, number])
+    every = meet(wire, name, [*shapes, *rows, number])
     mine = every[wire.rank]
     for rank, (*its_shapes, q_rows, k_rows, its_number) in enumerate(every):
         if its_shapes != mine[:-3]:

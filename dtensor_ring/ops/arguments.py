@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from dtensor_ring.ops.kernels import Need
+
+Strategy = Literal["ring", "gather", "ulysses", "local"]
 
 
 class Order(NamedTuple):
@@ -46,9 +49,17 @@ def choose_strategy(strategy: str | None) -> str:
     Raises:
         ValueError: no such strategy.
     """
-    if strategy not in (None, "ring", "gather", "ulysses"):
-        raise ValueError(f"unknown strategy {strategy!r}: use 'ring', 'gather', 'ulysses' or None")
+    if strategy is not None and strategy not in get_args(Strategy):
+        raise ValueError(f"unknown strategy {strategy!r}: use {', '.join(map(repr, get_args(Strategy)))} or None")
     return strategy or "ring"
+
+
+def factor_of(scale: float | None, head_dim: int) -> float:
+    """What multiplies q.k: the scale, or D ** -0.5 for None. Raises ValueError unless it is finite."""
+    factor = head_dim**-0.5 if scale is None else float(scale)
+    if not math.isfinite(factor):
+        raise ValueError(f"scale multiplies q.k and must be a finite number, found {scale}")
+    return factor
 
 
 def check_extras(q: Tensor, sinks: Tensor | None, softcap: float, dropout_p: float, alibi_slopes: Tensor | None) -> None:
@@ -56,7 +67,7 @@ def check_extras(q: Tensor, sinks: Tensor | None, softcap: float, dropout_p: flo
     batch, _, heads, _ = q.shape
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p is a probability below 1, found {dropout_p}")
-    if not softcap >= 0:
+    if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap bounds scores and is positive, or 0 for none, found {softcap}")
     if sinks is not None and tuple(sinks.shape) != (heads,):
         raise ValueError(f"sinks must have shape (H,) = ({heads},), found {tuple(sinks.shape)}")
@@ -76,8 +87,6 @@ def need_of(
     v: Tensor,
     sinks: Tensor | None,
     *,
-    mask: str,
-    packed: bool,
     softcap: float,
     deterministic: bool,
     dropout_p: float,
@@ -89,8 +98,6 @@ def need_of(
         head_dim=q.shape[3],
         v_head_dim=v.shape[3],
         training=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)),
-        windowed=mask.startswith("window"),
-        packed=packed,
         softcap=softcap,
         deterministic=deterministic,
         dropout=dropout_p > 0,

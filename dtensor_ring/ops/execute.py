@@ -17,9 +17,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from dtensor_ring.comm import Message, Pending, Transport
 from dtensor_ring.ops.kernels import Extras, Kernel, Options, Packing, Result, Span
@@ -28,6 +30,19 @@ from dtensor_ring.ops.schedule import Plan, Problem, plan
 from dtensor_ring.ops.steps import Call, Rows, Step
 
 _Pair = tuple[Tensor, Tensor]
+Direction = Literal["forward", "backward"]
+
+
+class Activity(NamedTuple):
+    """What a transfer is part of: its text is made only for an error."""
+
+    problem: Problem
+    direction: Direction
+    what: str
+
+    @override
+    def __str__(self) -> str:
+        return f"attention ({self.problem}), {self.direction}, {self.what}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +87,7 @@ class Executor:
         """
         total = OutputSum(q_BSHD, v_BSHD.shape[-1], self.plan.q_parts, self.sinks)
         first_call = self._first_calls()
-        for index, keys in self._visits((k_BSHD, v_BSHD), self.forward_order, coming):
+        for index, keys in self._visits((k_BSHD, v_BSHD), "forward", coming):
             for number, (call, pack) in enumerate(self._calls(index, q_BSHD), first_call[index]):
                 extras = self._extras(index, q_BSHD.device, seed, number)
                 start, stop, block = self._forward_call(q_BSHD, *keys, call, pack, extras)
@@ -95,7 +110,7 @@ class Executor:
         own = GradSum(k_BSHD, self.plan.k_parts), GradSum(v_BSHD, self.plan.k_parts)
         first_call = self._first_calls()
         returning: Pending[None] | None = None
-        for index, keys in self._visits((k_BSHD, v_BSHD), self.backward_order, coming):
+        for index, keys in self._visits((k_BSHD, v_BSHD), "backward", coming):
             sums = tuple(GradSum(x, 1 + 2 * self.plan.steps[index].sums) for x in keys)
             for number, (call, pack) in enumerate(self._calls(index, q_BSHD), first_call[index]):
                 extras = self._extras(index, q_BSHD.device, seed, number)
@@ -106,7 +121,8 @@ class Executor:
                     total.add(k_start, grad)
             if returning is not None:
                 returning.wait()
-            returning = self._give_back(index, sums, own)
+            with self.wire.during(self._activity("backward", f"gradients of step {index}")):
+                returning = self._give_back(index, sums, own)
         if returning is not None:
             returning.wait()
         dsinks = None if self.sinks is None else sink_gradient(dout_BSHD, out_BSHD, lse_BHS, self.sinks)
@@ -169,17 +185,25 @@ class Executor:
         dq, dk, dv = (grad.unflatten(0, x.shape[:2]) for grad, x in zip(grads, (q, k, v), strict=True))
         return 0, 0, (dq, dk, dv)
 
-    def _visits(self, kv: _Pair, order: Sequence[int], coming: Pending[_Pair] | None) -> Iterator[tuple[int, _Pair]]:
-        """Each step's keys in the given order, the next step's transfer already under way."""
-        pending = self.fetch(order[0], kv) if order and coming is None else coming
+    def _activity(self, direction: Direction, what: str) -> Activity:
+        return Activity(self.plan.problem, direction, f"{what} of {len(self.plan.steps)}")
+
+    def _visits(self, kv: _Pair, direction: Direction, coming: Pending[_Pair] | None) -> Iterator[tuple[int, _Pair]]:
+        """Each step's keys in the order of the pass, the next step's transfer already under way."""
+        order = self.forward_order if direction == "forward" else self.backward_order
+        pending = self.fetch(order[0], kv, direction) if order and coming is None else coming
         for place, index in enumerate(order):
             assert pending is not None, "every step but the first is fetched one step ahead"
-            ahead = self.fetch(order[place + 1], kv) if place + 1 < len(order) else None
+            ahead = self.fetch(order[place + 1], kv, direction) if place + 1 < len(order) else None
             yield index, pending.wait()
             pending = ahead
 
-    def fetch(self, index: int, kv: _Pair) -> Pending[_Pair]:
+    def fetch(self, index: int, kv: _Pair, direction: Direction) -> Pending[_Pair]:
         """Start to send what others need in this step and to receive what this rank needs."""
+        with self.wire.during(self._activity(direction, f"keys of step {index}")):
+            return self._fetch(index, kv)
+
+    def _fetch(self, index: int, kv: _Pair) -> Pending[_Pair]:
         step, rank, wire = self.plan.steps[index], self.plan.rank, self.wire
         if self.plan.problem.collective:
             shards = [_padded(self.plan, x) for x in kv]

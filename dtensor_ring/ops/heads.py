@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dtensor_ring.comm import Pending
-from dtensor_ring.ops.execute import Executor
+from dtensor_ring.ops.execute import Direction, Executor
 from dtensor_ring.ops.ulysses import UlyssesExecutor
 
 _Visit = tuple[Executor, slice, Tensor, Tensor, Pending[tuple[Tensor, Tensor]] | None]
@@ -25,7 +25,7 @@ def forward(
     if at_once in (0, k_BSHD.shape[2]):
         return executor.forward(q_BSHD, k_BSHD, v_BSHD, seed)
     assert isinstance(executor, Executor), "ulysses takes all heads at once"
-    visits = _visits(executor, q_BSHD, k_BSHD, v_BSHD, at_once, executor.forward_order)
+    visits = _visits(executor, q_BSHD, k_BSHD, v_BSHD, at_once, "forward")
     parts = [part.forward(q_BSHD[:, :, heads], k, v, seed, coming) for part, heads, k, v, coming in visits]
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 1)
 
@@ -46,7 +46,7 @@ def backward(
         return executor.backward(dout_BSHD, q_BSHD, k_BSHD, v_BSHD, out_BSHD, lse_BHS, seed)
     assert isinstance(executor, Executor), "ulysses takes all heads at once"
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
-    for part, h, k, v, coming in _visits(executor, q_BSHD, k_BSHD, v_BSHD, at_once, executor.backward_order):
+    for part, h, k, v, coming in _visits(executor, q_BSHD, k_BSHD, v_BSHD, at_once, "backward"):
         blocks = dout_BSHD[:, :, h], q_BSHD[:, :, h], k, v, out_BSHD[:, :, h], lse_BHS[:, h]
         parts.append(part.backward(*blocks, seed, coming))
     dq, dk, dv = (torch.cat(grads, 2) for grads in zip(*(part[:3] for part in parts), strict=True))
@@ -54,8 +54,9 @@ def backward(
     return dq, dk, dv, torch.cat(dsinks) if dsinks else None
 
 
-def _visits(executor: Executor, q: Tensor, k: Tensor, v: Tensor, at_once: int, order: list[int]) -> Iterator[_Visit]:
+def _visits(executor: Executor, q: Tensor, k: Tensor, v: Tensor, at_once: int, direction: Direction) -> Iterator[_Visit]:
     """The executor, query heads and keys of each group, the next group's first transfer already under way."""
+    order = executor.forward_order if direction == "forward" else executor.backward_order
     ratio, row, head = q.shape[2] // k.shape[2], *executor.origin
     groups: list[tuple[Executor, slice, Tensor, Tensor]] = []
     for first in range(0, k.shape[2], at_once):
@@ -66,7 +67,7 @@ def _visits(executor: Executor, q: Tensor, k: Tensor, v: Tensor, at_once: int, o
         groups.append((part, heads, k[:, :, kv_heads], v[:, :, kv_heads]))
 
     def begin(i: int) -> Pending[tuple[Tensor, Tensor]] | None:
-        return groups[i][0].fetch(order[0], (groups[i][2], groups[i][3])) if i < len(groups) and order else None
+        return groups[i][0].fetch(order[0], (groups[i][2], groups[i][3]), direction) if i < len(groups) and order else None
 
     coming = begin(0)
     for i, group in enumerate(groups):

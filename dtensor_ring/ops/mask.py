@@ -36,6 +36,13 @@ class Band:
         left, right = (int(side) for side in text.removeprefix("window:").split(","))
         return cls(None if right < 0 else -right, None if left < 0 else left)
 
+    def __str__(self) -> str:
+        """`causal`, `full`, or `window 5 back, 0 ahead`."""
+        if self.hi is None and self.lo in (None, 0):
+            return "full" if self.lo is None else "causal"
+        back, ahead = ("unbounded" if side is None else side for side in (self.hi, None if self.lo is None else -self.lo))
+        return f"window {back} back, {ahead} ahead"
+
     @property
     def bounded(self) -> bool:
         """Whether a query sees a number of keys that does not grow with the length."""
@@ -50,9 +57,16 @@ def mask_text(is_causal: bool, window: tuple[int, int]) -> str:
     """The mask as the text `Band.parse` reads; causal with a window forces R = 0.
 
     Raises:
-        ValueError: causal with a window that looks ahead, or a side below -1.
+        TypeError: a side that is no integer.
+        ValueError: not two sides, causal with a window that looks ahead, or a side below -1.
     """
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise ValueError(f"window={window!r}: needs two numbers of tokens, (back, ahead), such as (1023, 0); -1 is unbounded")
     left, right = window
+    if not isinstance(left, int) or not isinstance(right, int):
+        raise TypeError(
+            f"window={window!r}: a side is a whole number of tokens, found {type(left).__name__}, {type(right).__name__}"
+        )
     if left < -1 or right < -1:
         raise ValueError(f"window=({left}, {right}): a side is a number of tokens, or -1 for unbounded")
     if is_causal and right > 0:

@@ -46,6 +46,12 @@ class Problem:
     strategy: str = "ring"
     documents: Documents | Slices | None = None
 
+    def __str__(self) -> str:
+        """In one line, for errors; the same on every rank, so slices of documents, which differ, are not told apart."""
+        lengths = f"{self.q_length}" if self.q_length == self.k_length else f"{self.q_length} queries and {self.k_length} keys"
+        documents = f", {self.documents}" if isinstance(self.documents, Documents) else ", documents" if self.documents else ""
+        return f"{self.strategy}, {self.layout}, {self.band}, {lengths} tokens over {self.world} ranks{documents}"
+
     @property
     def position_band(self) -> Band:
         """The band of positions: queries count from `k_length - q_length`, flash-attn's bottom-right alignment."""

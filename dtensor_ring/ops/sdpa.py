@@ -26,14 +26,14 @@ from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor
 
 from dtensor_ring._torch import is_tracing, local_of
+from dtensor_ring.comm import axis_name
 from dtensor_ring.documents import packed_of
 from dtensor_ring.ops import library
-from dtensor_ring.ops.agree import check_agreement
-from dtensor_ring.ops.arguments import BHSD, check_tensors, choose_strategy, need_of
+from dtensor_ring.ops.agree import check_agreement, refused_by_all
+from dtensor_ring.ops.arguments import BHSD, check_tensors, choose_strategy, factor_of, need_of
 from dtensor_ring.ops.kernels import choose_kernel
 from dtensor_ring.ops.sharding import attention_axis, share_of
 from dtensor_ring.placements import SequencePlacement, redistribute
-from dtensor_ring.placements.compare import axis_name
 from dtensor_ring.placements.redistribute import wrap
 
 aten = torch.ops.aten
@@ -186,9 +186,9 @@ def _rest(q: DTensor, k: DTensor, v: DTensor, dropout_p: float, is_causal: bool,
         raise NotImplementedError(f"{_NAME} takes no documents, which {layout} needs: use dtensor_ring.ring_attention(documents=)")
     group, mask, strategy = mesh.get_group(axis).group_name, "causal" if is_causal else "full", choose_strategy(None)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    need = need_of(q, k, v, None, mask=mask, packed=False, softcap=0.0, deterministic=deterministic, dropout_p=dropout_p)
+    need = need_of(q, k, v, None, softcap=0.0, deterministic=deterministic, dropout_p=dropout_p)
     kernel = choose_kernel(None, replace(need, training=True)).name  # the same one in both passes
-    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
+    factor = factor_of(scale, q.shape[3])
     if agree:
         name = f"{_NAME} over mesh axis {axis_name(mesh, axis)}"
         shapes = [size for x in (q, k, v) for size in (x.shape[0], x.shape[2], x.shape[1], x.shape[3])]
@@ -208,8 +208,10 @@ def _register(op: OpOverload, act: Callable[..., object]) -> None:
 
     def rule(_cls: type, _op: OpOverload, _types: Sequence[type], args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, DTensor)]
-        ours = any(isinstance(placement, SequencePlacement) for x in tensors for placement in x.placements)
-        return act(*args, **kwargs) if ours else NotImplemented
+        if not any(isinstance(placement, SequencePlacement) for x in tensors for placement in x.placements):
+            return NotImplemented
+        with refused_by_all(*tensors):
+            return act(*args, **kwargs)
 
     torch.library.register_torch_dispatch(op, DTensor, rule)
 

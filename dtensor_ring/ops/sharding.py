@@ -20,11 +20,11 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from dtensor_ring._torch import DTensorSpec, OpSchema, OutputSharding, register_attention_rule
+from dtensor_ring.comm import axis_name
 from dtensor_ring.layout import Layout
 from dtensor_ring.ops import library  # noqa: F401  defines the operators
 from dtensor_ring.ops.arguments import BSHD, Order
 from dtensor_ring.placements import SequencePlacement
-from dtensor_ring.placements.compare import axis_name
 from dtensor_ring.placements.moves import Chunks
 
 _BATCH = 0

@@ -20,7 +20,7 @@ from torch import Tensor
 from dtensor_ring.comm import AloneTransport, Transport
 from dtensor_ring.documents import Documents
 from dtensor_ring.layout import PackedLayout
-from dtensor_ring.ops.execute import Executor
+from dtensor_ring.ops.execute import Activity, Executor
 from dtensor_ring.ops.kernels import Kernel, Options
 from dtensor_ring.ops.merge import accumulate_dtype
 from dtensor_ring.ops.schedule import Problem, plan
@@ -67,9 +67,10 @@ class UlyssesExecutor:
     def forward(self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Out (B, Sq/W, H, Dv) in the dtype of q, and lse (B, H, Sq/W)."""
         heads = q_BSHD.shape[2]
-        out, lse = self._inner(heads).forward(self._to_heads(q_BSHD), self._kv(k_BSHD), self._kv(v_BSHD), seed)
-        by_head = (1, Chunks(), heads)
-        return self._to_tokens(out, heads), exchange_dims(lse, by_head, (2, self._split, self.problem.q_length), self.wire)
+        with self.wire.during(Activity(self.problem, "forward", "tokens to heads and back")):
+            out, lse = self._inner(heads).forward(self._to_heads(q_BSHD), self._kv(k_BSHD), self._kv(v_BSHD), seed)
+            by_head = (1, Chunks(), heads)
+            return self._to_tokens(out, heads), exchange_dims(lse, by_head, (2, self._split, self.problem.q_length), self.wire)
 
     def backward(
         self,
@@ -82,6 +83,19 @@ class UlyssesExecutor:
         seed: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """dq, dk, dv of this rank's shares, and the part of dsinks (H,) of its heads."""
+        with self.wire.during(Activity(self.problem, "backward", "tokens to heads and back")):
+            return self._backward(dout_BSHD, q_BSHD, k_BSHD, v_BSHD, out_BSHD, lse_BHS, seed)
+
+    def _backward(
+        self,
+        dout_BSHD: Tensor,
+        q_BSHD: Tensor,
+        k_BSHD: Tensor,
+        v_BSHD: Tensor,
+        out_BSHD: Tensor,
+        lse_BHS: Tensor,
+        seed: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         heads, kv_heads = q_BSHD.shape[2], k_BSHD.shape[2]
         dout, q, out = (self._to_heads(x) for x in (dout_BSHD, q_BSHD, out_BSHD))
         lse = exchange_dims(lse_BHS, (2, self._split, self.problem.q_length), (1, Chunks(), heads), self.wire)

@@ -13,21 +13,35 @@ sequence numbers, or a mask of padding.
 from __future__ import annotations
 
 import hashlib
+import struct
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtensor_ring.comm import Transport, transport_of
+from dtensor_ring.comm import Transport, transport_along
+from dtensor_ring.comm.rank_checks import checksum, meet, refused_together
 from dtensor_ring.documents import Documents
+from dtensor_ring.layout import work_balance
+from dtensor_ring.placements.batch_reading import (
+    BOUND_KEYS,
+    CUT_KEYS,
+    PERHAPS_A_SHARE,
+    find_documents,
+    padding_of,
+    refuse_lookalikes,
+    refuse_unknown,
+    rows_of,
+    sequence_length,
+)
 from dtensor_ring.placements.moves import take_shard
 from dtensor_ring.placements.placement import SequencePlacement, Zigzag, split_of
 
 IGNORED = -100
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-CUT_KEYS = ("input_ids", "inputs_embeds", "position_ids", "labels", "shift_labels")
-BOUND_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+GOOD_BALANCE = 0.8  # mean work over the most loaded rank's, below which a packed batch is worth a warning
+_BATCHES_LOOKED_AT = 16
 
 
 class ShardedBatch(dict[str, object]):
@@ -77,18 +91,62 @@ def shard_batch(
 
     Raises:
         ValueError: the mesh has more than one axis, the placement is not of dim 1, shapes do not fit, documents do not end at
-            the length or contradict each other, labels at padding count, or ranks hold different batches (on every rank).
+            the length or contradict each other, labels contradict shift_labels, labels at padding count, a key looks like a
+            misspelled one, tensors are on the meta device, the batch is a share already, or ranks hold different batches. Every
+            rank raises.
         NotImplementedError: an attention mask that is not padding, or is beside documents; or an unknown tensor with a dim as
             long as the sequence.
     """
     placement = Zigzag(1) if placement is None else placement
     check_axis(mesh, placement)
-    length = sequence_length(batch)
-    found = find_documents(batch, length, documents)
-    wire = transport_of(mesh.get_group(0))
+    wire = transport_along(mesh)
+    with refused_together(lambda: [wire] if check else []):
+        if isinstance(batch, ShardedBatch):
+            raise ValueError("this batch is a share already, made by shard_batch: pass the whole batch")
+        refuse_lookalikes(batch)
+        length = sequence_length(batch)
+        refuse_unknown(batch, length)
+        found = find_documents(batch, length, documents)
     if check:
         check_same(batch, length, found, wire)
+    warn_of_imbalance(found, batch, placement, wire)
     return cut_batch(batch, placement, wire, length, found)
+
+
+def warn_of_imbalance(
+    documents: Documents | None,
+    batch: Mapping[str, object],
+    placement: SequencePlacement,
+    transport: Transport,
+    reach: int | None = None,
+) -> None:
+    """Warn once, on rank 0, where documents give the most loaded rank far more work than the mean; say what helps.
+
+    The first packed batches of a group are looked at, since packing is alike from batch to batch; padding does not count.
+    """
+    packed = documents is not None and batch.get("attention_mask") is None
+    if documents is None or not packed or transport.rank or transport.world == 1 or transport.batches >= _BATCHES_LOOKED_AT:
+        return
+    transport.batches += 1
+    balance = work_balance(placement.layout, documents, transport.world, reach)
+    if balance < GOOD_BALANCE:
+        transport.batches = _BATCHES_LOOKED_AT
+        remedy = balance_remedy(documents, placement, transport.world, reach)
+        warnings.warn(
+            f"attention on this packed batch keeps its ranks busy for {balance:.0%} of the time that the most loaded one takes: "
+            f"{documents} under {placement!r} over {transport.world} ranks. {remedy}",
+            stacklevel=3,
+        )
+
+
+def balance_remedy(documents: Documents, placement: SequencePlacement, world: int, reach: int | None = None) -> str:
+    """What would balance the work of a packed batch better, with the figure it would reach."""
+    if placement.layout.cut:
+        return "Longer rows, or fewer ranks, would balance better"
+    if documents.rows > 1:
+        return "Pack the rows into one (B=1), which Zigzag(1, per_document=True) cuts document by document"
+    better = work_balance(Zigzag(1, per_document=True).layout, documents, world, reach)
+    return f"Zigzag(1, per_document=True) would reach {better:.0%}"
 
 
 def check_axis(mesh: DeviceMesh, placement: SequencePlacement) -> None:
@@ -101,176 +159,35 @@ def check_axis(mesh: DeviceMesh, placement: SequencePlacement) -> None:
         raise ValueError(f"a batch (B, S) is cut in dim 1 by Contiguous(1), Zigzag(1) or Stripe(1), found {placement!r}")
 
 
-def sequence_length(batch: Mapping[str, object]) -> int:
-    """Tokens of a row, checked to be the same in all tensors that are cut."""
-    sizes: dict[str, tuple[int, ...]] = {}
-    for key in CUT_KEYS:
-        value = batch.get(key)
-        if value is not None and not isinstance(value, Tensor):
-            raise TypeError(f"{key} must be a tensor (B, S), found {type(value).__name__}")
-        if isinstance(value, Tensor):
-            if value.dim() < 2:
-                raise ValueError(f"{key} must have a batch and a sequence dim, found shape {tuple(value.shape)}")
-            sizes[key] = tuple(value.shape)
-    lengths = {shape[1] for shape in sizes.values()}
-    if len(lengths) != 1:
-        what = f"found shapes {sizes}" if sizes else "found neither"
-        raise ValueError(f"a batch needs input_ids or inputs_embeds, all tensors of one length, {what}")
-    return lengths.pop()
-
-
-def find_documents(
-    batch: Mapping[str, object], length: int, documents: Documents | Tensor | Sequence[int] | None = None
-) -> Documents | None:
-    """What belongs together in a row: the documents given, or those that the batch tells; None for one document a row.
-
-    A batch tells them by `cu_seq_lens_q`, by `seq_idx` (B or 1, S), where it changes, by `position_ids` (B or 1, S) that restart,
-    or by an `attention_mask` (B, S) with zeros: a row's padding and its real tokens are documents.
-
-    Raises:
-        ValueError: two of these contradict each other, or one does not fit the batch.
-        NotImplementedError: a mask that is not padding, or padding beside documents.
-    """
-    rows = _rows(batch)
-    padding = padding_of(batch, rows, length)
-    found = {} if documents is None else {"documents": Documents.of(documents, length)}
-    bounds = _cumulative(batch)
-    if bounds is not None:
-        found["cu_seq_lens_q"] = Documents.of(bounds, length)
-    numbers, positions = (_per_token(batch, key, rows, length) for key in ("seq_idx", "position_ids"))
-    if numbers is not None and length:
-        found["seq_idx"] = _documents_at(numbers.diff(dim=1) != 0)
-    jumps = torch.zeros(1, 0, dtype=torch.bool) if positions is None or not length else positions.diff(dim=1) != 1
-    if padding is not None and positions is not None:
-        jumps = jumps & ~padding[:, 1:] & ~padding[:, :-1]  # with a mask, positions at padding mean nothing
-    if positions is not None and bool(jumps.any()):
-        strict = not found and padding is None
-        found["position_ids"] = Documents.from_position_ids(positions) if strict else _documents_at(jumps)
-    if padding is not None and found:
-        raise NotImplementedError(
-            f"attention_mask has zeros and {' and '.join(found)} tell documents: padding beside packed documents is not supported; "
-            "make the padding a document of its own with labels of -100, and leave the mask out"
-        )
-    if padding is not None:
-        return _documents_at(padding[:, 1:] != padding[:, :-1])
-    _check_agree(found, rows)
-    return next(iter(found.values()), None)
-
-
-def _rows(batch: Mapping[str, object]) -> int:
-    """Rows of a batch; position ids may have one for all."""
-    return next((value.shape[0] for key in CUT_KEYS if key != "position_ids" and isinstance(value := batch.get(key), Tensor)), 1)
-
-
-def padding_of(batch: Mapping[str, object], rows: int, length: int) -> Tensor | None:
-    """True where `attention_mask` marks a token as padding, (B, S); None where it marks none.
-
-    Raises:
-        NotImplementedError: anything but ones at one run of tokens in each row, and zeros elsewhere.
-    """
-    mask = batch.get("attention_mask")
-    if mask is None:
-        return None
-    needed = (
-        f"only a mask ({rows}, {length}) of ones, with zeros at padding on the left or right, is supported: pack rows without "
-        "padding and pass documents (cu_seq_lens_q, or position_ids that restart)"
-    )
-    if not isinstance(mask, Tensor) or tuple(mask.shape) != (rows, length):
-        what = f"a {mask.dtype} tensor of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
-        raise NotImplementedError(f"attention_mask: found {what}; {needed}")
-    padding = mask == 0
-    begins = ~padding & torch.nn.functional.pad(padding, (1, 0), value=True)[:, :-1]  # where runs of ones begin
-    other, padded, holes = torch.stack([(~padding & (mask != 1)).any(), padding.any(), (begins.sum(1) > 1).any()]).tolist()
-    if other or (padded and mask.is_floating_point()):
-        raise NotImplementedError(f"attention_mask: found {mask.dtype} values from {mask.min()} to {mask.max()}; {needed}")
-    if holes:
-        runs = begins.sum(1).tolist()
-        row = next(i for i, count in enumerate(runs) if count > 1)
-        raise NotImplementedError(f"attention_mask: found {runs[row]} runs of ones in row {row}, with zeros between; {needed}")
-    return padding if padded else None
-
-
-def _cumulative(batch: Mapping[str, object]) -> Tensor | Sequence[int] | None:
-    """The cumulative lengths of a packed batch, the same for queries and keys."""
-    found: list[Tensor | Sequence[int] | None] = []
-    for key in BOUND_KEYS[:2]:
-        value = batch.get(key)
-        if value is not None and not isinstance(value, (Tensor, Sequence)):
-            raise TypeError(f"{key} must be a 1-D integer tensor or a list, found {type(value).__name__}")
-        found.append(value)
-    bounds, keys = found
-    if keys is not None and (bounds is None or not torch.equal(torch.as_tensor(bounds), torch.as_tensor(keys))):
-        raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ: queries and keys of a packed batch are the same tokens")
-    return bounds
-
-
-def _per_token(batch: Mapping[str, object], key: str, rows: int, length: int) -> Tensor | None:
-    """A tensor of one integer for each token, checked to be (B, S) or (1, S)."""
-    value = batch.get(key)
-    if value is None:
-        return None
-    if not isinstance(value, Tensor) or value.dim() != 2 or value.shape[0] not in (1, rows) or value.shape[1] != length:
-        what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"{key} must have shape (B, S) or (1, S), here ({rows}, {length}) or (1, {length}), found {what}")
-    return value
-
-
-def _documents_at(changes: Tensor) -> Documents:
-    """Documents that begin at token i + 1 where `changes` (rows, S-1) is true at i."""
-    length = changes.shape[1] + 1
-    bounds = [(0, *(i + 1 for i, new in enumerate(row) if new), length) for row in changes.tolist()]
-    return Documents((bounds[0],) if all(row == bounds[0] for row in bounds) else tuple(bounds))
-
-
-def _check_agree(found: Mapping[str, Documents], rows: int) -> None:
-    """Raises ValueError unless all sources tell the same documents, empty ones aside, for a batch of so many rows."""
-    told: dict[str, list[list[int]]] = {}
-    for name, documents in found.items():
-        if documents.rows not in (1, rows):
-            raise ValueError(
-                f"{name} have {documents.rows} rows, but the batch has {rows}: give one row, or one for each batch row"
-            )
-        told[name] = [sorted(set(row)) for row in documents.bounds] * (rows if documents.rows == 1 else 1)
-    for name, theirs in list(told.items())[1:]:
-        first, ours = next(iter(told.items()))
-        for row, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            if a != b:
-                token = min(set(a) ^ set(b))
-                begins, goes_on = (first, name) if token in a else (name, first)
-                raise ValueError(
-                    f"{first} and {name} contradict each other: in row {row} a document begins at token {token} by {begins}, "
-                    f"not by {goes_on}; give one of them, or make them agree"
-                )
-
-
 def check_same(batch: Mapping[str, object], length: int, documents: Documents | None, wire: Transport) -> None:
-    """Raises ValueError on every rank unless all ranks hold the same batch; the host waits once."""
+    """Raises ValueError on every rank unless all ranks hold the same batch and number of items; the host waits once."""
     tensors = [(key, value) for key in (*CUT_KEYS, "attention_mask") if isinstance(value := batch.get(key), Tensor)]
     rows = tensors[0][1].shape[0] if tensors else 0
     words = "|".join(
         [f"{key} {value.dtype} {tuple(value.shape)}" for key, value in tensors] + [documents.digest if documents else ""]
     )
     number = int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest(), "big")
-    sums = [_checksum(value) for _, value in tensors]
-    mine = [rows, length, number, sum(sums) % (1 << 61)]
-    for rank, theirs in enumerate(wire.gather_values(mine)):
+    sums = [checksum(value) for _, value in tensors]
+    items = batch.get("num_items_in_batch")
+    count = float(items) if isinstance(items, (Tensor, int, float)) else -1.0
+    mine = [rows, length, number, sum(sums) % (1 << 61), *struct.unpack("q", struct.pack("d", count))]
+    for rank, theirs in enumerate(meet(wire, "a batch that every rank holds whole", mine)):
         if theirs[:2] != mine[:2]:
             raise ValueError(
                 f"rank {wire.rank} has a batch of {rows} rows of {length} tokens, rank {rank} one of {theirs[0]} rows of "
                 f"{theirs[1]} tokens: every rank of the sequence axis needs the same whole batch"
             )
-        if theirs != mine:
+        if theirs[:4] != mine[:4]:
             raise ValueError(
                 f"ranks {wire.rank} and {rank} of the sequence axis hold different batches ({words}): give all of them the same "
-                "data, as a sampler does that shards over the data-parallel axis only"
+                f"data, as a sampler does that shards over the data-parallel axis only. {PERHAPS_A_SHARE}"
             )
-
-
-def _checksum(values: Tensor) -> int:
-    flat = values.detach().flatten()
-    flat = (flat.contiguous().view(_BITS[flat.itemsize]) if flat.is_floating_point() else flat).to(torch.int64)
-    weights = torch.arange(1, flat.numel() + 1, device=flat.device) % 65521
-    return int((flat * weights).sum())
+        if theirs != mine:
+            (its_count,) = struct.unpack("d", struct.pack("q", theirs[4]))
+            raise ValueError(
+                f"num_items_in_batch is {count:g} on rank {wire.rank}, {its_count:g} on rank {rank} of the sequence axis (-1: not "
+                "given): it counts the labels of the whole batch, so every rank of the axis passes the same number"
+            )
 
 
 def cut_batch(
@@ -280,17 +197,19 @@ def cut_batch(
     whole = dict(batch)
     for key in (*BOUND_KEYS, "attention_mask"):
         whole.pop(key, None)
-    _refuse_unknown(whole, length)
     device = next(value.device for key in CUT_KEYS if isinstance(value := whole.get(key), Tensor))
-    padding = padding_of(batch, _rows(batch), length)
+    padding = padding_of(batch, rows_of(batch), length)
     packed = documents if padding is None else None
     if not isinstance(whole.get("position_ids"), Tensor):
         positions = torch.arange(length)[None] if packed is None else packed.position_ids()
         whole["position_ids"] = positions.to(device)
     labels = whole.get("labels")
-    if isinstance(labels, Tensor) and not isinstance(whole.get("shift_labels"), Tensor):
-        whole["shift_labels"] = shift_labels(labels, packed)
     shifted = whole.get("shift_labels")
+    if isinstance(labels, Tensor):
+        if isinstance(shifted, Tensor):
+            _check_shifted(labels, shifted, packed)
+        else:
+            shifted = whole["shift_labels"] = shift_labels(labels, packed)
     if isinstance(shifted, Tensor) and padding is not None:
         shifted = whole["shift_labels"] = _predicted_by_real_tokens(shifted, padding)
     if placement.layout.cut and documents is None:
@@ -316,6 +235,18 @@ def shift_labels(labels: Tensor, documents: Documents | None) -> Tensor:
     return shifted
 
 
+def _check_shifted(labels: Tensor, shifted: Tensor, documents: Documents | None) -> None:
+    """Raises ValueError unless shifted labels are the labels of the next tokens; ends of documents may count or not."""
+    wrong = (shifted != shift_labels(labels, None)) & (shifted != shift_labels(labels, documents))
+    if bool(wrong.any()):
+        row, token = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"labels and shift_labels contradict each other: in row {row} the label of token {token + 1} is "
+            f"{shift_labels(labels, None)[row, token]}, but shift_labels[{row}, {token}] is {shifted[row, token]}: pass labels, "
+            "which are shifted here, or shift_labels alone"
+        )
+
+
 def _predicted_by_real_tokens(shifted: Tensor, padding: Tensor) -> Tensor:
     """Shifted labels (B, S) without that of each row's first real token, where padding before it would predict it.
 
@@ -330,12 +261,3 @@ def _predicted_by_real_tokens(shifted: Tensor, padding: Tensor) -> Tensor:
             "attention_mask is 0"
         )
     return shifted.masked_fill(last, IGNORED)
-
-
-def _refuse_unknown(batch: Mapping[str, object], length: int) -> None:
-    for key, value in batch.items():
-        if key not in CUT_KEYS and isinstance(value, Tensor) and length > 1 and length in value.shape:
-            raise NotImplementedError(
-                f"{key} of shape {tuple(value.shape)} has a dim as long as the sequence ({length}), but it is not known how to cut "
-                f"it; known are {', '.join(CUT_KEYS)}: leave it out"
-            )

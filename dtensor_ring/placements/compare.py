@@ -9,15 +9,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtensor_ring._torch import resolve_group
-from dtensor_ring.comm import transport_of
+from dtensor_ring.comm import axis_name, transport_along, transport_of
+from dtensor_ring.comm.rank_checks import meet, meet_on_axes
 from dtensor_ring.documents import Documents
 from dtensor_ring.placements import moves
 from dtensor_ring.placements.placement import SequencePlacement
-
-
-def axis_name(mesh: DeviceMesh, i: int) -> str:
-    """`'cp'`, or the number of an axis without a name."""
-    return repr(mesh.mesh_dim_names[i]) if mesh.mesh_dim_names else str(i)
 
 
 @lru_cache(maxsize=256)
@@ -25,45 +21,44 @@ def check_documents(group: str, documents: Documents) -> None:
     """Raises ValueError on every rank that passes other documents than this one; asked the first time that ranks meet them."""
     wire = transport_of(resolve_group(group))
     number = int(documents.digest[:15], 16)
-    for rank, (theirs,) in enumerate(wire.gather_values([number])):
+    for rank, (theirs,) in enumerate(meet(wire, "a move of documents cut one by one", [number])):
         if theirs != number:
             raise ValueError(f"ranks {wire.rank} and {rank} pass different documents, rank {wire.rank} {documents}: pass the same")
 
 
 def check_shares(local: Tensor, mesh: DeviceMesh, axis: int, placement: SequencePlacement, length: int) -> None:
     """Raises ValueError on every rank unless each passes the share that its layout gives it, of one tensor."""
-    wire = transport_of(mesh.get_group(axis))
+    wire = transport_along(mesh, axis)
+    call = f"from_local over {wire.axis}"
     others = [size for dim, size in enumerate(local.shape) if dim != placement.dim]
     mine = [local.ndim, length, local.shape[placement.dim], _dtype_number(local.dtype), *others]
-    every = wire.gather_values((mine + [-1] * 12)[:12])
+    every = meet(wire, call, (mine + [-1] * 12)[:12])
     for rank, (ndim, its_length, tokens, dtype, *its_others) in enumerate(every):
         agree = (ndim, its_length, dtype, its_others[: len(others)]) == (local.ndim, length, _dtype_number(local.dtype), others)
         if not agree:
             raise ValueError(
-                f"from_local over mesh axis {axis_name(mesh, axis)}: rank {wire.rank} has length={length}, {local.dtype} and other "
+                f"{call}: rank {wire.rank} has length={length}, {local.dtype} and other "
                 f"dims {others}, rank {rank} has length={its_length}, {_DTYPES[dtype]} and other dims {its_others[: ndim - 1]}: "
                 "every rank passes its share of one tensor"
             )
         needed = moves.local_size(placement.layout, length, wire.world, rank)
         if tokens != needed:
             raise ValueError(
-                f"from_local over mesh axis {axis_name(mesh, axis)}: rank {rank} passes {tokens} tokens in dim {placement.dim}, "
+                f"{call}: rank {rank} passes {tokens} tokens in dim {placement.dim}, "
                 f"but of length={length} {placement!r} gives it {needed}: cut shares with "
                 "distribute_tensor or shard_batch, or correct length="
             )
 
 
-def check_whole(tensor: Tensor, mesh: DeviceMesh, source: int) -> None:
-    """What is about to be sent fits where it is received, on every axis."""
-    numbers = [tensor.ndim, _dtype_number(tensor.dtype), *tensor.shape]
-    for i in range(mesh.ndim):
-        if not 0 <= source < mesh.size(i):
-            raise ValueError(f"src_data_rank={source} is no rank of mesh axis {axis_name(mesh, i)}, which has {mesh.size(i)}")
-        wire = transport_of(mesh.get_group(i))
-        for rank, (ndim, dtype, *shape) in enumerate(wire.gather_values((numbers + [-1] * 12)[:12])):
+def check_whole(tensor: Tensor, mesh: DeviceMesh) -> None:
+    """Raises ValueError on every rank unless what is about to be sent fits where it is received, on every axis."""
+    numbers = ([tensor.ndim, _dtype_number(tensor.dtype), *tensor.shape] + [-1] * 12)[:12]
+    tables = meet_on_axes([transport_along(mesh, i) for i in range(mesh.ndim)], "distribute_tensor", numbers)
+    for i, table in enumerate(tables):
+        for rank, (ndim, dtype, *shape) in enumerate(table):
             if (ndim, dtype, shape[:ndim]) != (tensor.ndim, _dtype_number(tensor.dtype), list(tensor.shape)):
                 raise ValueError(
-                    f"distribute_tensor over mesh axis {axis_name(mesh, i)}: rank {wire.rank} has {tensor.dtype} "
+                    f"distribute_tensor over mesh axis {axis_name(mesh, i)}: rank {mesh.get_local_rank(i)} has {tensor.dtype} "
                     f"{tuple(tensor.shape)}, rank {rank} has {_DTYPES[dtype]} {tuple(shape[:ndim])}: every rank passes a tensor of "
                     "the same shape and dtype"
                 )

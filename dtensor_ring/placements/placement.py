@@ -23,7 +23,7 @@ from torch.distributed.tensor.placement_types import Placement
 from typing_extensions import override
 
 from dtensor_ring._torch import PlacementBase
-from dtensor_ring.comm import transport_of
+from dtensor_ring.comm import transport_along
 from dtensor_ring.documents import Documents
 from dtensor_ring.layout import Layout, PackedLayout
 from dtensor_ring.placements.moves import Chunks, Split, gather_shards, take_shard
@@ -104,7 +104,7 @@ class SequencePlacement(PlacementBase):
         self, local_tensor: Tensor, mesh: DeviceMesh, mesh_dim: int, current_logical_shape: Sequence[int]
     ) -> Tensor:
         self._one_dimensional(mesh)
-        wire = transport_of(mesh.get_group(mesh_dim))
+        wire = transport_along(mesh, mesh_dim)
         return gather_shards(local_tensor, self.dim, self.layout, int(current_logical_shape[self.dim]), wire)
 
     @override

@@ -8,7 +8,9 @@ input is the whole gradient, on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,32 +22,45 @@ from torch.distributed.tensor.placement_types import Placement
 from typing_extensions import override
 
 from dtensor_ring._torch import local_of
-from dtensor_ring.comm import transport_of
+from dtensor_ring.comm import Transport, axis_name, transport_along
+from dtensor_ring.comm.rank_checks import refused_together
 from dtensor_ring.documents import Documents
 from dtensor_ring.placements import moves
-from dtensor_ring.placements.compare import axis_name, check_documents, check_shares, check_whole
+from dtensor_ring.placements.compare import check_documents, check_shares, check_whole
+from dtensor_ring.placements.mesh_moves import move
 from dtensor_ring.placements.placement import SequencePlacement, dim_of, split_of
 
 Placements = tuple[Placement, ...]
 DocumentsLike = Documents | Tensor | Sequence[int]
 
 
-def from_local(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], *, length: int, check: bool = True) -> DTensor:
+def from_local(
+    local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], *, length: int | None = None, check: bool = True
+) -> DTensor:
     """A DTensor from every rank's share of it; differentiable, sends nothing but the check.
 
     Args:
         local: this rank's share; its sequence dim holds as many tokens as the layout gives this rank.
         mesh: the mesh.
         placements: one placement a mesh axis, exactly one of them ours; dims under `Shard` are split evenly.
-        length: global size of the sequence dim. Uneven shares do not tell it, and `DTensor.from_local` guesses it wrong.
+        length: global size of the sequence dim, always needed: uneven shares do not tell it, and `DTensor.from_local` guesses it
+            wrong.
         check: compare length, shape and dtype over the sequence axis, a few integers a rank for which the host waits. Without
             it ranks that disagree hang or compute nonsense later. Compiled graphs never check.
 
     Raises:
+        TypeError: no length.
         ValueError: the share has the wrong size, or ranks disagree on length, shape or dtype (raised on all of them).
     """
-    targets = normalized(mesh, placements, local.ndim)
-    axis, placement = sequence_axis(mesh, targets)
+    with refused_together(lambda: _sequence_axis_or_only(mesh, placements) if check else []):
+        if length is None:
+            raise TypeError(
+                "from_local needs length=, the number of tokens of the whole sequence: ranks hold shares of different sizes where "
+                f"it does not divide, so that this rank's share of shape {tuple(local.shape)} does not tell it. Pass length=S, or "
+                "the batch.length of shard_batch"
+            )
+        targets = normalized(mesh, placements, local.ndim)
+        axis, placement = sequence_axis(mesh, targets)
     if check and not torch.compiler.is_compiling():
         check_shares(local, mesh, axis, placement, length)
     shape = list(local.shape)
@@ -82,17 +97,13 @@ def distribute_tensor(
             dtype (raised on all ranks).
     """
     _refuse_compiling("distribute_tensor")
-    if isinstance(tensor, DTensor):
-        raise TypeError("distribute_tensor takes a plain tensor, found a DTensor: move it with dtensor_ring.redistribute")
-    targets = normalized(mesh, placements, tensor.ndim)
-    for i, target in enumerate(targets):
-        if not isinstance(target, (Replicate, Shard, SequencePlacement)):
-            raise ValueError(
-                f"mesh axis {axis_name(mesh, i)}: a tensor cannot be distributed as {target!r}: use Replicate, Shard or ours"
-            )
+    meets = src_data_rank is not None or documents is not None
+    with refused_together(lambda: _every_axis(mesh) if meets else []):
+        targets = _checked_for_distribution(tensor, mesh, placements, src_data_rank)
+        given = _documents(documents, targets, tensor.shape)
     if src_data_rank is not None:
-        check_whole(tensor, mesh, src_data_rank)
-    found = _documents(documents, mesh, targets, tensor.shape)
+        check_whole(tensor, mesh)
+    found = _agreed(given, mesh)
     local = _Distribute.apply(tensor, mesh, targets, src_data_rank, found)
     return wrap(local, mesh, targets, tensor.shape)
 
@@ -108,7 +119,8 @@ def redistribute(
 
     Layout to layout of one dim is an all-to-all of the tokens that change rank; sequence to another dim (heads) an all-to-all
     of blocks; `Partial` to a layout a reduce-scatter; anything to `Replicate` an all-gather or all-reduce. `documents` are the
-    bounds of packed documents, which `Zigzag(dim, per_document=True)` needs on either side.
+    bounds of packed documents, which `Zigzag(dim, per_document=True)` needs on either side. The mesh stays that of the tensor;
+    `mesh` is deprecated, does nothing and will be removed.
 
     Raises:
         TypeError: not a DTensor.
@@ -119,12 +131,16 @@ def redistribute(
         raise TypeError(f"redistribute takes a DTensor, found {type(tensor).__name__}: make one with dtensor_ring.from_local")
     if mesh is not None and mesh != tensor.device_mesh:
         raise ValueError(f"the tensor lies on {tensor.device_mesh}, not on {mesh}: redistribute keeps the mesh")
-    targets = normalized(tensor.device_mesh, placements, tensor.ndim)
-    if not any(isinstance(p, SequencePlacement) for p in (*tensor.placements, *targets)):
-        return tensor.redistribute(placements=targets)
-    normalized(tensor.device_mesh, tensor.placements, tensor.ndim)
-    found = _documents(documents, tensor.device_mesh, (*tensor.placements, *targets), tensor.shape)
-    return _Redistribute.apply(tensor, targets, found)
+    if mesh is not None:
+        text = "mesh= of redistribute does nothing, since a tensor stays on its mesh, and will be removed: leave it out"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
+    with refused_together(partial(_sequence_axis_or_only, tensor.device_mesh, tensor.placements)):
+        targets = normalized(tensor.device_mesh, placements, tensor.ndim)
+        if not any(isinstance(p, SequencePlacement) for p in (*tensor.placements, *targets)):
+            return tensor.redistribute(placements=targets)
+        normalized(tensor.device_mesh, tensor.placements, tensor.ndim)
+        given = _documents(documents, (*tensor.placements, *targets), tensor.shape)
+    return _Redistribute.apply(tensor, targets, _agreed(given, tensor.device_mesh))
 
 
 def full_tensor(tensor: DTensor, *, documents: DocumentsLike | None = None) -> Tensor:
@@ -149,14 +165,40 @@ def wrap(local: Tensor, mesh: DeviceMesh, placements: Placements, shape: Sequenc
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride))
 
 
-def _documents(
-    given: DocumentsLike | None, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int]
-) -> Documents | None:
-    """The documents for the dim that is cut by them, the same on all ranks.
+def _every_axis(mesh: DeviceMesh) -> list[Transport]:
+    return [transport_along(mesh, i) for i in range(mesh.ndim)]
+
+
+def _sequence_axis_or_only(mesh: DeviceMesh, placements: Sequence[Placement]) -> list[Transport]:
+    """Where the other ranks learn that this one refuses a call: the sequence axis, or the only axis there is; else nowhere."""
+    if not isinstance(mesh, DeviceMesh):
+        return []
+    axes = [i for i, p in enumerate(placements) if isinstance(p, SequencePlacement)] if isinstance(placements, Sequence) else []
+    if len(axes) == 1 and axes[0] < mesh.ndim:
+        return [transport_along(mesh, axes[0])]
+    return [transport_along(mesh)] if mesh.ndim == 1 else []
+
+
+def _checked_for_distribution(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], source: int | None) -> Placements:
+    """The placements that a plain tensor can be distributed as; raises what `distribute_tensor` raises."""
+    if isinstance(tensor, DTensor):
+        raise TypeError("distribute_tensor takes a plain tensor, found a DTensor: move it with dtensor_ring.redistribute")
+    targets = normalized(mesh, placements, tensor.ndim)
+    for i, target in enumerate(targets):
+        if not isinstance(target, (Replicate, Shard, SequencePlacement)):
+            raise ValueError(
+                f"mesh axis {axis_name(mesh, i)}: a tensor cannot be distributed as {target!r}: use Replicate, Shard or ours"
+            )
+        if source is not None and not 0 <= source < mesh.size(i):
+            raise ValueError(f"src_data_rank={source} is no rank of mesh axis {axis_name(mesh, i)}, which has {mesh.size(i)}")
+    return targets
+
+
+def _documents(given: DocumentsLike | None, placements: Sequence[Placement], shape: Sequence[int]) -> Documents | None:
+    """The documents for the dim that is cut by them.
 
     Raises:
-        ValueError: there is such a dim and no documents, or they end elsewhere, or ranks have others; or they are given, and
-            nothing is cut by them.
+        ValueError: there is such a dim and no documents, or they end elsewhere; or they are given, and nothing is cut by them.
     """
     cut = next((p for p in placements if isinstance(p, SequencePlacement) and p.layout.cut), None)
     if cut is None:
@@ -165,10 +207,15 @@ def _documents(
         return None
     if given is None:
         raise ValueError(f"{cut!r} lays tokens out document by document: pass documents= (one document: [0, {shape[cut.dim]}])")
-    found = Documents.of(given, shape[cut.dim])
-    for i in range(mesh.ndim):
-        check_documents(mesh.get_group(i).group_name, found)
-    return found
+    return Documents.of(given, shape[cut.dim])
+
+
+def _agreed(documents: Documents | None, mesh: DeviceMesh) -> Documents | None:
+    """The documents, after all ranks of the mesh have compared them; raises ValueError on every rank if they differ."""
+    if documents is not None:
+        for i in range(mesh.ndim):
+            check_documents(mesh.get_group(i).group_name, documents)
+    return documents
 
 
 def _refuse_compiling(name: str) -> None:
@@ -236,13 +283,14 @@ class _Distribute(torch.autograd.Function):
         ctx.mesh, ctx.targets, ctx.shape, ctx.documents = mesh, targets, tensor.shape, documents
         local = tensor
         for i, target in enumerate(targets):
-            wire = transport_of(mesh.get_group(i))
-            if isinstance(target, Replicate):
-                local = local if source is None else moves.broadcast(local, source, wire)
-            elif source is None:
-                local = moves.take_shard(local, dim_of(target), split_of(target, documents), wire.world, wire.rank)
-            else:
-                local = moves.scatter_shards(local, dim_of(target), split_of(target, documents), source, wire)
+            wire = transport_along(mesh, i)
+            with wire.during(f"distribute_tensor as {target!r}"):
+                if isinstance(target, Replicate):
+                    local = local if source is None else moves.broadcast(local, source, wire)
+                elif source is None:
+                    local = moves.take_shard(local, dim_of(target), split_of(target, documents), wire.world, wire.rank)
+                else:
+                    local = moves.scatter_shards(local, dim_of(target), split_of(target, documents), source, wire)
         return local.view_as(local) if local is tensor else local
 
     @staticmethod
@@ -274,86 +322,3 @@ class _Redistribute(torch.autograd.Function):
     ) -> tuple[DTensor, None, None]:
         local = move(local_of(grad), grad.device_mesh, grad.shape, grad.placements, ctx.sources, ctx.documents)
         return wrap(local, grad.device_mesh, ctx.sources, grad.shape), None, None
-
-
-def move(
-    local: Tensor,
-    mesh: DeviceMesh,
-    shape: Sequence[int],
-    sources: Sequence[Placement],
-    targets: Sequence[Placement],
-    documents: Documents | None = None,
-) -> Tensor:
-    """The local tensor under `targets` of the global tensor of `shape` whose local tensor under `sources` is given."""
-    axes = range(mesh.ndim)
-    changed = {i for i in axes if sources[i] != targets[i]}
-    # an axis whose dim an outer changed axis also splits holds a part of that axis' part: it is undone and redone with it
-    changed |= {j for j in axes for i in changed if i < j and _shares_dim(i, j, sources, targets)}
-    if any(_shares_dim(i, j, sources, targets) for i in changed for j in axes if i != j):
-        local, shared = _through_replicate(local, mesh, shape, sources, targets, sorted(changed), documents), True
-    else:
-        shared = False
-        for i in sorted(changed):
-            local = _step(local, mesh, i, sources[i], targets[i], lambda dim: shape[dim], documents)
-    return local.contiguous() if shared or changed else local
-
-
-def _through_replicate(
-    local: Tensor,
-    mesh: DeviceMesh,
-    shape: Sequence[int],
-    sources: Sequence[Placement],
-    targets: Sequence[Placement],
-    axes: list[int],
-    documents: Documents | None,
-) -> Tensor:
-    def length_at(axis: int, placements: Sequence[Placement]) -> Callable[[int], int]:
-        def length(dim: int) -> int:
-            size = shape[dim]
-            for i in range(axis):
-                if dim_of(placements[i]) == dim:
-                    size = moves.local_size(split_of(placements[i]), size, mesh.size(i), mesh.get_local_rank(i))
-            return size
-
-        return length
-
-    for i in reversed(axes):
-        local = _step(local, mesh, i, sources[i], Replicate(), length_at(i, sources), documents)
-    for i in axes:
-        local = _step(local, mesh, i, Replicate(), targets[i], length_at(i, targets), documents)
-    return local
-
-
-def _shares_dim(i: int, j: int, sources: Sequence[Placement], targets: Sequence[Placement]) -> bool:
-    mine, others = {dim_of(sources[i]), dim_of(targets[i])}, {dim_of(sources[j]), dim_of(targets[j])}
-    return bool((mine & others) - {-1})
-
-
-def _step(
-    x: Tensor,
-    mesh: DeviceMesh,
-    axis: int,
-    old: Placement,
-    new: Placement,
-    length: Callable[[int], int],
-    documents: Documents | None,
-) -> Tensor:
-    """One mesh axis from one placement to another; `length` gives a dim's size over this axis and the axes inside it."""
-    if old == new or mesh.size(axis) == 1:
-        return x
-    wire = transport_of(mesh.get_group(axis))
-    old_split, new_split = split_of(old, documents), split_of(new, documents)
-    if isinstance(new, Partial):
-        raise ValueError(f"mesh axis {axis_name(mesh, axis)}: {old!r} cannot become {new!r}: nothing is left to reduce")
-    if isinstance(old, Partial):
-        if isinstance(new, Replicate):
-            return wire.all_reduce(x, old.reduce_op)
-        return moves.reduce_shards(x, dim_of(new), new_split, old.reduce_op, wire)
-    if isinstance(old, Replicate):
-        return moves.take_shard(x, dim_of(new), new_split, wire.world, wire.rank)
-    if isinstance(new, Replicate):
-        return moves.gather_shards(x, dim_of(old), old_split, length(dim_of(old)), wire)
-    a, b = dim_of(old), dim_of(new)
-    if a == b:
-        return moves.reshard(x, a, old_split, new_split, length(a), wire)
-    return moves.exchange_dims(x, (a, old_split, length(a)), (b, new_split, x.shape[b]), wire)

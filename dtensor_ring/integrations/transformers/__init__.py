@@ -1,5 +1,12 @@
 """Sequence parallelism for Hugging Face models."""
 
-from dtensor_ring.integrations.transformers.plan import RingPlan, ring_plan
+from dtensor_ring.optional import MissingExtraError
+
+try:
+    from dtensor_ring.integrations.transformers.plan import RingPlan, ring_plan
+except ImportError as error:
+    if not (error.name or "").startswith("transformers"):
+        raise
+    raise MissingExtraError.of("transformers", "transformers 5.0 or newer", error) from error
 
 __all__ = ["RingPlan", "ring_plan"]

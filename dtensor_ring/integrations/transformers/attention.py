@@ -17,6 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from dtensor_ring.attention import ring_attention
 from dtensor_ring.documents import Documents
+from dtensor_ring.ops.arguments import Strategy
+from dtensor_ring.ops.kernels import KernelName
 from dtensor_ring.placements import SequencePlacement, from_local
 
 NAME = "dtensor_ring"
@@ -46,8 +48,8 @@ class AttentionState:
 
     mesh: DeviceMesh
     placement: SequencePlacement
-    strategy: str | None
-    kernel: str | None
+    strategy: Strategy | None
+    kernel: KernelName | None
 
 
 def register() -> None:

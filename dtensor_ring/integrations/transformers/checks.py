@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.utils.generic import TransformersKwargs
 
+from dtensor_ring.documents import Documents
 from dtensor_ring.placements import SequencePlacement
 from dtensor_ring.placements.batch import IGNORED
+from dtensor_ring.placements.batch_reading import KNOWN_KEYS, refuse_lookalikes
 
 MODEL_TYPES = (
     "llama",
@@ -31,6 +34,7 @@ _OUTPUTS = {
     "output_attentions": "attention weights are never held whole",
     "output_router_logits": "its load-balancing loss is not linear over tokens, so that the parts of ranks do not add up to it",
 }
+_LOSS_KEYWORDS = ("ignore_index",)
 _OTHER_INPUTS = ("token_type_ids", "mm_token_type_ids", "pixel_values")
 
 
@@ -116,11 +120,17 @@ def check_length(length: int, world: int, placement: SequencePlacement) -> None:
         )
 
 
-def check_call(model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
+def check_call(model: PreTrainedModel, arguments: Mapping[str, Any], parameters: Sequence[str] = ()) -> None:
     """Refuse forward arguments whose result on a part of the sequence would not be that of the whole.
+
+    Args:
+        model: the model.
+        arguments: what its forward is called with, by name.
+        parameters: names of its forward's own parameters; other keywords go on to its layers.
 
     Raises:
         NotImplementedError: the text names the argument and what to do.
+        ValueError: a keyword looks like one that is read under another name, or has tensors or bounds that no layer reads.
     """
     if arguments.get("past_key_values") is not None or arguments.get("use_cache"):
         raise NotImplementedError(
@@ -129,7 +139,11 @@ def check_call(model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
         )
     keep = arguments.get("logits_to_keep", 0)
     if isinstance(keep, Tensor) or keep:
-        raise NotImplementedError("logits_to_keep counts tokens of the whole sequence, but each rank has a part: leave it out")
+        raise NotImplementedError(
+            "generation is not supported on a parallelized model, also not without a cache: logits_to_keep counts tokens of the "
+            "whole sequence, but each rank has a part. Generate with the model before parallelize_module, or after plan.undo(); in "
+            "other calls leave logits_to_keep out"
+        )
     if arguments.get("ignore_index", IGNORED) != IGNORED:
         raise NotImplementedError(f"ignore_index must be {IGNORED}: set the labels that do not count to {IGNORED}")
     if arguments.get("is_causal") is False:
@@ -143,3 +157,11 @@ def check_call(model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
             f"{type(model).__name__} computes its loss with {model.loss_function!r}; only the causal language-model loss adds up "
             "over parts of a sequence: pass no labels and compute the loss from the logits"
         )
+    own = (*parameters, *TransformersKwargs.__annotations__, *_LOSS_KEYWORDS)
+    refuse_lookalikes(arguments, own)
+    for name, value in arguments.items():
+        if isinstance(value, (Tensor, Documents, list, tuple)) and name not in own and name not in KNOWN_KEYS:
+            raise ValueError(
+                f"{name!r} of type {type(value).__name__} is read by no layer, and cannot be cut: pass what is known "
+                f"({', '.join(KNOWN_KEYS)}), or leave it out"
+            )

@@ -12,9 +12,12 @@ out         logits (B, S/W, V) of this rank's tokens, `plan.gather(logits)` for 
 from __future__ import annotations
 
 import inspect
+import re
+import warnings
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
@@ -22,14 +25,19 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from dtensor_ring.comm import transport_of
+from dtensor_ring.comm import transport_along
+from dtensor_ring.comm.rank_checks import refused_together
 from dtensor_ring.documents import Documents
 from dtensor_ring.integrations.transformers.attention import KEYWORD, NAME, NO_MASK, STATE, AttentionState, RingBatch, register
 from dtensor_ring.integrations.transformers.checks import check_call, check_length, check_model
-from dtensor_ring.ops.arguments import choose_strategy
-from dtensor_ring.ops.kernels import KERNELS
+from dtensor_ring.layout import work_balance
+from dtensor_ring.ops.arguments import Strategy, choose_strategy
+from dtensor_ring.ops.kernels import KERNELS, KernelName
 from dtensor_ring.placements import SequencePlacement, Zigzag, from_local, full_tensor
-from dtensor_ring.placements.batch import check_axis, check_same, cut_batch, find_documents, sequence_length
+from dtensor_ring.placements.batch import GOOD_BALANCE, balance_remedy, check_axis, check_same, cut_batch, warn_of_imbalance
+from dtensor_ring.placements.batch_reading import find_documents, sequence_length
+
+_SEQUENCE_AXIS = r"cp|sp|seq|context|ring"  # how programs name the mesh axis that holds the sequence
 
 
 class RingPlan(dict[str, ParallelStyle]):
@@ -38,11 +46,15 @@ class RingPlan(dict[str, ParallelStyle]):
     Made by `ring_plan`, for one model, applied once.
     """
 
-    def __init__(self, model: PreTrainedModel, placement: SequencePlacement, strategy: str | None, kernel: str | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, placement: SequencePlacement, strategy: Strategy | None, kernel: KernelName | None
+    ) -> None:
         self._model, self._placement, self._strategy, self._kernel = model, placement, strategy, kernel
         self._mesh: DeviceMesh | None = None
+        self._was_applied, self._begun_among_ranks = False, _several_ranks()
         self._before: str | None = None
         self._documents: Documents | None = None
+        self._is_packed = False
         self._handles: list[RemovableHandle] = []
         self._marked: list[nn.Module] = []
         names = [name for name, module in model.named_modules() if _is_attention(module)]
@@ -59,7 +71,7 @@ class RingPlan(dict[str, ParallelStyle]):
         """
         mesh = self._applied()
         dim = range(local.ndim)[dim]
-        tokens = transport_of(mesh.get_group(0)).gather_values([local.shape[dim]])
+        tokens = transport_along(mesh).gather_values([local.shape[dim]])
         length = sum(count for (count,) in tokens)
         whole = from_local(local, mesh, [self._placement.moved_to(dim)], length=length)
         return full_tensor(whole, documents=(documents or self._documents) if self._placement.layout.cut else None)
@@ -76,8 +88,26 @@ class RingPlan(dict[str, ParallelStyle]):
                 f"  kernel:    {self._kernel or 'the first that does not refuse'}",
                 "  batch:     input_ids, inputs_embeds, position_ids and labels are cut; labels are shifted first",
                 "  loss:      mean over the whole batch; with num_items_in_batch this rank's sum / num_items_in_batch",
+                "  gradients: to be averaged over the axis: fully_shard or DDP over it, or average_gradients(model, mesh)",
+                f"  balance:   {self._balance()}",
             ]
         )
+
+    @property
+    def _reach(self) -> int | None:
+        """Keys that a query of any layer sees at most; None where a layer sees the whole document."""
+        config: Any = self._model.config
+        kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
+        return config.sliding_window if kinds == {"sliding_attention"} else None
+
+    def _balance(self) -> str:
+        """Mean work over the most loaded rank's, of the last batch if it was packed."""
+        if self._mesh is None or self._documents is None or not self._is_packed:
+            return "of packed batches it depends on where documents end: ask again after one"
+        world = self._mesh.size()
+        share = work_balance(self._placement.layout, self._documents, world, self._reach)
+        remedy = "" if share >= GOOD_BALANCE else f". {balance_remedy(self._documents, self._placement, world, self._reach)}"
+        return f"{share:.2f} (mean work / most loaded rank) on the last batch, {self._documents}{remedy}"
 
     def undo(self) -> None:
         """Give the model back as it was: attention implementation restored, hooks and marks removed."""
@@ -96,6 +126,32 @@ class RingPlan(dict[str, ParallelStyle]):
             raise RuntimeError("the plan is not applied: call parallelize_module(model, mesh['cp'], plan) first")
         return self._mesh
 
+    def __del__(self) -> None:
+        if not getattr(self, "_was_applied", True) and (self._begun_among_ranks or _several_ranks()):
+            warnings.warn(
+                f"ring_plan of a {type(self._model).__name__} was never applied: every rank runs the whole model on the whole "
+                "batch. Call parallelize_module(model, mesh['cp'], plan)",
+                stacklevel=2,
+            )
+
+    def _check_attention_name(self) -> None:
+        name = self._model.config._attn_implementation
+        if name != NAME:
+            raise RuntimeError(
+                f"the attention implementation of this parallelized {type(self._model).__name__} was changed to {name!r}, so its "
+                "layers would attend to part of the sequence. set_attn_implementation does so on this model or on one that shares "
+                "its config object: give each model its own, copy.deepcopy(config), and undo() and apply the plan again"
+            )
+
+    def _warn_of_one_rank(self, mesh: DeviceMesh) -> None:
+        """A mesh axis of one rank in a larger program is right for a setting of 1, and wrong for the axis of another use."""
+        if mesh.size() == 1 and _several_ranks() and not re.search(_SEQUENCE_AXIS, _axis(mesh).lower()):
+            warnings.warn(
+                f"ring_plan is applied over mesh axis {_axis(mesh)}, which has one rank of {dist.get_world_size()}: nothing is "
+                "spread. Pass the axis that holds the sequence, such as mesh['cp']",
+                stacklevel=2,
+            )
+
     def _apply_root(self, module: nn.Module, mesh: DeviceMesh) -> None:
         if module is not self._model:
             raise ValueError(f"this plan was made for another {type(self._model).__name__}: call ring_plan(model) for each model")
@@ -110,8 +166,9 @@ class RingPlan(dict[str, ParallelStyle]):
             raise RuntimeError(
                 "this model shares its config object with one that is sequence parallel: give it its own, copy.deepcopy(config)"
             )
+        self._warn_of_one_rank(mesh)
         self._model.set_attn_implementation(NAME)
-        self._mesh = mesh
+        self._mesh, self._was_applied = mesh, True
         self._handles = [
             module.register_forward_pre_hook(self._enter, with_kwargs=True),
             module.register_forward_hook(self._leave, with_kwargs=True),
@@ -124,14 +181,19 @@ class RingPlan(dict[str, ParallelStyle]):
     @torch.compiler.disable
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         """The whole batch in, this rank's share out."""
-        given = {**dict(zip(inspect.signature(self._model.forward).parameters, args, strict=False)), **kwargs}
-        documents = given.pop("documents", None)
-        check_call(self._model, given)
-        length = sequence_length(given)
-        wire = transport_of(self._applied().get_group(0))
-        check_length(length, wire.world, self._placement)
-        found = find_documents(given, length, documents)
+        wire = transport_along(self._applied())
+        with refused_together(lambda: [wire]):
+            self._check_attention_name()
+            parameters = inspect.signature(self._model.forward).parameters
+            given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+            check_call(self._model, given, tuple(parameters))
+            documents = given.pop("documents", None)
+            length = sequence_length(given)
+            check_length(length, wire.world, self._placement)
+            found = find_documents(given, length, documents)
         check_same(given, length, found, wire)
+        warn_of_imbalance(found, given, self._placement, wire, self._reach)
+        self._is_packed = found is not None and given.get("attention_mask") is None
         batch = cut_batch(given, self._placement, wire, length, found)
         found = self._documents = batch.documents
         count = batch.num_items
@@ -156,7 +218,10 @@ class RingPlan(dict[str, ParallelStyle]):
 
 
 def ring_plan(
-    model: PreTrainedModel, placement: SequencePlacement | None = None, strategy: str | None = None, kernel: str | None = None
+    model: PreTrainedModel,
+    placement: SequencePlacement | None = None,
+    strategy: Strategy | None = None,
+    kernel: KernelName | None = None,
 ) -> RingPlan:
     """A plan that makes a Hugging Face model sequence-parallel over one mesh axis.
 
@@ -232,7 +297,7 @@ class _SumOverRanks(torch.autograd.Function):
         mesh: DeviceMesh,
     ) -> Tensor:
         ctx.mesh = mesh
-        return transport_of(mesh.get_group(0)).all_reduce(value)
+        return _summed(value, mesh)
 
     @staticmethod
     @override
@@ -240,12 +305,22 @@ class _SumOverRanks(torch.autograd.Function):
         ctx: Any,
         grad: Tensor,
     ) -> tuple[Tensor, None]:
-        return transport_of(ctx.mesh.get_group(0)).all_reduce(grad), None
+        return _summed(grad, ctx.mesh), None
+
+
+def _summed(value: Tensor, mesh: DeviceMesh) -> Tensor:
+    transport = transport_along(mesh)
+    with transport.during("the sum of a loss over ranks"):
+        return transport.all_reduce(value)
 
 
 def _is_attention(module: nn.Module) -> bool:
     """Attention modules of transformers carry a layer index and whether they are causal, and call the attention interface."""
     return type(module).__name__.endswith("Attention") and hasattr(module, "layer_idx")
+
+
+def _several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _axis(mesh: DeviceMesh) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from dtensor_ring.ops.kernels.base import Extras, Kernel, Need, Options, Packing, Result, Span
 from dtensor_ring.ops.kernels.flash_attn_2 import FlashAttn2Kernel
 from dtensor_ring.ops.kernels.flash_attn_3 import FlashAttn3Kernel
@@ -9,6 +11,8 @@ from dtensor_ring.ops.kernels.flash_attn_4 import FlashAttn4Kernel
 from dtensor_ring.ops.kernels.math import MathKernel
 from dtensor_ring.ops.kernels.torch_cpu import TorchCpuKernel
 from dtensor_ring.ops.kernels.torch_flash import TorchFlashKernel
+
+KernelName = Literal["flash_attn_4", "flash_attn_3", "flash_attn_2", "torch_flash", "torch_cpu", "math"]
 
 KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
@@ -43,4 +47,4 @@ def choose_kernel(name: str | None, need: Need) -> Kernel:
     raise NotImplementedError(f"{who}. {listed}")
 
 
-__all__ = ["KERNELS", "Extras", "Kernel", "Need", "Options", "Packing", "Result", "Span", "choose_kernel"]
+__all__ = ["KERNELS", "Extras", "Kernel", "KernelName", "Need", "Options", "Packing", "Result", "Span", "choose_kernel"]

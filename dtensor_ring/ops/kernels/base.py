@@ -31,8 +31,6 @@ class Need:
     head_dim: int
     v_head_dim: int
     training: bool = False
-    windowed: bool = False
-    packed: bool = False
     softcap: float = 0.0
     deterministic: bool = False
     dropout: bool = False

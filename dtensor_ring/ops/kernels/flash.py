@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from dtensor_ring._torch import constant_when_compiled
 from dtensor_ring.ops.kernels.base import Extras, Kernel, Need, Options, Packing, Result
 
 
@@ -78,9 +79,14 @@ def lacks_tensors(need: Need, largest_head_dim: int = 256) -> str | None:
     return None
 
 
-@cache
+@constant_when_compiled
 def load(module: str, package: str, needs: tuple[str, ...]) -> ModuleType | str:
     """A module with the functions it `needs`, or why `package` cannot be used."""
+    return _loaded(module, package, needs)
+
+
+@cache
+def _loaded(module: str, package: str, needs: tuple[str, ...]) -> ModuleType | str:
     try:
         found = import_module(module)
     except ModuleNotFoundError as failure:

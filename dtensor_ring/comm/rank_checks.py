@@ -1,0 +1,136 @@
+"""What ranks tell each other before tensors move: a few integers of each, and why a rank refuses a call.
+
+    rank 0   meet("from_local", [16, 4])          gets [[16, 4], [16, 4]], and compares
+    rank 1   meet("from_local", [16, 4])          the same
+
+    rank 0   meet("from_local", [16, 4])          raises ValueError: from_local: rank 1 refuses: dim 1 has 3 tokens ...
+    rank 1   with refused_together(...): raise    raises its own error, after it has told rank 0
+
+Every meeting exchanges records of one size, whatever it is about, so ranks that are in different calls find that out instead of
+reading one call's integers as another's. The host waits for a meeting; each rank sends 160 bytes to every other rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from dtensor_ring.comm.transport import Transport
+
+_VALUES = 18  # integers of a record after its two first: whether the rank refuses, and the number of the call
+_TEXT_BYTES = 1024
+_KNOWN = "_dtensor_ring_known"  # marks an error that the other ranks have, or were told of: it is not told again
+_PATIENCE = 5.0  # seconds that a rank which refuses a call waits for the others: longer would hide its error
+_REFUSALS = (ValueError, TypeError, NotImplementedError)
+_KINDS: tuple[type[Exception], ...] = (*_REFUSALS, RuntimeError)  # a record has the place of an error's class here
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def checksum(values: Tensor) -> int:
+    """A number that tells tensors of one shape and dtype apart: bits weighted by place. Reads a GPU, so the host waits."""
+    flat = values.detach().flatten()
+    flat = (flat.contiguous().view(_BITS[flat.itemsize]) if flat.is_floating_point() else flat).to(torch.int64)
+    weights = torch.arange(1, flat.numel() + 1, device=flat.device) % 65521
+    return int((flat * weights).sum())
+
+
+def meet(transport: Transport, call: str, values: Sequence[int]) -> list[list[int]]:
+    """The values of every rank, in rank order. Every rank of the group makes the same call.
+
+    Args:
+        transport: the group.
+        call: what the ranks are about to do, for errors; equal texts are the same call.
+        values: up to 18 integers, as many on every rank.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: a rank refuses the call (the class is that of its error), on every rank.
+        RuntimeError: ranks are in different calls, on every rank.
+    """
+    if transport.world == 1:
+        return [list(values)]
+    assert len(values) <= _VALUES, "a record has room for so many values"
+    record = [0, _number(call), *values, *[0] * (_VALUES - len(values))]
+    with transport.during(f"comparing the call of ranks: {call}"):
+        records = transport.gather_values(record)
+        if all(other[:2] == record[:2] for other in records):
+            return [other[2 : 2 + len(values)] for other in records]
+        raise _explained(transport, call, records, _texts(transport.gather_values(_encoded(call))))
+
+
+def meet_on_axes(transports: Sequence[Transport], call: str, values: Sequence[int]) -> list[list[list[int]]]:
+    """As `meet`, over one mesh axis after the other; what is refused on one axis is refused on the ones after it."""
+    tables: list[list[list[int]]] = []
+    failure: Exception | None = None
+    for transport in transports:
+        try:
+            if failure is None:
+                tables.append(meet(transport, call, values))
+            else:
+                _tell(transport, failure)
+        except _KINDS as first:
+            failure = failure or first
+    if failure is not None:
+        raise failure
+    return tables
+
+
+@contextmanager
+def refused_together(places: Callable[[], Sequence[Transport]]) -> Iterator[None]:
+    """Tell the other ranks, which may be waiting in a meeting, that this rank refuses the call; then raise as without this.
+
+    The others are told if they meet within five seconds. They do when the call is new to them; a call that ranks have compared
+    before has no meeting, and they learn of the failure when they wait in vain.
+
+    Args:
+        places: the groups whose ranks meet, in that order, worked out only where something is refused.
+    """
+    try:
+        yield
+    except _REFUSALS as failure:
+        if not getattr(failure, _KNOWN, False):
+            setattr(failure, _KNOWN, True)
+            for transport in places():
+                _tell(transport, failure)
+        raise
+
+
+def _tell(transport: Transport, failure: Exception) -> None:
+    if transport.world == 1:
+        return
+    kind = next(i for i, kind in enumerate(_KINDS) if isinstance(failure, kind))
+    if transport.try_gather_values([1 + kind, 0, *[0] * _VALUES], _PATIENCE) is not None:
+        transport.try_gather_values(_encoded(str(failure)), _PATIENCE)
+
+
+def _explained(transport: Transport, call: str, records: list[list[int]], texts: list[str]) -> Exception:
+    """The error of a meeting that did not come about. All ranks read the same records, so all raise."""
+    rank = next((r for r, record in enumerate(records) if record[0]), None)
+    if rank is not None:
+        failure = _KINDS[records[rank][0] - 1](f"{call}: rank {rank} of {transport.axis} refuses this call: {texts[rank]}")
+    else:
+        rank = next(r for r, record in enumerate(records) if record[1] != records[transport.rank][1])
+        failure = RuntimeError(
+            f"rank {transport.rank} of {transport.axis} is in: {call}. Rank {rank} is in: {texts[rank]}. Every rank must make the "
+            "same calls in the same order"
+        )
+    setattr(failure, _KNOWN, True)
+    return failure
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+
+
+def _encoded(text: str) -> list[int]:
+    return array("q", text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")).tolist()
+
+
+def _texts(rows: Sequence[Sequence[int]]) -> list[str]:
+    return [array("q", row).tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]

@@ -1,0 +1,246 @@
+"""Plans as text of at most 80 columns: who holds what, which step computes what, what travels, work and balance.
+
+Long lists are cut short and say what they leave out. Without ranks asked for, a drawing of many ranks shows an excerpt.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+
+from dtensor_ring.layout import Run
+from dtensor_ring.ops.schedule import Plan, Problem, plan
+from dtensor_ring.ops.steps import Call, Rows, Step
+from dtensor_ring.report.facts import asks_too_much
+from dtensor_ring.report.totals import Totals, totals
+
+WIDTH = 80  # columns of a line, at most
+RANKS_SHOWN = 8  # a drawing of more ranks shows an excerpt
+RANKS_OF_EXCERPT = 3  # the first ranks; the most loaded one is added
+STEPS_SHOWN = 8  # steps of a rank that was not asked for
+ITEMS_SHOWN = 3  # ranges, ranks or calls in a list of one step
+
+_SIGNS_ACROSS = 32
+_SIGNS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_LARGEST_PICTURE = 4096  # queries, or keys; the picture visits every score's row
+_TIED = "\u00a0"  # a space at which no line is broken
+
+
+def draw(problem: Problem, ranks: Sequence[int] | None = None) -> str:
+    """A plan as text: who holds what, what each rank computes and exchanges in each step, work and balance.
+
+    Args:
+        problem: what is planned.
+        ranks: ranks whose steps are drawn, all of them; None draws up to 8 ranks, or an excerpt of more, and few of their steps.
+
+    Raises:
+        ValueError: the layout cannot be laid out, as `Layout.runs` says.
+    """
+    counted = totals(problem)
+    shown = _excerpt(counted) if ranks is None else list(ranks)
+    most = STEPS_SHOWN if ranks is None else None
+    left_out = ranks is None and asks_too_much(problem, len(shown))
+    plans: list[Plan] = [] if left_out else [plan(problem, rank) for rank in shown]
+    parts = [_title(problem), _holdings(problem, shown)]
+    if left_out:
+        parts.append("Steps are left out, since they take long to plan here: --rank R shows a rank's.")
+    else:
+        parts += [_picture(problem), *(_steps(problem, each, most) for each in plans)]
+    parts.append(_forward_pass(counted, shown, plans) + "\n" + _totals(counted))
+    return "\n\n".join(part for part in parts if part)
+
+
+def summary(problem: Problem) -> str:
+    """The totals of all ranks as text; no plan is made for them.
+
+    Raises:
+        ValueError: the layout cannot be laid out, as `Layout.runs` says.
+    """
+    return f"{_title(problem)}\n\nper forward pass\n{_totals(totals(problem))}"
+
+
+def _excerpt(counted: Totals) -> list[int]:
+    world = len(counted.tokens)
+    if world <= RANKS_SHOWN:
+        return list(range(world))
+    return sorted({*range(RANKS_OF_EXCERPT), counted.most_loaded})
+
+
+def _title(problem: Problem) -> str:
+    exchange = "halo: the keys around each chunk" if problem.is_halo else problem.strategy
+    ranks = "1 rank" if problem.world == 1 else f"{problem.world} ranks"
+    facts = [str(problem.layout), str(problem.band), f"{problem.q_length} tokens over {ranks}", exchange]
+    if problem.documents is not None:
+        facts.append(str(problem.documents))
+    return _folded("", [", ".join(fact.replace(" ", _TIED) for fact in facts)], 2)
+
+
+def _holdings(problem: Problem, shown: Sequence[int]) -> str:
+    lines = ["who holds what"]
+    for rank in shown:
+        runs = problem.q_runs(rank)
+        what = " | ".join(_tokens(run) for run in runs[:ITEMS_SHOWN]) or "nothing"
+        if len(runs) > ITEMS_SHOWN:
+            what += f" | and {len(runs) - ITEMS_SHOWN} more"
+        lines.append(_folded(f"  rank {rank}: ", [f"{what:<40}", f"{sum(run.count for run in runs)} tokens"]))
+    return "\n".join([*lines, *_more_ranks(problem.world, shown)])
+
+
+def _more_ranks(world: int, shown: Sequence[int]) -> list[str]:
+    more = world - len(shown)
+    return [f"  ... and {more} more {'rank' if more == 1 else 'ranks'}: --rank R shows one"] if more else []
+
+
+def _tokens(run: Run) -> str:
+    if run.count == 1:
+        return f"{run.start}"
+    span = f"{run.start}..{run.token(run.count - 1)}"
+    if run.stride == 1 or run.count <= run.block:
+        return span
+    return f"{span}{_TIED}" + (f"{run.block}{_TIED}in{_TIED}{run.stride}" if run.block > 1 else f"every{_TIED}{run.stride}th")
+
+
+def _picture(problem: Problem) -> str:
+    """The step in which each score is computed, queries down and keys across, both in position order."""
+    longest = max(problem.q_length, problem.k_length)
+    if not 0 < min(problem.q_length, problem.k_length) <= longest <= _LARGEST_PICTURE:
+        return ""
+    if problem.world > len(_SIGNS) or asks_too_much(problem, problem.world):  # a sign for each step
+        return ""
+    scale = -(-longest // _SIGNS_ACROSS)
+    rows, columns = -(-problem.q_length // scale), -(-problem.k_length // scale)
+    cells = [["."] * columns for _ in range(rows)]
+    held = [problem.k_tokens(rank) for rank in range(problem.world)]
+    for rank in range(problem.world):
+        queries = problem.q_tokens(rank)
+        for index, step in enumerate(plan(problem, rank).steps):
+            keys = [held[part.source][i] for part in step.keys for i in range(part.start, part.stop)]
+            for call in step.calls:
+                for i, j in _samples(call, queries, keys, scale):
+                    cells[queries[i] // scale][keys[j] // scale] = _SIGNS[index]
+    head = ["step in which a score is computed (queries down, keys across)"]
+    if scale > 1:
+        head.append(f"a sign is {scale} x {scale} tokens")
+    return "\n".join([*head, *("  " + " ".join(row) for row in cells)])
+
+
+def _samples(call: Call, queries: Sequence[int], keys: Sequence[int], scale: int) -> Iterable[tuple[int, int]]:
+    """Scores of a call, one or more for each sign of the picture that it touches."""
+    left, right = call.window
+    for segment in call.segments:
+        if segment.row:
+            continue
+        offset = (segment.k1 - segment.k0) - (segment.q1 - segment.q0)
+        for i in _thinned(segment.q0, segment.q1, queries, scale):
+            at = i - segment.q0 + offset
+            low = segment.k0 if left < 0 else max(segment.k0, segment.k0 + at - left)
+            high = segment.k1 if right < 0 else min(segment.k1, segment.k0 + at + right + 1)
+            for j in _thinned(low, high, keys, scale):
+                yield i, j
+
+
+def _thinned(start: int, stop: int, tokens: Sequence[int], scale: int) -> Iterable[int]:
+    seen = -1
+    for i in range(start, stop):
+        if tokens[i] // scale != seen:
+            seen = tokens[i] // scale
+            yield i
+
+
+def _steps(problem: Problem, each: Plan, most: int | None) -> str:
+    """Three columns where every step's fit, otherwise a paragraph a step."""
+    shown = [
+        (_fetched(step, each.rank), _calls(step), _sends(problem, each, index)) for index, step in enumerate(each.steps[:most])
+    ]
+    heads = [f"  step {index}: " for index in range(len(shown))]
+    widths = [max(len(cells[column]) for cells in shown) for column in range(3)]
+    if len(heads[-1]) + sum(widths) + 4 <= WIDTH:
+        rows = [("  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)),) for cells in shown]
+    else:
+        rows = [(f"{cells[0]};", f"{cells[1]};", cells[2]) for cells in shown]
+    lines = [_folded(head, row) for head, row in zip(heads, rows, strict=True)]
+    if len(each.steps) > len(shown):
+        lines.append(f"  ... and {len(each.steps) - len(shown)} more steps: --rank {each.rank} shows them")
+    return "\n".join([f"rank {each.rank}", *lines])
+
+
+def _fetched(step: Step, rank: int) -> str:
+    by_source: dict[int, list[Rows]] = {}
+    for rows in step.keys:
+        by_source.setdefault(rows.source, []).append(rows)
+    if not by_source:
+        return "no keys needed"
+    return _listed(
+        f"{'own keys' if source == rank else f'rank{_TIED}{source}'} {_rows(rows)}" for source, rows in by_source.items()
+    )
+
+
+def _rows(rows: Sequence[Rows]) -> str:
+    ranges = " + ".join(f"[{part.start},{_TIED}{part.stop})" for part in rows[:ITEMS_SHOWN])
+    return ranges + (f" and {len(rows) - ITEMS_SHOWN} more" if len(rows) > ITEMS_SHOWN else "")
+
+
+def _calls(step: Step) -> str:
+    if not step.calls:
+        return "no work"
+    return f"{_listed(_call(call) for call in step.calls)}: {step.cells} scores"
+
+
+def _call(call: Call) -> str:
+    left, right = call.window
+    name = {(-1, -1): "full", (-1, 0): "causal"}.get(call.window, f"window ({left},{_TIED}{right})")
+    return name if len(call.segments) == 1 else f"{name} x {len(call.segments)} segments"
+
+
+def _sends(problem: Problem, each: Plan, index: int) -> str:
+    if problem.collective:
+        return "sends its keys to every rank"
+    sends = (f"{_rows(send.rows)} to{_TIED}rank{_TIED}{send.rank}" for send in each.sends[index])
+    return f"sends {_listed(sends) or 'nothing'}"
+
+
+def _listed(items: Iterable[str]) -> str:
+    every = list(items)
+    more = len(every) - ITEMS_SHOWN
+    return ", ".join([*every[:ITEMS_SHOWN], *([f"and {more} more"] if more > 0 else [])])
+
+
+def _forward_pass(counted: Totals, shown: Sequence[int], plans: Sequence[Plan]) -> str:
+    lines = ["per forward pass"]
+    made = {each.rank: each for each in plans}
+    for rank in shown:
+        work, sent = f"{counted.scores[rank]} scores", f"sends {counted.sent[rank]} key tokens"
+        if rank in made:
+            work += f" in {made[rank].calls} calls"
+            sent += f" in {made[rank].messages} messages"
+        lines.append(_folded(f"  rank {rank}: ", [f"{work};", sent]))
+    return "\n".join([*lines, *_more_ranks(len(counted.tokens), shown)])
+
+
+def _totals(counted: Totals) -> str:
+    low, high = min(counted.tokens), max(counted.tokens)
+    return "\n".join(
+        [
+            f"  tokens a rank:             {low if low == high else f'{low} to {high}'}",
+            f"  scores a rank:             {_mean_and_most(counted.scores)}",
+            f"  key tokens fetched a rank: {_mean_and_most(counted.fetched)}",
+            f"  key tokens sent a rank:    {_mean_and_most(counted.sent)}",
+            f"  balance (mean work / most loaded rank): {counted.balance:.4f}",
+        ]
+    )
+
+
+def _mean_and_most(numbers: Sequence[int]) -> str:
+    most = max(numbers)
+    return f"mean {sum(numbers) / len(numbers):.1f}, most {most} (rank {numbers.index(most)})"
+
+
+def _folded(head: str, words: Iterable[str], indent: int | None = None) -> str:
+    """Words after a head on lines of at most 80 columns, further lines indented as far as the head reaches."""
+    margin = " " * (len(head) if indent is None else indent)
+    text = " ".join(words).rstrip()
+    if len(head) + len(text) <= WIDTH:
+        return (head + text).replace(_TIED, " ")
+    text = " ".join(filter(None, text.split(" ")))  # columns no longer stand below each other
+    lines = textwrap.wrap(text, WIDTH, initial_indent=head, subsequent_indent=margin, break_on_hyphens=False)
+    return "\n".join(lines).replace(_TIED, " ")

@@ -1,0 +1,83 @@
+"""A plan as values that JSON can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dtensor_ring.documents import Documents
+from dtensor_ring.ops.mask import Band, mask_text
+from dtensor_ring.ops.schedule import Plan, Problem, plan
+from dtensor_ring.report.totals import Totals, fetched_by, totals
+
+Facts = dict[str, object]
+
+MOST_TILES = 65536  # blocks of scores that plans are made of without being asked for by rank
+
+
+def asks_too_much(problem: Problem, ranks: int) -> bool:
+    """Whether plans of so many ranks take more than moments: one block of scores a step, or one for each block of a stripe."""
+    steps = problem.world if problem.strategy == "ring" else 1
+    block = problem.layout.block
+    blocks = problem.q_length // block if block > 1 and problem.world > 1 else 1
+    return ranks * max(steps, blocks) > MOST_TILES
+
+
+def facts(problem: Problem, ranks: Sequence[int] | None = None, *, only_totals: bool = False) -> Facts:
+    """What is planned, the totals of all ranks, and unless `only_totals`, what each rank, or each one of `ranks`, does.
+
+    Keys stay as they are from one version to the next; new ones may come. Key tokens travel with their values.
+
+    Raises:
+        ValueError: the layout cannot be laid out, or plans of all ranks would take minutes.
+    """
+    entries: Facts = {
+        "layout": str(problem.layout),
+        "mask": _mask(problem.band),
+        "length": problem.q_length,
+        "world": problem.world,
+        "strategy": problem.strategy,
+        "halo": problem.is_halo,
+        "documents": sum(len(row) - 1 for row in problem.documents.bounds) if isinstance(problem.documents, Documents) else None,
+    }
+    if not only_totals:
+        if ranks is None and asks_too_much(problem, problem.world):
+            raise ValueError(
+                f"plans of all {problem.world} ranks take too long for {problem.layout} and {problem.q_length} tokens: "
+                "ask for some with --rank, or for the totals with --summary"
+            )
+        entries["ranks"] = [_rank(plan(problem, rank)) for rank in (range(problem.world) if ranks is None else ranks)]
+    entries["totals"] = _totals(totals(problem))
+    return entries
+
+
+def _mask(band: Band) -> str:
+    """The text that `Band.parse` reads."""
+    if band == Band(0, None):
+        return "causal"
+    return mask_text(False, (-1 if band.hi is None else band.hi, -1 if band.lo is None else -band.lo))
+
+
+def _rank(each: Plan) -> Facts:
+    return {
+        "rank": each.rank,
+        "tokens": each.problem.q_rows(each.rank),
+        "scores": each.cells,
+        "calls": each.calls,
+        "messages": each.messages,
+        "key_tokens_sent": each.rows_sent,
+        "key_tokens_fetched": fetched_by(each),
+    }
+
+
+def _totals(counted: Totals) -> Facts:
+    return {
+        "tokens": {"least": min(counted.tokens), "most": max(counted.tokens)},
+        "scores": _spread(counted.scores) | {"balance": counted.balance},
+        "key_tokens_fetched": _spread(counted.fetched),
+        "key_tokens_sent": _spread(counted.sent),
+    }
+
+
+def _spread(numbers: Sequence[int]) -> Facts:
+    most = max(numbers)
+    return {"mean": sum(numbers) / len(numbers), "most": most, "most_rank": numbers.index(most)}

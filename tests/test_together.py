@@ -1,0 +1,275 @@
+"""Ranks fail together: what one rank refuses all are told of, and who waits in vain says for whom, where and in what."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from pool import Pool
+from test_transformers import make_batch, make_model
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import parallelize_module
+
+from dtensor_ring import Contiguous, Zigzag, distribute_tensor, from_local, full_tensor, ring_attention, ring_plan, shard_batch
+from dtensor_ring.comm import ProcessGroupTransport, SilentRankError, transport_along, transport_of
+from dtensor_ring.comm.rank_checks import meet
+from dtensor_ring.debug import traffic
+from dtensor_ring.functional import ring_flash_attn_func, zigzag_ring_flash_attn_func, zigzag_ring_flash_attn_qkvpacked_func
+
+SECONDS = 4
+
+
+def axis(seconds: float = SECONDS) -> DeviceMesh:
+    """A mesh of one axis whose transfers time out soon."""
+    dist.barrier()
+    group = dist.new_group(timeout=datetime.timedelta(seconds=seconds))
+    return DeviceMesh.from_group(group, "cpu", mesh_dim_names=("cp",))
+
+
+def placed(mesh: DeviceMesh, length: int, requires_grad: bool = False):
+    x = torch.randn(1, length, 6, 8, generator=torch.Generator().manual_seed(length))
+    shares = distribute_tensor(x, mesh, [Zigzag(1)], src_data_rank=None).to_local()
+    return from_local(shares.detach().requires_grad_(requires_grad), mesh, [Zigzag(1)], length=length)
+
+
+def _ids(wrong: bool) -> dict[str, object]:
+    ids = torch.zeros(1, 12, dtype=torch.int64)
+    return {"input_ids": ids, "labels": [1, 2] if wrong else ids}
+
+
+def _stock_attention(mesh: DeviceMesh, wrong: bool):
+    x = distribute_tensor(torch.randn(1, 6, 12, 8), mesh, [Zigzag(2)], src_data_rank=None)
+    return F.scaled_dot_product_attention(x, x, x, is_causal=not wrong, dropout_p=0.0, scale=float("nan") if wrong else None)
+
+
+def _parallel_model(mesh: DeviceMesh, wrong: bool):
+    model = make_model("llama")
+    parallelize_module(model, mesh, ring_plan(model))
+    return model(**make_batch(13), **({"use_cache": True} if wrong else {}))
+
+
+CALLS = {
+    "window": (lambda m, wrong: ring_attention(*[placed(m, 12)] * 3, window=(-5, 0) if wrong else (-1, -1)), "a side is a number"),
+    "kernel": (lambda m, wrong: ring_attention(*[placed(m, 12)] * 3, kernel="cuda" if wrong else None), "unknown kernel 'cuda'"),
+    "scale": (lambda m, wrong: ring_attention(*[placed(m, 12)] * 3, scale=float("nan") if wrong else 1.0), "a finite number"),
+    "dtypes": (
+        lambda m, wrong: ring_attention(placed(m, 12), placed(m, 12), placed(m, 12).double() if wrong else placed(m, 12)),
+        "one dtype",
+    ),
+    "mixed": (
+        lambda m, wrong: ring_attention(*[placed(m, 12)] * 2, torch.ones(1) if wrong else placed(m, 12)),
+        "all plain tensors",
+    ),
+    "from_local": (lambda m, wrong: from_local(torch.ones(4, 2), m, [Zigzag(7 if wrong else 0)], length=12), "of 2 dims"),
+    "distribute": (lambda m, wrong: distribute_tensor(torch.ones(12), m, [Zigzag(5 if wrong else 0)]), "of 1 dims"),
+    "source": (
+        lambda m, wrong: distribute_tensor(torch.ones(12), m, [Zigzag(0)], src_data_rank=9 if wrong else 0),
+        "=9 is no rank",
+    ),
+    "documents": (
+        lambda m, wrong: distribute_tensor(
+            torch.ones(12), m, [Zigzag(0, per_document=True)], src_data_rank=None, documents=[0, 5, 13 if wrong else 12]
+        ),
+        "documents end at token 13",
+    ),
+    "sdpa": (_stock_attention, "a finite number"),
+    "drop-in": (
+        lambda m, wrong: ring_flash_attn_func(*[torch.ones(1, 4, 2, 8)] * 3, softmax_scale=float("inf") if wrong else 1.0),
+        "a finite number",
+    ),
+    "drop-in chunks": (
+        lambda m, wrong: zigzag_ring_flash_attn_func(
+            *[torch.ones(1, 5 if wrong else 4, 2, 8)] * 3, causal=True, group=m.get_group()
+        ),
+        "holds 2 chunks of one length, but q has 5 tokens",
+    ),
+    "drop-in packed": (
+        lambda m, wrong: zigzag_ring_flash_attn_qkvpacked_func(torch.ones(1, 4, 2 if wrong else 3, 2, 8), group=m.get_group()),
+        "qkv must have shape",
+    ),
+    "shard_batch": (lambda m, wrong: shard_batch(_ids(wrong), m), "labels must be a tensor"),
+    "model": (_parallel_model, "generation"),
+}
+
+
+def refusal(name: str) -> tuple[str, str, float]:
+    """One rank passes something wrong: what each rank raises, and how soon; and the group works on."""
+    mesh, rank = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",)), dist.get_rank()
+    call, text = CALLS[name]
+    start = time.monotonic()
+    with pytest.raises((ValueError, TypeError, NotImplementedError)) as failure:
+        call(mesh, rank == 1)
+    seconds = time.monotonic() - start
+    assert text in str(failure.value)
+    assert meet(transport_along(mesh), "afterwards", [rank]) == [[0], [1], [2]]
+    call(mesh, False)
+    return type(failure.value).__name__, str(failure.value), seconds
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_one_rank_refuses_every_rank_raises_before_any_waits(pools, name):
+    answers = pools.run(3, refusal, name, timeout=60)
+    assert len({kind for kind, _, _ in answers}) == 1
+    for rank, (_, text, seconds) in enumerate(answers):
+        assert ("rank 1 of " in text and "refuses this call" in text) == (rank != 1)
+        assert seconds < 20, "nobody waits for a timeout of the group, which is 30 minutes"
+
+
+def different_calls():
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
+    rank, share = dist.get_rank(), torch.ones(1, 4, 2, 8)
+    wanted = r"rank \d of mesh axis 'cp' is in: .*Rank \d is in: .*the same calls in the same order"
+    batch = {"input_ids": torch.zeros(1, 12, dtype=torch.int64)}
+    with pytest.raises(RuntimeError, match=wanted):
+        from_local(share, mesh, [Zigzag(1)], length=12) if rank == 0 else shard_batch(batch, mesh)
+    x = distribute_tensor(torch.arange(24.0).view(12, 2), mesh, [Zigzag(0)], src_data_rank=None)
+    with pytest.raises(RuntimeError, match=wanted):
+        full_tensor(x) if rank == 0 else transport_along(mesh).all_reduce(torch.ones(3))
+    assert torch.equal(full_tensor(x), torch.arange(24.0).view(12, 2))
+
+
+def test_ranks_in_different_calls_are_told_which(pools):
+    pools.run(3, different_calls)
+
+
+def parted_sizes(strategy: str) -> tuple[str, str]:
+    """All ranks know two calls; then rank 0 makes the one and the others the other."""
+    mesh = axis()
+    for length in (12, 24):
+        ring_attention(*[placed(mesh, length)] * 3, strategy=strategy)
+    lengths = {length: placed(mesh, length) for length in (12, 24)}
+    mine = lengths[12 if dist.get_rank() == 0 else 24]
+    with pytest.raises(RuntimeError) as failure:
+        ring_attention(mine, mine, mine, strategy=strategy)
+    return type(failure.value).__name__, str(failure.value)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "gather", "ulysses"])
+def test_sizes_that_part_after_both_calls_are_known_raise_and_kill_no_rank(pools, strategy):
+    answers = pools.run(3, parted_sizes, strategy, timeout=60)
+    for rank, (kind, text) in enumerate(answers):
+        other = 24 if rank == 0 else 12
+        assert kind == ("RuntimeError" if strategy == "gather" else "SilentRankError")
+        assert f"rank {rank} of mesh axis 'cp'" in text
+        assert f"{12 if rank == 0 else 24} tokens over 3 ranks" in text
+        if rank == 0 or strategy == "gather":
+            assert f"{other} tokens over 3 ranks" in text
+
+
+def left_alone(strategy: str, direction: str, how: str) -> tuple[str, float]:
+    """Rank 2 is killed, or late, before one pass: what the others raise, and how soon."""
+    mesh = axis()
+    x = placed(mesh, 24, requires_grad=True)
+    out = ring_attention(x, x, x, strategy=strategy)
+    dist.barrier()
+    start = time.monotonic()
+    if dist.get_rank() == 2:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(SECONDS + 5)
+        return "", 0.0
+    with pytest.raises(SilentRankError) as failure:
+        ring_attention(x, x, x, strategy=strategy) if direction == "forward" else out.to_local().sum().backward()
+    return str(failure.value), time.monotonic() - start
+
+
+@pytest.mark.parametrize(
+    ("strategy", "direction", "how"),
+    [
+        ("ring", "forward", "killed"),
+        ("ring", "backward", "late"),
+        ("gather", "backward", "killed"),
+        ("ulysses", "forward", "late"),
+    ],
+)
+def test_a_rank_that_is_gone_or_late_is_named_with_axis_call_pass_and_step(strategy, direction, how):
+    pool = Pool(3)
+    try:
+        answers = pool.run(left_alone, strategy, direction, how, timeout=60, lost=frozenset({2} if how == "killed" else ()))
+    finally:
+        pool.close()
+    for rank, (text, seconds) in enumerate(answers[:2]):
+        assert f"attention ({strategy}, zigzag, causal, 24 tokens over 3 ranks), {direction}" in text
+        assert f"rank {rank} of mesh axis 'cp' waited" in text
+        assert ("step " in text) == (strategy != "ulysses")
+        assert "Rank 2 says nothing" in text or "The group's store does not answer" in text
+        assert seconds < SECONDS + 5
+
+
+def late_refusal() -> tuple[str, str]:
+    """The call is known to all; then rank 1 refuses its arguments while the others go on and wait."""
+    mesh = axis()
+    x = placed(mesh, 24)
+    ring_attention(x, x, x)
+    with pytest.raises((ValueError, SilentRankError)) as failure:
+        ring_attention(x, x, x, window=(-5, 0) if dist.get_rank() == 1 else (-1, -1))
+    return type(failure.value).__name__, str(failure.value)
+
+
+def test_a_late_refusal_shows_its_own_error_and_leaves_no_rank_waiting(pools):
+    answers = pools.run(3, late_refusal, timeout=60)
+    assert answers[1][0] == "ValueError"
+    for rank in (0, 2):
+        assert answers[rank][0] == "SilentRankError"
+        assert "for rank 1. Rank 1 says nothing" in answers[rank][1]
+
+
+class _AsOnGpus(ProcessGroupTransport):
+    """Behaves as on NCCL, where the first exchange begins with a meeting, over gloo."""
+
+    meetings = 0
+
+    def _is_nccl(self) -> bool:
+        return True
+
+    def value_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def one_rank_alone_asks_for_traffic():
+    mesh = axis()
+    if dist.get_rank() == 0:
+        assert traffic(mesh).bytes == 0
+        assert _AsOnGpus(mesh.get_group(0)).traffic.messages == 0
+    dist.barrier()
+    transport, calls, stock = _AsOnGpus(mesh.get_group(0)), [], dist.all_reduce
+    dist.all_reduce = lambda *args, **options: (calls.append(1), stock(*args, **options))[1]
+    try:
+        for _ in range(2):
+            transport.exchange([], []).wait()
+    finally:
+        dist.all_reduce = stock
+    assert len(calls) == 1, "the first exchange of a group meets, no other"
+
+
+def test_one_rank_alone_may_ask_for_a_group_s_traffic(pools):
+    pools.run(2, one_rank_alone_asks_for_traffic, timeout=30)
+
+
+def two_axes():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    wrong = dist.get_rank() == 3
+    with pytest.raises(ValueError, match=r"src_data_rank=5 is no rank|placement Stripe|refuses this call"):
+        distribute_tensor(torch.ones(4, 4), mesh, [Replicate(), Contiguous(0)], src_data_rank=5 if wrong else 0)
+    dist.barrier()
+
+
+def test_what_is_refused_on_one_axis_is_refused_on_the_others(pools):
+    pools.run(4, two_axes, timeout=60)
+
+
+def test_a_group_without_a_name_is_called_by_its_own(pools):
+    pools.run(2, unnamed_group)
+
+
+def unnamed_group():
+    group = dist.new_group([0, 1])
+    assert transport_of(group).axis == f"process group {group.group_name!r}"
+    assert transport_along(DeviceMesh.from_group(group, "cpu")).axis == "mesh axis 0"
