@@ -38,7 +38,15 @@ TIMEOUT = 420  # seconds for the tests of one mutant; an endless loop is a mutan
 
 # Mutated files, and the test files (or `file -k words`) that concern them: pure ones first, then threads, then processes.
 PLANNER = ["test_mask", "test_schedule", "test_packing -k 'known or random or only_keys or one_kernel or exact'", "test_windows"]
-GENERIC = ["test_placements", "test_generic_ops", "test_partial_sums", "test_ops_sweep", "test_pointwise", "test_optimizers", "test_refusals"]
+GENERIC = [
+    "test_placements",
+    "test_generic_ops",
+    "test_partial_sums",
+    "test_ops_sweep",
+    "test_pointwise",
+    "test_optimizers",
+    "test_refusals",
+]
 TESTS = {
     "layout.py": ["test_layout", "test_schedule", "test_packing -k known"],
     "balance.py": ["test_layout", "test_packing -k 'known or random or without_tokens or exact'"],
@@ -73,7 +81,13 @@ TESTS = {
 }
 
 # (file, the mutated line without indentation, what the line becomes) -> why no test can tell the two apart.
-EQUIVALENT: dict[tuple[str, str, str], str] = {}
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+    (
+        "ops/schedule.py",
+        "others = [(rank + index) % problem.world] if ring else [(rank + i) % problem.world for i in range(problem.world)]",
+        "others = [(rank + index) % problem.world] if ring else [(rank - i) % problem.world for i in range(problem.world)]",
+    ): "which rank is served first: every pair exchanges the same rows, and sums of gradients keep an order of their own",
+}
 
 COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
 COMPARISONS |= {ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In}
