@@ -4,17 +4,20 @@
 #   make packed   packed texts through the model on two and four ranks, each as if it were alone
 #   make test     the tests, under ten minutes
 #   make check    format, lint, layer contracts, types, tests
+#   make mutants  can the tests fail? COUNT=20 small faults drawn by SEED=1, one at a time (half an hour)
 #   make wheel    wheel and sdist, built and tried as users get them, in build/wheel
 #
 # Versions are pinned in constraints.txt. For another PyTorch (CUDA, nightly): make setup TORCH='torch==2.11.0'.
 
 PYTHON ?= python3
+SEED ?= 1
+COUNT ?= 20
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 BIN := .venv/bin
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo packed test test-all check format lint contracts types wheel clean
+.PHONY: setup demo packed test test-all mutants check format lint contracts types wheel clean
 
 setup: .venv/ready
 
@@ -37,6 +40,9 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m pytest -q -m 'not gpu'
+
+mutants: setup
+	$(BIN)/python tests/mutants.py --seed $(SEED) --count $(COUNT)
 
 check: format lint contracts types test
 

@@ -5,9 +5,10 @@ import torch
 from helpers import make_case
 
 from dtensor_ring.documents import Documents
-from dtensor_ring.ops.kernels import KERNELS, Need, Options, Packing, Span, choose_kernel
+from dtensor_ring.ops.kernels import KERNELS, Extras, Need, Options, Packing, Span, choose_kernel
 from dtensor_ring.ops.kernels.base import band_mask, row_blocks
 from dtensor_ring.ops.kernels.flash import load
+from dtensor_ring.ops.kernels.math import MathKernel
 from dtensor_ring.ops.reference import reference_attention
 
 CPU_KERNELS = ["math", "torch_cpu"]
@@ -156,11 +157,48 @@ def test_strips_of_rows_hold_every_key_their_rows_see(window):
 
 def test_long_blocks_are_computed_in_strips_alike():
     case = make_case(1200, dim=4, heads=(2, 1), batch=1)
-    for window in [(-1, 0), (300, 0)]:
-        found = KERNELS["torch_cpu"].forward(*case.inputs, window, Options(0.5))
-        wanted = KERNELS["math"].forward(*case.inputs, window, Options(0.5))
-        for a, b in zip(found[:2], wanted[:2], strict=True):
+    for window in [(-1, 0), (300, 0), (-1, 40)]:
+        found, wanted = [], []
+        for kernel, results in (("torch_cpu", found), ("math", wanted)):
+            results += KERNELS[kernel].forward(*case.inputs, window, Options(0.5))
+            results += KERNELS[kernel].backward(case.dout, *case.inputs, *results, window, Options(0.5))
+        for a, b in zip(found, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+class Recording(MathKernel):
+    """Keeps the extras that each block got."""
+
+    def __init__(self) -> None:
+        self.kept = []
+
+    def forward(self, q, k, v, window, options, extras=None):
+        self.kept.append(extras)
+        return super().forward(q, k, v, window, options, extras)
+
+    def backward(self, dout, q, k, v, out, lse, window, options, extras=None):
+        self.kept.append(extras)
+        return super().backward(dout, q, k, v, out, lse, window, options, extras)
+
+
+def test_each_packed_segment_gets_the_positions_and_slopes_of_its_own_rows():
+    rows, keys, slopes = 10, 13, torch.rand(2, 4)
+    spans = [Span(1, 4, 0, 5), Span(6, 9, 5, 13), Span(10, 12, 13, 15), Span(14, 19, 20, 25)]
+    packing = Packing.of(spans, 2 * rows, 2 * keys, torch.device("cpu"))
+    q_positions, k_positions = torch.randperm(rows), torch.randperm(keys)
+    extras = Extras(slopes, 7, q_positions, k_positions, origin=(3, 1))
+    case = make_case(2 * rows, k_length=2 * keys, batch=1)
+    q, k, v, dout = (x[0] for x in (*case.inputs, case.dout))
+    kernel, options = Recording(), Options(0.4)
+    out, lse = kernel.forward_packed(q, k, v, packing, (-1, -1), options, extras)
+    kernel.backward_packed(dout, q, k, v, out, lse, packing, (-1, -1), options, extras)
+    assert len(kernel.kept) == 2 * len(spans)
+    for (q0, q1, k0, k1), part in zip((*spans, *spans), kernel.kept, strict=True):
+        row = q0 // rows
+        assert torch.equal(part.q_positions, q_positions[q0 - row * rows : q1 - row * rows])
+        assert torch.equal(part.k_positions, k_positions[k0 - row * keys : k1 - row * keys])
+        assert torch.equal(part.alibi, slopes[row : row + 1])
+        assert (part.batch, part.origin, part.seed) == (row, (3, 1), 7)
 
 
 NEED = Need("cpu", torch.float32, 64, 64)

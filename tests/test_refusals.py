@@ -246,8 +246,8 @@ def test_the_command_line_says_what_it_needs(capsys, arguments, text):
 
 def moves_in_compiled_code():
     placed = distribute_tensor(torch.arange(12.0), line(), [Zigzag(0)])
-    for act in (full_tensor, lambda t: redistribute(t, [Contiguous(0)])):
-        with pytest.raises(Exception, match="is not compiled: move tensors outside"):
+    for name, act in (("full_tensor", full_tensor), ("redistribute", lambda t: redistribute(t, [Contiguous(0)]))):
+        with pytest.raises(Exception, match=f"{name} is not compiled: move tensors outside"):
             torch.compile(act, backend="eager", fullgraph=True)(placed)
 
 

@@ -238,6 +238,21 @@ def test_a_window_fetches_only_the_keys_around_each_run_and_makes_one_call(kind,
     assert sent == boundaries * window
 
 
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(2, 4), st.integers(0, 50))
+@example([4] * 32, 4, 30)  # whole documents fetch nothing, however long the window
+def test_documents_cut_one_by_one_are_a_halo_where_a_window_fetches_at_most_twice_the_local_keys(lengths, world, window):
+    documents = Documents.from_lengths(lengths)
+    problem = Problem(
+        Layout.parse("zigzag/documents"), Band(0, window), documents.length, documents.length, world, "ring", documents
+    )
+    (bounds,) = problem.bounds
+    fetched = [
+        sum(min(window, run.start - bounds[Documents.find(bounds, run.start)]) for run in problem.q_runs(rank))
+        for rank in range(world)
+    ]
+    assert problem.is_halo == (max(fetched) * world <= 2 * documents.length)
+
+
 def test_a_window_with_documents_makes_one_call_too():
     documents = Documents.from_lengths([100, 3, 1, 200, 208])
     for kind in ("contiguous", "zigzag"):

@@ -1,0 +1,289 @@
+"""Are the tests able to fail? Small faults are put into the planner, the executors, the kernels and the placements, one at a time.
+
+    python tests/mutants.py --seed 1 --count 20                # 20 faults drawn by seed 1
+    python tests/mutants.py --count 10 --file 'ops/steps*'     # in some files only
+    python tests/mutants.py --list --seed 1 --count 20         # shows them, runs nothing
+
+A mutant is one change of one expression or statement: a comparison or an operator replaced, a condition negated, a constant off
+by one, a statement left out. The tests of the mutated file run against it, cheapest first, until one fails: then the mutant is
+killed. A test that hangs kills too. A mutant that survives is a fault that no test would see: write the test, show that the code
+is dead and remove it, or, where the mutant computes the same, add it to `EQUIVALENT` with the reason.
+
+Everything runs on a copy of the tree in a temporary folder. First the tests must pass there without a mutant. The same seed draws
+the same mutants as long as the mutated files stay as they are. Exit status 1 if any survived, 2 if tests fail without a mutant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import fnmatch
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "dtensor_ring"
+TIMEOUT = 420  # seconds for the tests of one mutant; an endless loop is a mutant killed
+
+# Mutated files, and the test files (or `file -k words`) that concern them: pure ones first, then threads, then processes.
+PLANNER = ["test_mask", "test_schedule", "test_packing -k 'known or random or only_keys or one_kernel or exact'", "test_windows"]
+GENERIC = [
+    "test_placements",
+    "test_generic_ops",
+    "test_partial_sums",
+    "test_ops_sweep",
+    "test_pointwise",
+    "test_optimizers",
+    "test_refusals",
+]
+TESTS = {
+    "layout.py": ["test_layout", "test_schedule", "test_packing -k known"],
+    "balance.py": ["test_layout", "test_packing -k 'known or random or without_tokens or exact'"],
+    "documents.py": [
+        "test_documents",
+        "test_layout",
+        "test_schedule",
+        "test_batch",
+        "test_packing",
+        "test_attention -k 'two_axes'",
+    ],
+    "ops/mask.py": PLANNER,
+    "ops/steps.py": PLANNER,
+    "ops/schedule.py": [*PLANNER[:3], "test_execute -k 'bytes or packed'", "test_extras -k 'blocks or alibi'", "test_windows"],
+    "ops/execute.py": [
+        "test_execute -k 'packed or bytes or unwidened or two_lengths'",
+        "test_extras",
+        "test_functional -k heads_k",
+    ],
+    "ops/ulysses.py": ["test_ulysses"],
+    "ops/heads.py": ["test_functional -k heads_k", "test_adapter"],
+    "ops/merge.py": ["test_merge", "test_execute -k 'packed or near'", "test_extras"],
+    "ops/kernels/base.py": ["test_kernels", "test_extras", "test_execute -k packed"],
+    "ops/kernels/math.py": ["test_kernels", "test_extras", "test_execute -k packed"],
+    "ops/kernels/torch_cpu.py": ["test_kernels", "test_execute -k 'packed or thousand'"],
+    "placements/batch*.py": ["test_batch", "test_packing", "test_misuse", "test_refusals"],
+    "placements/rules.py": GENERIC,
+    "placements/elementwise.py": GENERIC,
+    "placements/lists.py": GENERIC,
+    "placements/norms.py": GENERIC,
+    "placements/*.py": ["test_redistribute -k without", "test_placements", "test_redistribute", "test_packing", "test_refusals"],
+}
+
+# (file, the mutated line without indentation, what the line becomes) -> why no test can tell the two apart.
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+    (
+        "ops/schedule.py",
+        "others = [(rank + index) % problem.world] if ring else [(rank + i) % problem.world for i in range(problem.world)]",
+        "others = [(rank + index) % problem.world] if ring else [(rank - i) % problem.world for i in range(problem.world)]",
+    ): "which rank is served first: every pair exchanges the same rows, and sums of gradients keep an order of their own",
+}
+
+COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
+COMPARISONS |= {ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In}
+OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv}
+OPERATORS |= {ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd}
+SWAPPED = {"min": "max", "max": "min", "any": "all", "all": "any"}
+
+
+class Mutant(NamedTuple):
+    """A fault: the file, the line, what changes there, and the file's text with it."""
+
+    file: str
+    line: int
+    before: str
+    after: str
+    text: str
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.file, self.before, self.after
+
+
+def main() -> int:
+    options = parse_options()
+    chosen = draw(options.seed, options.count, options.file)
+    if options.list:
+        for mutant in chosen:
+            print(f"{mutant.file}:{mutant.line}\n    - {mutant.before}\n    + {mutant.after}")
+        return 0
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        tree = Path(folder) / "tree"
+        shutil.copytree(ROOT, tree, symlinks=True, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+        needed = dict.fromkeys(test for mutant in chosen for test in tests_of(mutant.file))
+        for test in needed:
+            began, failed = time.monotonic(), run(tree, test)
+            print(f"without a mutant: {test}  {failed or 'passes'}  {time.monotonic() - began:.0f} s", flush=True)
+            if failed:
+                return 2
+        survivors = sum(survives(tree, mutant) for mutant in chosen)
+    print(f"{len(chosen) - survivors} of {len(chosen)} killed, {100 * (len(chosen) - survivors) / max(len(chosen), 1):.0f} %")
+    return 1 if survivors else 0
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--count", type=int, default=20, help="how many mutants")
+    parser.add_argument("--file", default="*", help="mutate files of this pattern only, such as 'ops/steps.py'")
+    parser.add_argument("--list", action="store_true", help="show the mutants, run nothing")
+    return parser.parse_args()
+
+
+def tests_of(file: str) -> list[str]:
+    """The runs of tests that concern a file, by the first pattern that fits it."""
+    return next(tests for pattern, tests in TESTS.items() if fnmatch.fnmatch(file, pattern))
+
+
+def draw(seed: int, count: int, pattern: str) -> list[Mutant]:
+    """Mutants drawn without repetition, all places of all files alike; equivalent ones are passed over."""
+    files = sorted(str(path.relative_to(ROOT / PACKAGE)) for path in (ROOT / PACKAGE).rglob("*.py"))
+    files = [f for f in files if any(fnmatch.fnmatch(f, p) for p in TESTS) and fnmatch.fnmatch(f, pattern) and "__init__" not in f]
+    trees = {file: strip(ast.parse((ROOT / PACKAGE / file).read_text())) for file in files}
+    places = [(f, i, n) for f in files for i, node in enumerate(ast.walk(trees[f])) for n, _ in enumerate(changes(node))]
+    random.Random(seed).shuffle(places)
+    made: list[Mutant] = []
+    for file, i, number in places:
+        if len(made) == count:
+            break
+        mutant = make(file, trees[file], i, number)
+        if mutant.before != mutant.after and mutant.key not in EQUIVALENT:
+            made.append(mutant)
+    return sorted(made)
+
+
+def make(file: str, tree: ast.Module, i: int, number: int) -> Mutant:
+    """The mutant that makes change `number` at the i-th node of a stripped module."""
+    mutated = copy.deepcopy(tree)
+    node = next(node for j, node in enumerate(ast.walk(mutated)) if j == i)
+    line = getattr(node, "lineno", 0)
+    list(changes(node))[number]()
+    plain, text = ast.unparse(tree).splitlines(), ast.unparse(mutated)
+    lines = text.splitlines()
+    at = next((k for k, (a, b) in enumerate(zip(plain, lines, strict=False)) if a != b), len(lines) - 1)
+    return Mutant(file, line, plain[at].strip(), lines[at].strip(), text)
+
+
+def strip(tree: ast.Module) -> ast.Module:
+    """The module without docstrings; what must not change is marked: annotations, texts of errors, asserts, `__all__`, typing."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    for node in ast.walk(tree):
+        kept: list[ast.AST | None] = []
+        if isinstance(node, (ast.Raise, ast.Assert, ast.JoinedStr, ast.Import, ast.ImportFrom)):
+            kept.append(node)
+        elif isinstance(node, ast.FunctionDef):
+            kept += [
+                node.returns,
+                *node.decorator_list,
+                *(arg.annotation for arg in ast.walk(node.args) if isinstance(arg, ast.arg)),
+            ]
+        elif isinstance(node, ast.AnnAssign):
+            kept.append(node.annotation)
+        elif isinstance(node, ast.ClassDef):
+            kept += [*node.decorator_list, *node.bases, *node.keywords]
+        elif isinstance(node, ast.Assign) and "__all__" in ast.unparse(node.targets[0]):
+            kept.append(node)
+        elif (
+            isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant | ast.Subscript | ast.BinOp) and node in tree.body
+        ):
+            kept.append(node)  # constants and names of types
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            kept.append(node)
+        for top in kept:
+            for inner in ast.walk(top) if top is not None else ():
+                inner.kept = True  # type: ignore[attr-defined]
+    return tree
+
+
+def changes(node: ast.AST) -> Iterator[Callable[[], None]]:
+    """The changes that can be made at a node, as functions that make them."""
+    if getattr(node, "kept", False):
+        return
+    if isinstance(node, ast.Compare) and type(node.ops[0]) in COMPARISONS:
+        yield lambda: node.ops.__setitem__(0, COMPARISONS[type(node.ops[0])]())
+    elif isinstance(node, (ast.BinOp, ast.AugAssign)) and type(node.op) in OPERATORS:
+        yield lambda: setattr(node, "op", OPERATORS[type(node.op)]())
+    elif isinstance(node, ast.BoolOp):
+        yield lambda: setattr(node, "op", ast.Or() if isinstance(node.op, ast.And) else ast.And())
+    elif isinstance(node, ast.Constant) and type(node.value) is int:
+        yield lambda: setattr(node, "value", node.value + 1)
+        if node.value > 0:
+            yield lambda: setattr(node, "value", node.value - 1)
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in SWAPPED:
+        yield lambda: setattr(node.func, "id", SWAPPED[node.func.id])
+    elif isinstance(node, ast.Slice):
+        for side in ("lower", "upper"):
+            if (bound := getattr(node, side)) is not None:
+                one = ast.BinOp(bound, ast.Add(), ast.Constant(1))
+                yield lambda side=side, one=one: setattr(node, side, one)
+    elif isinstance(node, ast.Return) and isinstance(node.value, ast.Constant) and type(node.value.value) is bool:
+        yield lambda: setattr(node.value, "value", not node.value.value)
+    if isinstance(node, (ast.If, ast.IfExp, ast.While)) and not isinstance(node.test, ast.Compare):
+        yield lambda: setattr(node, "test", ast.UnaryOp(ast.Not(), node.test))
+    for name in ("body", "orelse"):
+        block = getattr(node, name, None)
+        for i, inner in enumerate(block if isinstance(block, list) else ()):
+            if isinstance(inner, (ast.AugAssign, ast.Continue)) or (
+                isinstance(inner, ast.Expr) and isinstance(inner.value, ast.Call)
+            ):
+                yield lambda block=block, i=i: block.__setitem__(i, ast.Pass())
+
+
+def survives(tree: Path, mutant: Mutant) -> bool:
+    """Run the tests against a mutant and print its line of the table."""
+    path, began, killer = tree / PACKAGE / mutant.file, time.monotonic(), ""
+    original = path.read_text()
+    path.write_text(mutant.text)
+    try:
+        for test in tests_of(mutant.file):
+            killer = run(tree, test)
+            if killer:
+                break
+    finally:
+        path.write_text(original)
+    print(f"{mutant.file}:{mutant.line}  {killer or 'SURVIVED'}  {time.monotonic() - began:.0f} s")
+    print(f"    - {mutant.before}\n    + {mutant.after}", flush=True)
+    return not killer
+
+
+def run(tree: Path, test: str) -> str:
+    """The first test that fails in a run of tests, "" if all pass."""
+    name, _, words = test.partition(" -k ")
+    chosen = ["-k", words.strip("'")] if words else []
+    command = [sys.executable, "-B", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--timeout=90", "--tb=no", *chosen]
+    environment = {**os.environ, "PYTHONPATH": str(tree), "HYPOTHESIS_STORAGE_DIRECTORY": str(tree / "examples-found")}
+    process = subprocess.Popen(
+        [*command, f"tests/{name}.py"],
+        cwd=tree,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return f"{name} (no end after {TIMEOUT} s)"
+    if process.returncode == 0:
+        return ""
+    failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", output, re.MULTILINE)
+    return failed[1] if failed else f"{name} (exit status {process.returncode})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
