@@ -138,7 +138,7 @@ REFUSED = {"__lshift__", "__rshift__", "sgn_", "eq_", "ne_", "lt_", "le_", "gt_"
 # Refused where the gradient of an operand is wanted that autograd makes as a plain tensor.
 WITHOUT_GRADIENT = {"copysign", "copysign_", "nextafter", "nextafter_"}
 # Random numbers, answers that depend on data, a workspace that only CPUs write, a sum over rows in the gradient.
-WITHOUT_RULE = {"bernoulli", "native_dropout", "equal", "log_sigmoid_forward.output", "mvlgamma", "mvlgamma_"}
+WITHOUT_RULE = {"bernoulli", "rrelu", "native_dropout", "equal", "log_sigmoid_forward.output", "mvlgamma", "mvlgamma_"}
 
 
 def _unexpected(raised, *others):

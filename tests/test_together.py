@@ -55,16 +55,17 @@ def _parallel_model(mesh: DeviceMesh, wrong: bool):
     return model(**make_batch(13), **({"use_cache": True} if wrong else {}))
 
 
+# Each is new to all ranks, or the others would not meet the one that refuses it: hence lengths of their own.
 CALLS = {
     "window": (lambda m, wrong: ring_attention(*[placed(m, 12)] * 3, window=(-5, 0) if wrong else (-1, -1)), "a side is a number"),
-    "kernel": (lambda m, wrong: ring_attention(*[placed(m, 12)] * 3, kernel="cuda" if wrong else None), "unknown kernel 'cuda'"),
+    "kernel": (lambda m, wrong: ring_attention(*[placed(m, 13)] * 3, kernel="cuda" if wrong else None), "unknown kernel 'cuda'"),
     "scale": (lambda m, wrong: ring_attention(*[placed(m, 12)] * 3, scale=float("nan") if wrong else 1.0), "a finite number"),
     "dtypes": (
-        lambda m, wrong: ring_attention(placed(m, 12), placed(m, 12), placed(m, 12).double() if wrong else placed(m, 12)),
+        lambda m, wrong: ring_attention(placed(m, 14), placed(m, 14), placed(m, 14).double() if wrong else placed(m, 14)),
         "one dtype",
     ),
     "mixed": (
-        lambda m, wrong: ring_attention(*[placed(m, 12)] * 2, torch.ones(1) if wrong else placed(m, 12)),
+        lambda m, wrong: ring_attention(*[placed(m, 15)] * 2, torch.ones(1) if wrong else placed(m, 15)),
         "all plain tensors",
     ),
     "from_local": (lambda m, wrong: from_local(torch.ones(4, 2), m, [Zigzag(7 if wrong else 0)], length=12), "of 2 dims"),

@@ -233,7 +233,7 @@ def refused_calls():
         ({"logits_to_keep": 1}, NotImplementedError, "logits_to_keep counts tokens of the whole sequence"),
         ({"output_attentions": True}, NotImplementedError, "output_attentions=True"),
         ({"attention_mask": batch["input_ids"] > 5}, NotImplementedError, "with zeros"),
-        ({"visual": torch.zeros(16, 2)}, NotImplementedError, "visual of shape (16, 2) has a dim as long as the sequence"),
+        ({"visual": torch.zeros(16, 2)}, ValueError, "'visual' of type Tensor is read by no layer"),
         ({"documents": [0, 4]}, ValueError, "documents end at token 4"),
     ]
     for extra, error, text in cases:
