@@ -90,6 +90,13 @@ def refused_steps(name: str, options: dict[str, object], unequal: bool) -> str:
     wholes, placed = _parameters()
     wholes, placed = wholes[:2], placed[:2]
     for whole, mine in zip(wholes, placed, strict=True):
+        mine.grad = _place(torch.randn_like(whole), mine.placements)
+    if unequal:  # a decision that is kept for equal placements must not hold for others
+        copies = [nn.Parameter(mine.detach().clone()) for mine in placed]
+        for copy, mine in zip(copies, placed, strict=True):
+            copy.grad = mine.grad
+        getattr(optim, name)(copies, lr=0.05, **options).step()
+    for whole, mine in zip(wholes, placed, strict=True):
         mine.grad = _place(torch.randn_like(whole), [Contiguous(0)] if unequal else mine.placements)
     optimizer = getattr(optim, name)(placed, lr=0.05, **options)
     try:

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch._ops import OpOverload
 
-from dtensor_ring._torch import DTensorSpec, OpSchema, OutputSharding, with_meta
+from dtensor_ring._torch import DTensorSpec, OpSchema, OutputSharding, ops_named, with_meta
 from dtensor_ring.placements.elementwise import aten, has_partial, is_elementwise, listed, name_of, overloads
 from dtensor_ring.placements.norms import LIST_NORMS, check_order, norm_spec, unreduced_norm
 
@@ -33,6 +34,11 @@ _COPIES = overloads("_foreach_copy_")
 def takes_lists(schema: OpSchema) -> bool:
     """Whether the op works on lists of tensors place by place."""
     return _name(schema).startswith("_foreach_") or schema.op in _FUSED_STEPS
+
+
+def list_ops() -> list[OpOverload]:
+    """Every op on lists of tensors that this PyTorch has."""
+    return [*_FUSED_STEPS, *ops_named("_foreach_")]
 
 
 def list_rule(schema: OpSchema) -> OutputSharding:
