@@ -6,7 +6,7 @@ Ran on torch 2.11 and 2.13. Features are asked for by name, once, here; versions
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, Generic, TypeVar
@@ -36,9 +36,11 @@ __all__ = [
     "OutputSharding",
     "PartialNorm",
     "PlacementBase",
+    "complete_cache_keys",
     "install_rule",
     "is_tracing",
     "lasting",
+    "ops_named",
     "refuse_methods",
     "register_attention_rule",
     "replicated",
@@ -148,6 +150,30 @@ def install_rule(rule: Rule, cares: Callable[[OpSchema], bool]) -> None:
 
     propagator.propagate_op_sharding_non_cached = propagate
     propagator.propagate_op_sharding = LocalLRUCache(propagate)
+
+
+def complete_cache_keys(ops: Iterable[OpOverload]) -> None:
+    """Let DTensor's cache of shardings tell apart calls of ops that it has no strategy for, but a rule of ours has.
+
+    For an op that DTensor does not know, the cache's key has tensors alone: neither the tensors in lists (on torch 2.11), so that
+    a call whose gradients lie elsewhere would take the decision for those that do not, nor numbers, which decide on a result's
+    dtype. What DTensor knows stays as it is. Gone once PyTorch has placements by users.
+    """
+    propagator: Any = DTensor._op_dispatcher.sharding_propagator
+    known = {**propagator.op_to_schema_info, **getattr(propagator, "op_to_schema_info_for_single_dim_strategy", {})}
+    for op in ops:
+        if op not in known:
+            kinds = [str(argument.type) for argument in op._schema.arguments]
+            lists = any(kind.startswith("List[") and "Tensor" in kind for kind in kinds)
+            # a step of an optimizer has other numbers each time, which do not change its placements
+            propagator.op_to_schema_info[op] = RuntimeSchemaInfo(100 if lists else 0, needs_pytree=lists)
+
+
+def ops_named(prefix: str) -> list[OpOverload]:
+    """Every op of aten whose name begins so; `dir(torch.ops.aten)` lists only what was used before."""
+    names = [name.removeprefix("aten::") for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"aten::{prefix}")]
+    pairs = [name.partition(".")[::2] for name in names]
+    return [getattr(getattr(torch.ops.aten, packet), kind or "default") for packet, kind in pairs]
 
 
 def refuse_methods(names: Sequence[str], reason: Callable[[DTensor], str | None]) -> None:

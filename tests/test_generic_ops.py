@@ -69,6 +69,20 @@ def test_activations_and_their_gradients_are_those_of_whole_tensors(pools, place
     pools.run(world, activations, placement, length)
 
 
+def numbers():
+    whole = torch.arange(21).view(7, 3)
+    x = _place(whole)
+    for number in (2, 2.5, True, 3):
+        for act in (torch.floor_divide, torch.add, torch.mul, torch.fmod):
+            result, wanted = act(x, number), act(whole, number)
+            assert result.dtype == result._spec.tensor_meta.dtype == wanted.dtype
+            assert torch.equal(full_tensor(result), wanted)
+
+
+def test_a_number_decides_on_the_dtype_of_the_result_each_time(pools):
+    pools.run(2, numbers)
+
+
 def masks():
     whole = torch.randn(7, 3)
     x = _place(whole)

@@ -43,8 +43,8 @@ def _mesh(axes: int = 1):
     return init_device_mesh("cpu", (world,) if axes == 1 else (2, world // 2), mesh_dim_names=("dp", "cp")[-axes:])
 
 
-def _place(x, placements, mesh=None):
-    return distribute_tensor(x.clone(), mesh or _mesh(), placements, src_data_rank=None).detach()
+def _place(x, placements=None, mesh=None):
+    return distribute_tensor(x.clone(), mesh or _mesh(), placements or [Zigzag(0)], src_data_rank=None).detach()
 
 
 def _parameters():
@@ -90,6 +90,13 @@ def refused_steps(name: str, options: dict[str, object], unequal: bool) -> str:
     wholes, placed = _parameters()
     wholes, placed = wholes[:2], placed[:2]
     for whole, mine in zip(wholes, placed, strict=True):
+        mine.grad = _place(torch.randn_like(whole), mine.placements)
+    if unequal:  # a decision that is kept for equal placements must not hold for others
+        copies = [nn.Parameter(mine.detach().clone()) for mine in placed]
+        for copy, mine in zip(copies, placed, strict=True):
+            copy.grad = mine.grad
+        getattr(optim, name)(copies, lr=0.05, **options).step()
+    for whole, mine in zip(wholes, placed, strict=True):
         mine.grad = _place(torch.randn_like(whole), [Contiguous(0)] if unequal else mine.placements)
     optimizer = getattr(optim, name)(placed, lr=0.05, **options)
     try:
@@ -117,6 +124,20 @@ def test_gradients_of_other_placements_are_refused_and_change_nothing(pools, nam
     for text in pools.run(2, refused_steps, name, options, True):
         assert "found [Zigzag(0)] and [Contiguous(0)]" in text or "found [Contiguous(0)] and [Zigzag(0)]" in text
         assert "dtensor_ring.redistribute" in text
+
+
+def numbers_in_lists():
+    """Steps and factors kept as tensors, as optimizers with capturable=True have them, on either side."""
+    whole, factor = torch.randn(7, 3), torch.tensor(2.0)
+    placed, number = _place(whole), _place(factor, [Replicate()])
+    for left, right in (([number], [placed]), ([placed], [number]), ([factor], [placed]), ([placed], [factor])):
+        (product,) = torch._foreach_mul(left, right)
+        assert product.placements == (Zigzag(0),)
+        assert torch.equal(full_tensor(product), whole * 2)
+
+
+def test_numbers_in_lists_are_the_same_beside_every_element(pools):
+    pools.run(2, numbers_in_lists)
 
 
 def clipped(order: float, foreach: bool | None):

@@ -25,7 +25,7 @@ def overloads(*names: str) -> frozenset[OpOverload]:
     )
 
 
-_UNMARKED = overloads(
+UNMARKED = overloads(
     "clone",
     "_to_copy",
     "copy_",
@@ -50,19 +50,31 @@ _UNMARKED = overloads(
     # Activations and their gradients. Each reads the gradient, and the input or result, of its own element, and numbers that are
     # the same for all elements (slopes, thresholds). Those with a parameter a channel (prelu), with noise (rrelu) or that pair
     # elements (glu) are not among them.
+    "elu",
     "elu_backward",
+    "gelu",
+    "hardshrink",
     "hardshrink_backward",
+    "hardsigmoid",
     "hardsigmoid_backward",
     "hardswish",
     "hardswish.out",
     "hardswish_backward",
+    "hardtanh",
     "hardtanh_backward",
+    "leaky_relu",
     "leaky_relu_backward",
     "log_sigmoid_forward",
     "log_sigmoid_backward",
+    "mish",
     "mish_backward",
+    "silu",
+    "softplus",
     "softplus_backward",
+    "softshrink",
     "softshrink_backward",
+    "threshold",
+    "threshold_backward",
 )
 # Ops that work on every element, or nearly, and are wrong on DTensors of any placements.
 _SHIFTS = "is taken for an in-place op by DTensor, which would give x back unchanged: call torch.bitwise_{}_shift(x, y)"
@@ -134,7 +146,7 @@ def _out_of_place(op: OpOverload) -> str:
 
 def _is_marked(op: OpOverload) -> bool:
     pure = torch.Tag.nondeterministic_seeded not in op.tags and torch.Tag.data_dependent_output not in op.tags
-    return op in _UNMARKED or (torch.Tag.pointwise in op.tags and pure)
+    return op in UNMARKED or (torch.Tag.pointwise in op.tags and pure)
 
 
 def keeps_partial(schema: OpSchema) -> bool:

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch._ops import OpOverload
 
-from dtensor_ring._torch import DTensorSpec, OpSchema, OutputSharding, with_meta
+from dtensor_ring._torch import DTensorSpec, OpSchema, OutputSharding, ops_named, with_meta
 from dtensor_ring.placements.elementwise import aten, has_partial, is_elementwise, listed, name_of, overloads
 from dtensor_ring.placements.norms import LIST_NORMS, check_order, norm_spec, unreduced_norm
 
@@ -35,6 +36,11 @@ def takes_lists(schema: OpSchema) -> bool:
     return _name(schema).startswith("_foreach_") or schema.op in _FUSED_STEPS
 
 
+def list_ops() -> list[OpOverload]:
+    """Every op on lists of tensors that this PyTorch has."""
+    return [*_FUSED_STEPS, *ops_named("_foreach_")]
+
+
 def list_rule(schema: OpSchema) -> OutputSharding:
     """The placements of the results of an op on lists.
 
@@ -50,11 +56,10 @@ def list_rule(schema: OpSchema) -> OutputSharding:
             f"{name_of(schema)} has no rule for {listed(spec for specs in places for spec in specs)}: work on x.to_local(), or "
             "move the tensors first with dtensor_ring.redistribute or dtensor_ring.full_tensor"
         )
-    for place, specs in enumerate(places):
-        _check_place(schema, place, specs)
+    operands = [_operand_at(schema, place, specs) for place, specs in enumerate(places)]
     if not schema.op._schema.returns:  # in place
         return OutputSharding(None)
-    return OutputSharding(with_meta(schema, [DTensorSpec(specs[0].mesh, specs[0].placements) for specs in places]))
+    return OutputSharding(with_meta(schema, [DTensorSpec(spec.mesh, spec.placements) for spec in operands]))
 
 
 def _name(schema: OpSchema) -> str:
@@ -96,19 +101,25 @@ def _check_scalar(schema: OpSchema, spec: DTensorSpec) -> None:
     raise NotImplementedError(f"{name_of(schema)} with a tensor of shape {tuple(spec.shape)} on {listed([spec])}: {advice}")
 
 
-def _check_place(schema: OpSchema, place: int, specs: Sequence[DTensorSpec]) -> None:
-    first = specs[0]
-    others = [spec for spec in specs if spec.ndim or not spec.is_replicated()]
-    if any(spec.placements != first.placements or spec.mesh != first.mesh for spec in others):
+def _operand_at(schema: OpSchema, place: int, specs: Sequence[DTensorSpec]) -> DTensorSpec:
+    """What the result at a place of the lists is laid out as: all tensors there are, but for numbers that all ranks share.
+
+    Raises:
+        NotImplementedError: placements or shapes differ, or partial sums wait for their reduction.
+    """
+    tensors = [spec for spec in specs if spec.ndim or not spec.is_replicated()]
+    first = tensors[0] if tensors else specs[0]
+    if any(spec.placements != first.placements or spec.mesh != first.mesh for spec in tensors):
         raise NotImplementedError(
-            f"{name_of(schema)} needs equal placements at each place of its lists, found {listed(others)} at place {place}: bring "
+            f"{name_of(schema)} needs equal placements at each place of its lists, found {listed(tensors)} at place {place}: bring "
             "them together with dtensor_ring.redistribute (for an optimizer: parameter, gradient and state)"
         )
-    if any(spec.shape != first.shape for spec in others):
+    if any(spec.shape != first.shape for spec in tensors):
         raise NotImplementedError(
-            f"{name_of(schema)} does not broadcast {listed(others)} of shapes {[tuple(s.shape) for s in others]} at place {place}"
+            f"{name_of(schema)} does not broadcast {listed(tensors)} of shapes {[tuple(s.shape) for s in tensors]} at place {place}"
         )
     if has_partial(specs):
         raise NotImplementedError(
-            f"{name_of(schema)} on {listed(others)} at place {place}: reduce the partial sums first with dtensor_ring.redistribute"
+            f"{name_of(schema)} on {listed(tensors)} at place {place}: reduce the partial sums first with dtensor_ring.redistribute"
         )
+    return first

@@ -14,9 +14,19 @@ import torch
 from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from dtensor_ring._torch import DTensorSpec, OpSchema, OutputSharding, install_rule, refuse_methods, specs_of, with_meta
+from dtensor_ring._torch import (
+    DTensorSpec,
+    OpSchema,
+    OutputSharding,
+    complete_cache_keys,
+    install_rule,
+    refuse_methods,
+    specs_of,
+    with_meta,
+)
 from dtensor_ring.placements.elementwise import (
     PLAIN_GRADIENTS,
+    UNMARKED,
     aten,
     has_partial,
     is_elementwise,
@@ -27,7 +37,7 @@ from dtensor_ring.placements.elementwise import (
     why_no_gradient,
     why_wrong,
 )
-from dtensor_ring.placements.lists import list_rule, takes_lists
+from dtensor_ring.placements.lists import list_ops, list_rule, takes_lists
 from dtensor_ring.placements.moves import local_size
 from dtensor_ring.placements.norms import NORMS, check_order, norm_spec, unreduced_norm
 from dtensor_ring.placements.placement import SequencePlacement, dim_of, split_of
@@ -250,6 +260,7 @@ def _no_storage(tensor: DTensor) -> str | None:
 
 
 install_rule(rule, is_ours)
+complete_cache_keys((*UNMARKED, *_INDEX_PUT, *_ANY_TRUE, *list_ops()))
 refuse_methods(("apply_", "share_memory_"), _no_storage)
 
 
