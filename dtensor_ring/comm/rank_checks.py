@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from dtensor_ring.comm.transport import Transport
 
 _VALUES = 18  # integers of a record after its two first: whether the rank refuses, and the number of the call
 _TEXT_BYTES = 1024
+_AGREEMENTS = 1024  # calls that a group remembers, each at most about 1 KiB
+_every_call: ContextVar[bool] = ContextVar("every_call", default=False)
 _KNOWN = "_dtensor_ring_known"  # marks an error that the other ranks have, or were told of: it is not told again
 _PATIENCE = 5.0  # seconds that a rank which refuses a call waits for the others: longer would hide its error
 _REFUSALS = (ValueError, TypeError, NotImplementedError)
@@ -62,6 +65,44 @@ def meet(transport: Transport, call: str, values: Sequence[int]) -> list[list[in
         if all(other[:2] == record[:2] for other in records):
             return [other[2 : 2 + len(values)] for other in records]
         raise _explained(transport, call, records, _texts(transport.gather_values(_encoded(call))))
+
+
+def is_agreed(transport: Transport, call: Hashable) -> bool:
+    """Whether the ranks of the group have compared this very call, and nothing asks for every call to be compared."""
+    return call in transport.agreements and not _every_call.get()
+
+
+def remember(transport: Transport, call: Hashable) -> None:
+    """Keep that all ranks of the group agree on a call.
+
+    Agreement lives with the group and ends with it. The oldest one goes when there are too many: what a rank has forgotten then
+    follows from the group's own sequence of calls, which is the same on all of its ranks, whatever other groups they are in. A
+    rule that looked at anything else (memory, other groups, how often a rank asks) would let one rank meet where others do not.
+    """
+    transport.agreements[call] = None
+    if len(transport.agreements) > _AGREEMENTS:
+        del transport.agreements[next(iter(transport.agreements))]
+
+
+@contextmanager
+def check_every_call() -> Iterator[None]:
+    """Inside the block ranks compare every call, also those that they have compared before: for finding out where they part.
+
+        with dtensor_ring.debug.check_every_call():
+            loss = model(input_ids=ids, labels=ids).loss
+
+    Every rank of a group must be inside. The host waits once for each call; what ranks compare is layout, shapes, mask, numbers,
+    strategy, kernel and documents. It holds for the thread that enters it.
+
+    Raises (from the calls):
+        ValueError: ranks make different calls, on every rank.
+        RuntimeError: ranks are in calls of different kinds, on every rank.
+    """
+    token = _every_call.set(True)
+    try:
+        yield
+    finally:
+        _every_call.reset(token)
 
 
 def meet_on_axes(transports: Sequence[Transport], call: str, values: Sequence[int]) -> list[list[list[int]]]:

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtensor_ring._torch import resolve_group
-from dtensor_ring.comm import axis_name, transport_along, transport_of
-from dtensor_ring.comm.rank_checks import meet, meet_on_axes
+from dtensor_ring.comm import Transport, axis_name, transport_along
+from dtensor_ring.comm.rank_checks import is_agreed, meet, meet_on_axes, remember
 from dtensor_ring.documents import Documents
 from dtensor_ring.placements import moves
 from dtensor_ring.placements.placement import SequencePlacement
 
 
-@lru_cache(maxsize=256)
-def check_documents(group: str, documents: Documents) -> None:
+def check_documents(wire: Transport, documents: Documents) -> None:
     """Raises ValueError on every rank that passes other documents than this one; asked the first time that ranks meet them."""
-    wire = transport_of(resolve_group(group))
+    if is_agreed(wire, documents.digest):
+        return
     number = int(documents.digest[:15], 16)
     for rank, (theirs,) in enumerate(meet(wire, "a move of documents cut one by one", [number])):
         if theirs != number:
             raise ValueError(f"ranks {wire.rank} and {rank} pass different documents, rank {wire.rank} {documents}: pass the same")
+    remember(wire, documents.digest)
 
 
 def check_shares(local: Tensor, mesh: DeviceMesh, axis: int, placement: SequencePlacement, length: int) -> None:

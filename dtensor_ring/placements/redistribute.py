@@ -214,7 +214,7 @@ def _agreed(documents: Documents | None, mesh: DeviceMesh) -> Documents | None:
     """The documents, after all ranks of the mesh have compared them; raises ValueError on every rank if they differ."""
     if documents is not None:
         for i in range(mesh.ndim):
-            check_documents(mesh.get_group(i).group_name, documents)
+            check_documents(transport_along(mesh, i), documents)
     return documents
 
 
