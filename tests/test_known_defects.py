@@ -7,7 +7,7 @@ import gc
 import pytest
 import torch
 import torch.distributed as dist
-from test_transformers import SIZES, make_batch, make_model, worst
+from test_transformers import SIZES
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -27,47 +27,6 @@ from dtensor_ring import (
 
 def line():
     return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
-
-
-def gathered_loss():
-    mesh, batch = line(), make_batch(17)
-    reference, model = make_model("llama"), make_model("llama")
-    reference(**batch, use_cache=False).logits.square().mean().backward()
-    plan = ring_plan(model, Zigzag(1))
-    parallelize_module(model, mesh, plan)
-    plan.gather(model(**batch).logits).square().mean().backward()
-    for parameter in model.parameters():
-        dist.all_reduce(parameter.grad)
-        parameter.grad /= dist.get_world_size()
-    assert worst(zip((p.grad for p in model.parameters()), (p.grad for p in reference.parameters()), strict=True)) < 1e-6
-
-
-@pytest.mark.xfail(strict=True, reason="defect 7: plan.gather wants summed gradients, .loss averaged ones")
-def test_averaged_gradients_of_gathered_outputs_are_those_of_one_process(pools):
-    pools.run(2, gathered_loss)
-
-
-def gathered_late():
-    mesh, model, reference = line(), make_model("llama"), make_model("llama")
-    plan = ring_plan(model, Zigzag(1, per_document=True))
-    parallelize_module(model, mesh, plan)
-    batches = []
-    for lengths in ([9, 15], [3, 14, 7]):
-        ids = make_batch(24, rows=1)["input_ids"]
-        batches.append({"input_ids": ids, "position_ids": Documents.from_lengths(lengths).position_ids()})
-    first, _second = (model(**batch).logits for batch in batches)
-    mask = torch.block_diag(*(torch.ones(n, n).tril() for n in (9, 15))).bool()[None, None]
-    wanted = reference(**batches[0], attention_mask=mask, use_cache=False).logits
-    try:
-        gathered = plan.gather(first)
-    except (ValueError, RuntimeError):
-        return
-    torch.testing.assert_close(gathered, wanted, rtol=0, atol=1e-10)
-
-
-@pytest.mark.xfail(strict=True, reason="defect 7: gather takes the documents of the last batch for those of its tensor")
-def test_an_output_gathered_after_another_batch_is_right_or_raises(pools):
-    pools.run(2, gathered_late)
 
 
 def packed_calls(changes: str) -> float:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -22,18 +23,27 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 from typing_extensions import override
 
+from dtensor_ring._torch import tensors_in
 from dtensor_ring.comm import transport_along
 from dtensor_ring.comm.rank_checks import refused_together
 from dtensor_ring.documents import Documents
 from dtensor_ring.integrations.transformers.attention import KEYWORD, NAME, NO_MASK, STATE, AttentionState, RingBatch, register
 from dtensor_ring.integrations.transformers.checks import check_call, check_length, check_model
+from dtensor_ring.integrations.transformers.outputs import (
+    Convention,
+    SumOverRanks,
+    check_convention,
+    gather_tokens,
+    sum_over_tokens,
+)
 from dtensor_ring.layout import work_balance
 from dtensor_ring.ops.arguments import Strategy, choose_strategy
 from dtensor_ring.ops.kernels import KERNELS, KernelName
-from dtensor_ring.placements import SequencePlacement, Zigzag, from_local, full_tensor
+from dtensor_ring.placements import SequencePlacement, Zigzag
 from dtensor_ring.placements.batch import GOOD_BALANCE, balance_remedy, check_axis, check_same, cut_batch, warn_of_imbalance
 from dtensor_ring.placements.batch_reading import find_documents, sequence_length
 
@@ -55,26 +65,68 @@ class RingPlan(dict[str, ParallelStyle]):
         self._before: str | None = None
         self._documents: Documents | None = None
         self._is_packed = False
+        self._documents_of: MutableMapping[Tensor, Documents] = WeakTensorKeyDictionary()
         self._handles: list[RemovableHandle] = []
         self._marked: list[nn.Module] = []
         names = [name for name, module in model.named_modules() if _is_attention(module)]
         super().__init__({"": _RootStyle(self)} | {name: _AttentionStyle(self) for name in names})
 
-    def gather(self, local: Tensor, dim: int = 1, documents: Documents | None = None) -> Tensor:
+    def gather(self, local: Tensor, dim: int = 1, documents: Documents | None = None, *, grad: Convention = "mean") -> Tensor:
         """All tokens, in order, of a tensor that holds this rank's tokens in `dim`, such as logits (B, S/W, V): (B, S, V).
 
-        Every rank calls it. Differentiable: the gradient counts once, as that of a replicated tensor. Where documents are cut one
-        by one, they are those of the last batch, unless `documents` names another's.
+        Every rank calls it, and computes the same loss from the result. Gradients fit averaging over the axis (FSDP2, DDP,
+        `average_gradients`), as those of the model's own loss do.
+
+        Args:
+            local: an output of the model, or a tensor made of one, token by token.
+            dim: where its tokens are.
+            documents: with `Zigzag(1, per_document=True)` and packed documents, those of the batch that `local` is of: the plan's
+                `documents` after that batch's forward pass. Not needed for outputs of the model as they are.
+            grad: "mean", or "sum" where gradients are summed over the axis.
 
         Raises:
             RuntimeError: the plan was not applied yet.
+            ValueError: it cannot be told which batch's documents lay out this tensor, or no such convention.
+        """
+        mesh, placement = self._applied(), self._placement.moved_to(range(local.ndim)[dim])
+        check_convention(grad)
+        return gather_tokens(local, mesh, placement, self._laid_out_by(local, documents), grad)
+
+    def sum_over_tokens(self, local: Tensor, dim: int = 1, *, grad: Convention = "mean") -> Tensor:
+        """The sum over all tokens of a sequence, such as its log-probability, of values that hold this rank's tokens in `dim`.
+
+            log_probs = out.logits.log_softmax(-1).gather(2, targets[..., None])[..., 0]      # (B, S/W), this rank's tokens
+            plan.sum_over_tokens(log_probs)                                                   # (B,), on every rank
+
+        A plain `.sum(1)` has this rank's tokens alone. Every rank calls it. 16-bit values are added in float32. Gradients as for
+        `gather`.
+
+        Raises:
+            RuntimeError: the plan was not applied yet.
+            ValueError: no such convention.
         """
         mesh = self._applied()
-        dim = range(local.ndim)[dim]
-        tokens = transport_along(mesh).gather_values([local.shape[dim]])
-        length = sum(count for (count,) in tokens)
-        whole = from_local(local, mesh, [self._placement.moved_to(dim)], length=length)
-        return full_tensor(whole, documents=(documents or self._documents) if self._placement.layout.cut else None)
+        check_convention(grad)
+        return sum_over_tokens(local, mesh, dim, grad)
+
+    @property
+    def documents(self) -> Documents | None:
+        """Those of the last batch: bounds of packed documents, or of real and padding tokens; None for one document a row."""
+        return self._documents
+
+    def _laid_out_by(self, local: Tensor, documents: Documents | None) -> Documents | None:
+        """The documents by which a tensor's tokens are laid out; None where they do not matter."""
+        if not self._placement.layout.cut:
+            return None
+        if documents is None:
+            documents = self._documents_of.get(local)
+        if documents is None and (self._documents is None or self._is_packed):
+            raise ValueError(
+                f"{self._placement!r} lays tokens out by the documents of their batch, and it cannot be told which batch this "
+                "tensor is of: pass an output of the model as it is, or documents=, the plan's `documents` after the forward pass "
+                "of that batch"
+            )
+        return documents or self._documents
 
     def describe(self) -> str:
         """What the plan does, in a few lines."""
@@ -206,14 +258,16 @@ class RingPlan(dict[str, ParallelStyle]):
 
     @torch.compiler.disable
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ANN401
-        """This rank's sum of losses in, the mean over the whole batch out."""
-        count = kwargs[KEYWORD].count
+        """This rank's sum of losses in, the mean over the whole batch out; outputs are remembered to be of this batch."""
+        count, documents = kwargs[KEYWORD].count, kwargs[KEYWORD].documents
+        if self._placement.layout.cut and documents is not None:
+            self._documents_of.update(dict.fromkeys(tensors_in(output), documents))
         if count is None:
             return output
         mesh = self._applied()
         if isinstance(output, tuple):
-            return (_SumOverRanks.apply(output[0], mesh) / count, *output[1:])
-        output.loss = _SumOverRanks.apply(output.loss, mesh) / count
+            return (SumOverRanks.apply(output[0], mesh) / count, *output[1:])
+        output.loss = SumOverRanks.apply(output.loss, mesh) / count
         return output
 
 
@@ -281,37 +335,6 @@ class _AttentionStyle(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         self._plan._apply_attention(module, device_mesh)
         return module
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """The sum over ranks, whose gradient is summed over ranks too.
-
-    Every rank then holds W times its share of the gradient, and averaging over the W ranks gives the gradient of one device.
-    """
-
-    @staticmethod
-    @override
-    def forward(  # pyrefly: ignore[bad-override]
-        ctx: Any,
-        value: Tensor,
-        mesh: DeviceMesh,
-    ) -> Tensor:
-        ctx.mesh = mesh
-        return _summed(value, mesh)
-
-    @staticmethod
-    @override
-    def backward(  # pyrefly: ignore[bad-override]
-        ctx: Any,
-        grad: Tensor,
-    ) -> tuple[Tensor, None]:
-        return _summed(grad, ctx.mesh), None
-
-
-def _summed(value: Tensor, mesh: DeviceMesh) -> Tensor:
-    transport = transport_along(mesh)
-    with transport.during("the sum of a loss over ranks"):
-        return transport.all_reduce(value)
 
 
 def _is_attention(module: nn.Module) -> bool:
