@@ -186,8 +186,9 @@ def ring_attention(
     if where.mesh is not None and where.axis is not None and not torch.compiler.is_compiling():
         transport = transport_along(where.mesh, where.axis)
         name = f"ring_attention over {transport.axis}"
-        numbers = f"scale {factor}, softcap {softcap}, dropout_p {dropout_p}"
-        words = str(q.dtype), f"mask {mask}", way, chosen, numbers, str(found or "no documents")
+        numbers = f"scale {factor}, softcap {softcap}, dropout_p {dropout_p}, deterministic {deterministic}"
+        beside = f"{'no ' if sinks is None else ''}sinks, {'no ' if alibi_slopes is None else ''}ALiBi"
+        words = str(q.dtype), f"mask {mask}", way, chosen, numbers, beside, str(found or "no documents")
         assert isinstance(q, DTensor) and isinstance(k, DTensor), "tensors on a mesh are DTensors"
         rows = local_of(q).shape[1], local_of(k).shape[1]
         check_agreement(transport, name, where.layout, (*q.shape, *k.shape, *v.shape), rows, words)

@@ -8,6 +8,7 @@ Forgetting is silent: the loss is right at every step, while each rank's weights
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -115,13 +116,13 @@ def _replicated(
 
 def _check_alike(parameters: Sequence[tuple[str, nn.Parameter]], transport: Transport, call: str) -> None:
     """Raises ValueError on every rank unless all hold parameters of the same names, shapes and dtypes."""
-    text = "|".join(f"{name} {_local(p).dtype} {tuple(_local(p).shape)}" for name, p in parameters)
+    text = "|".join(f"{name} {_local(p).dtype} {tuple(_local(p).shape)} {p.requires_grad}" for name, p in parameters)
     number = checksum(torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8))
     for rank, (count, its_number) in enumerate(meet(transport, call, [len(parameters), number])):
         if (count, its_number) != (len(parameters), number):
             raise ValueError(
                 f"{call}: ranks {transport.rank} and {rank} of {transport.axis} hold {len(parameters)} and {count} parameters of "
-                "other names, shapes or dtypes: every rank holds the same model"
+                "other names, shapes or dtypes, or others are frozen: every rank holds the same model"
             )
 
 
@@ -138,17 +139,20 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 def _buckets(gradients: Iterable[Tensor]) -> Iterable[list[Tensor]]:
     """Gradients of one device and dtype, so many that they travel as one message of a good size."""
-    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    buckets: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    sizes: Counter[tuple[torch.device, torch.dtype]] = Counter()
     for gradient in gradients:
-        bucket = kinds.setdefault((gradient.device, gradient.dtype), [])
-        bucket.append(gradient)
-        if sum(part.numel() for part in bucket) >= _BUCKET:
-            yield kinds.pop((gradient.device, gradient.dtype))
-    yield from kinds.values()
+        kind = gradient.device, gradient.dtype
+        buckets.setdefault(kind, []).append(gradient)
+        sizes[kind] += gradient.numel()
+        if sizes[kind] >= _BUCKET:
+            del sizes[kind]
+            yield buckets.pop(kind)
+    yield from buckets.values()
 
 
 def _average(bucket: Sequence[Tensor], transport: Transport) -> None:
-    wide = torch.float64 if bucket[0].dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(bucket[0].dtype, torch.float32)
     mean = transport.all_reduce(torch.cat([gradient.flatten().to(wide) for gradient in bucket]), "avg")
     for gradient, part in zip(bucket, mean.split([gradient.numel() for gradient in bucket]), strict=True):
         gradient.copy_(part.view(gradient.shape))

@@ -21,7 +21,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from dtensor_ring.comm.transport import Transport
+from dtensor_ring.comm.transport import SilentRankError, Transport
 
 _VALUES = 18  # integers of a record after its two first: whether the rank refuses, and the number of the call
 _TEXT_BYTES = 1024
@@ -29,8 +29,9 @@ _AGREEMENTS = 1024  # calls that a group remembers, each at most about 1 KiB
 _every_call: ContextVar[bool] = ContextVar("every_call", default=False)
 _KNOWN = "_dtensor_ring_known"  # marks an error that the other ranks have, or were told of: it is not told again
 _PATIENCE = 5.0  # seconds that a rank which refuses a call waits for the others: longer would hide its error
-_REFUSALS = (ValueError, TypeError, NotImplementedError)
-_KINDS: tuple[type[Exception], ...] = (*_REFUSALS, RuntimeError)  # a record has the place of an error's class here
+_KINDS: tuple[type[Exception], ...] = (ValueError, TypeError, NotImplementedError, RuntimeError)  # a record has a class's place
+# What wrong arguments end in, also where nobody foresaw them; others see a class that is not among the kinds as a RuntimeError.
+_REFUSALS: tuple[type[Exception], ...] = (*_KINDS, AttributeError, LookupError, ArithmeticError)
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -38,9 +39,10 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def checksum(values: Tensor) -> int:
     """A number that tells tensors of one shape and dtype apart: bits weighted by place. Reads a GPU, so the host waits."""
-    flat = values.detach().flatten()
+    flat = (torch.view_as_real(values.detach()) if values.is_complex() else values.detach()).flatten()
     flat = (flat.contiguous().view(_BITS[flat.itemsize]) if flat.is_floating_point() else flat).to(torch.int64)
-    weights = torch.arange(1, flat.numel() + 1, device=flat.device) % 65521
+    places = torch.arange(1, flat.numel() + 1, device=flat.device)
+    weights = places * -7046029254386353131  # odd, so that every place has a weight of its own where products wrap around
     return int((flat * weights).sum())
 
 
@@ -135,7 +137,7 @@ def refused_together(places: Callable[[], Sequence[Transport]]) -> Iterator[None
     try:
         yield
     except _REFUSALS as failure:
-        if not getattr(failure, _KNOWN, False):
+        if not getattr(failure, _KNOWN, False) and not isinstance(failure, SilentRankError):
             setattr(failure, _KNOWN, True)
             for transport in places():
                 _tell(transport, failure)
@@ -145,7 +147,7 @@ def refused_together(places: Callable[[], Sequence[Transport]]) -> Iterator[None
 def _tell(transport: Transport, failure: Exception) -> None:
     if transport.world == 1:
         return
-    kind = next(i for i, kind in enumerate(_KINDS) if isinstance(failure, kind))
+    kind = next((i for i, kind in enumerate(_KINDS) if isinstance(failure, kind)), len(_KINDS) - 1)
     if transport.try_gather_values([1 + kind, 0, *[0] * _VALUES], _PATIENCE) is not None:
         transport.try_gather_values(_encoded(str(failure)), _PATIENCE)
 

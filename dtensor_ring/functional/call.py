@@ -110,7 +110,7 @@ def attend(
     bounds = packed_of(documents)
     group = settings.process_group.group_name
     if not torch.compiler.is_compiling():
-        numbers = f"scale {scale}, softcap {softcap}, dropout_p {dropout_p}"
+        numbers = f"scale {scale}, softcap {softcap}, dropout_p {dropout_p}, deterministic {deterministic}"
         whole = str(documents) if isinstance(documents, Documents) else ""
         words = str(q_BSHD.dtype), f"mask {mask}", strategy, kernel, numbers, whole
         shapes = [(x.shape[0], length, *x.shape[2:]) for x, length in zip(tensors, (q_length, k_length, k_length), strict=True)]

@@ -98,9 +98,10 @@ def shard_batch(
             long as the sequence.
     """
     placement = Zigzag(1) if placement is None else placement
-    check_axis(mesh, placement)
+    check_mesh(mesh)
     wire = transport_along(mesh)
     with refused_together(lambda: [wire] if check else []):
+        check_placement(placement)
         if isinstance(batch, ShardedBatch):
             raise ValueError("this batch is a share already, made by shard_batch: pass the whole batch")
         refuse_lookalikes(batch)
@@ -149,12 +150,16 @@ def balance_remedy(documents: Documents, placement: SequencePlacement, world: in
     return f"Zigzag(1, per_document=True) would reach {better:.0%}"
 
 
-def check_axis(mesh: DeviceMesh, placement: SequencePlacement) -> None:
-    """Raises ValueError unless the mesh has one axis and the placement cuts dim 1."""
+def check_mesh(mesh: DeviceMesh) -> None:
+    """Raises ValueError unless the mesh has one axis."""
     if mesh.ndim != 1:
         raise ValueError(
             f"give the one mesh axis that holds the sequence, such as mesh['cp'], found a mesh of {mesh.ndim} axes: {mesh}"
         )
+
+
+def check_placement(placement: SequencePlacement) -> None:
+    """Raises ValueError unless the placement cuts dim 1."""
     if not isinstance(placement, SequencePlacement) or placement.dim != 1:
         raise ValueError(f"a batch (B, S) is cut in dim 1 by Contiguous(1), Zigzag(1) or Stripe(1), found {placement!r}")
 

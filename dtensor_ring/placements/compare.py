@@ -28,7 +28,7 @@ def check_shares(local: Tensor, mesh: DeviceMesh, axis: int, placement: Sequence
     """Raises ValueError on every rank unless each passes the share that its layout gives it, of one tensor."""
     wire = transport_along(mesh, axis)
     call = f"from_local over {wire.axis}"
-    others = [size for dim, size in enumerate(local.shape) if dim != placement.dim]
+    others = [size for dim, size in enumerate(local.shape) if dim != placement.dim][:8]  # as many as a record has room for
     mine = [local.ndim, length, local.shape[placement.dim], _dtype_number(local.dtype), *others]
     every = meet(wire, call, (mine + [-1] * 12)[:12])
     for rank, (ndim, its_length, tokens, dtype, *its_others) in enumerate(every):
@@ -48,13 +48,18 @@ def check_shares(local: Tensor, mesh: DeviceMesh, axis: int, placement: Sequence
             )
 
 
-def check_whole(tensor: Tensor, mesh: DeviceMesh) -> None:
+def check_whole(tensor: Tensor, mesh: DeviceMesh, source: int) -> None:
     """Raises ValueError on every rank unless what is about to be sent fits where it is received, on every axis."""
-    numbers = ([tensor.ndim, _dtype_number(tensor.dtype), *tensor.shape] + [-1] * 12)[:12]
+    numbers = [source, *([tensor.ndim, _dtype_number(tensor.dtype), *tensor.shape] + [-1] * 12)[:12]]
     tables = meet_on_axes([transport_along(mesh, i) for i in range(mesh.ndim)], "distribute_tensor", numbers)
     for i, table in enumerate(tables):
-        for rank, (ndim, dtype, *shape) in enumerate(table):
-            if (ndim, dtype, shape[:ndim]) != (tensor.ndim, _dtype_number(tensor.dtype), list(tensor.shape)):
+        for rank, (its_source, ndim, dtype, *shape) in enumerate(table):
+            if its_source != source:
+                raise ValueError(
+                    f"distribute_tensor over mesh axis {axis_name(mesh, i)}: src_data_rank is {source} on rank "
+                    f"{mesh.get_local_rank(i)}, {its_source} on rank {rank}: every rank names the same source"
+                )
+            if (ndim, dtype, shape[:ndim]) != (tensor.ndim, _dtype_number(tensor.dtype), list(tensor.shape)[:10]):
                 raise ValueError(
                     f"distribute_tensor over mesh axis {axis_name(mesh, i)}: rank {mesh.get_local_rank(i)} has {tensor.dtype} "
                     f"{tuple(tensor.shape)}, rank {rank} has {_DTYPES[dtype]} {tuple(shape[:ndim])}: every rank passes a tensor of "

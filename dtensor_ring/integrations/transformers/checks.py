@@ -160,7 +160,8 @@ def check_call(model: PreTrainedModel, arguments: Mapping[str, Any], parameters:
     own = (*parameters, *TransformersKwargs.__annotations__, *_LOSS_KEYWORDS)
     refuse_lookalikes(arguments, own)
     for name, value in arguments.items():
-        if isinstance(value, (Tensor, Documents, list, tuple)) and name not in own and name not in KNOWN_KEYS:
+        numbers = isinstance(value, (list, tuple)) and not any(isinstance(x, str) for x in value)
+        if (numbers or isinstance(value, (Tensor, Documents))) and name not in own and name not in KNOWN_KEYS:
             raise ValueError(
                 f"{name!r} of type {type(value).__name__} is read by no layer, and cannot be cut: pass what is known "
                 f"({', '.join(KNOWN_KEYS)}), or leave it out"

@@ -44,7 +44,15 @@ from dtensor_ring.layout import work_balance
 from dtensor_ring.ops.arguments import Strategy, choose_strategy
 from dtensor_ring.ops.kernels import KERNELS, KernelName
 from dtensor_ring.placements import SequencePlacement, Zigzag
-from dtensor_ring.placements.batch import GOOD_BALANCE, balance_remedy, check_axis, check_same, cut_batch, warn_of_imbalance
+from dtensor_ring.placements.batch import (
+    GOOD_BALANCE,
+    balance_remedy,
+    check_mesh,
+    check_placement,
+    check_same,
+    cut_batch,
+    warn_of_imbalance,
+)
 from dtensor_ring.placements.batch_reading import find_documents, sequence_length
 
 _SEQUENCE_AXIS = r"cp|sp|seq|context|ring"  # how programs name the mesh axis that holds the sequence
@@ -209,7 +217,7 @@ class RingPlan(dict[str, ParallelStyle]):
             raise ValueError(f"this plan was made for another {type(self._model).__name__}: call ring_plan(model) for each model")
         if self._mesh is not None:
             raise RuntimeError("this plan is applied already: undo() it, or make another with ring_plan(model)")
-        check_axis(mesh, self._placement)
+        check_mesh(mesh)
         register()
         self._before = self._model.config._attn_implementation
         if self._before == NAME and any(hasattr(part, STATE) for part in module.modules()):
@@ -237,7 +245,13 @@ class RingPlan(dict[str, ParallelStyle]):
         with refused_together(lambda: [wire]):
             self._check_attention_name()
             parameters = inspect.signature(self._model.forward).parameters
-            given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+            named = dict(zip(parameters, args, strict=False))
+            if len(named) < len(args) or named.keys() & kwargs.keys():
+                raise TypeError(
+                    f"{type(self._model).__name__} takes {', '.join(parameters)}: found {len(args)} arguments by place and "
+                    f"{', '.join(kwargs) or 'none'} by name; pass each once"
+                )
+            given = {**named, **kwargs}
             check_call(self._model, given, tuple(parameters))
             documents = given.pop("documents", None)
             length = sequence_length(given)
@@ -310,8 +324,7 @@ def ring_plan(
     if kernel is not None and kernel not in KERNELS:
         raise ValueError(f"unknown kernel {kernel!r}: use {', '.join(map(repr, KERNELS))} or None")
     placement = Zigzag(1) if placement is None else placement
-    if not isinstance(placement, SequencePlacement) or placement.dim != 1:
-        raise ValueError(f"a model's batch (B, S) is cut in dim 1 by Contiguous(1), Zigzag(1) or Stripe(1), found {placement!r}")
+    check_placement(placement)
     return RingPlan(model, placement, strategy, kernel)
 
 
