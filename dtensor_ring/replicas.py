@@ -66,8 +66,9 @@ def average_gradients(model: nn.Module | Iterable[nn.Parameter], mesh: DeviceMes
 def check_replicas(model: nn.Module | Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
     """Find weights that are not the same on all ranks of a mesh axis, bit by bit: gradients were not averaged, or seeds differ.
 
-    For the parameters that `average_gradients` takes; FSDP2's over this axis, which differ by design, are left out. Reads every
-    parameter once and sends 8 bytes for each; the host waits. Call it after the first steps of a run, and now and then.
+    For the parameters that `average_gradients` takes; FSDP2's over this axis, which differ by design, are left out, and so are
+    buffers. Reads every parameter once and sends 8 bytes for each; the host waits. Call it after the first steps of a run, and now
+    and then.
 
     Args:
         model: a module, or parameters.
@@ -111,7 +112,8 @@ def _replicated(
                 f"{call}: {reduced[0]} and {len(reduced) - 1} other parameters lie on a mesh that holds ranks of mesh axis "
                 f"{axis_name(mesh, 0)} too, where FSDP2 or tensor parallelism reduces gradients already: leave these parameters out"
             )
-    return transport, [(name, parameter) for name, parameter in named if name not in set(reduced)]
+    left_out = set(reduced)
+    return transport, [(name, parameter) for name, parameter in named if name not in left_out]
 
 
 def _check_alike(parameters: Sequence[tuple[str, nn.Parameter]], transport: Transport, call: str) -> None:

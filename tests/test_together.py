@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import signal
 import time
 
@@ -57,6 +58,12 @@ def _parallel_model(mesh: DeviceMesh, wrong: bool):
 
 # Each is new to all ranks, or the others would not meet the one that refuses it: hence lengths of their own.
 CALLS = {
+    "placements": (lambda m, wrong: distribute_tensor(torch.ones(12), m, [Contiguous(0) if wrong else Zigzag(0)]), None),
+    "batch placements": (lambda m, wrong: shard_batch(_ids(False), m, Contiguous(1) if wrong else Zigzag(1)), None),
+    "a length of text": (
+        lambda m, wrong: from_local(torch.ones(4, 2), m, [Zigzag(0)], length="12" if wrong else 12),
+        "tokens of the whole sequence, found '12'",
+    ),
     "sources": (
         lambda m, wrong: distribute_tensor(torch.ones(13), m, [Zigzag(0)], src_data_rank=1 if wrong else 0),
         None,
@@ -117,7 +124,7 @@ def refusal(name: str) -> tuple[str, str, float]:
         call(mesh, rank == 1)
     seconds = time.monotonic() - start
     assert not isinstance(failure.value, SilentRankError)
-    assert (text or "every rank") in str(failure.value)
+    assert text in str(failure.value) if text else re.search("every rank|the same", str(failure.value))
     assert meet(transport_along(mesh), "afterwards", [rank]) == [[0], [1], [2]]
     call(mesh, False)
     return type(failure.value).__name__, str(failure.value), seconds
@@ -274,6 +281,42 @@ def two_axes():
     if mesh.get_local_rank("dp") == 1:  # where it cannot be told which axis holds the sequence, every axis is told
         with pytest.raises(ValueError, match=r"exactly one mesh axis must hold the sequence"):
             from_local(torch.ones(2, 4), mesh, [Replicate(), Replicate() if wrong else Contiguous(0)], length=4)
+
+
+def documents_on_two_axes():
+    """One rank of a mesh of two axes has other documents, or wrong ones: all learn of it, and the next call is right."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    placements, wrong = [Replicate(), Zigzag(0, per_document=True)], dist.get_rank() == 3
+    for other in ([0, 3, 8], [0, 2, 9]):
+        with pytest.raises(ValueError, match=r"pass different documents|documents end at token 9|refuses this call"):
+            distribute_tensor(torch.ones(8), mesh, placements, src_data_rank=None, documents=other if wrong else [0, 2, 8])
+        dist.barrier()
+    distribute_tensor(torch.ones(8), mesh, placements, src_data_rank=None, documents=[0, 2, 8])
+
+
+def test_documents_that_differ_on_two_axes_leave_no_rank_waiting(pools):
+    pools.run(4, documents_on_two_axes, timeout=60)
+
+
+def a_late_rank(known: str) -> str:
+    """Rank 0 comes seven seconds after rank 1 has refused the call, and still learns why."""
+    mesh = axis(30)
+    x = placed(mesh, 18)
+    if dist.get_rank() == 0:
+        time.sleep(7)
+    with pytest.raises(ValueError, match="unknown kernel") as failure:
+        ring_attention(x, x, x, kernel=known if dist.get_rank() else None)
+    return str(failure.value)
+
+
+def test_a_rank_that_comes_late_learns_what_another_has_refused():
+    pool = Pool(2)
+    try:
+        late, refusing = pool.run(a_late_rank, "cuda", timeout=60)
+    finally:
+        pool.close()
+    assert "rank 1 of mesh axis 'cp' refuses this call: unknown kernel 'cuda'" in late
+    assert refusing.startswith("unknown kernel 'cuda'")
 
 
 def test_what_is_refused_on_one_axis_is_refused_on_the_others(pools):

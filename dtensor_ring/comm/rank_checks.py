@@ -24,7 +24,8 @@ from torch import Tensor
 from dtensor_ring.comm.transport import SilentRankError, Transport
 
 _VALUES = 18  # integers of a record after its two first: whether the rank refuses, and the number of the call
-_TEXT_BYTES = 1024
+_TEXT_BYTES = 1024  # of a call, where ranks are in different ones
+_TEXT = 4000  # letters of a refusal
 _AGREEMENTS = 1024  # calls that a group remembers, each at most about 1 KiB
 _every_call: ContextVar[bool] = ContextVar("every_call", default=False)
 _KNOWN = "_dtensor_ring_known"  # marks an error that the other ranks have, or were told of: it is not told again
@@ -66,7 +67,7 @@ def meet(transport: Transport, call: str, values: Sequence[int]) -> list[list[in
         records = transport.gather_values(record)
         if all(other[:2] == record[:2] for other in records):
             return [other[2 : 2 + len(values)] for other in records]
-        raise _explained(transport, call, records, _texts(transport.gather_values(_encoded(call))))
+        raise _explained(transport, call, records)
 
 
 def is_agreed(transport: Transport, call: Hashable) -> bool:
@@ -107,21 +108,25 @@ def check_every_call() -> Iterator[None]:
         _every_call.reset(token)
 
 
-def meet_on_axes(transports: Sequence[Transport], call: str, values: Sequence[int]) -> list[list[list[int]]]:
-    """As `meet`, over one mesh axis after the other; what is refused on one axis is refused on the ones after it."""
-    tables: list[list[list[int]]] = []
+def meet_on_axes(
+    transports: Sequence[Transport], call: str, values: Sequence[int], judge: Callable[[int, list[list[int]]], None]
+) -> None:
+    """As `meet`, over one mesh axis after the other; what is refused on one axis is refused on the ones after it.
+
+    So every rank of the mesh raises, also one whose own axes agree. `judge` is given the number of an axis and the values of its
+    ranks, and raises where they do not fit.
+    """
     failure: Exception | None = None
-    for transport in transports:
+    for i, transport in enumerate(transports):
         try:
             if failure is None:
-                tables.append(meet(transport, call, values))
+                judge(i, meet(transport, call, values))
             else:
                 _tell(transport, failure)
         except _KINDS as first:
             failure = failure or first
     if failure is not None:
         raise failure
-    return tables
 
 
 @contextmanager
@@ -148,16 +153,19 @@ def _tell(transport: Transport, failure: Exception) -> None:
     if transport.world == 1:
         return
     kind = next((i for i, kind in enumerate(_KINDS) if isinstance(failure, kind)), len(_KINDS) - 1)
-    if transport.try_gather_values([1 + kind, 0, *[0] * _VALUES], _PATIENCE) is not None:
-        transport.try_gather_values(_encoded(str(failure)), _PATIENCE)
+    transport.leave_note(str(failure)[:_TEXT])  # before the meeting: who comes too late for this rank finds it too
+    transport.try_gather_values([1 + kind, 0, *[0] * _VALUES], _PATIENCE)
 
 
-def _explained(transport: Transport, call: str, records: list[list[int]], texts: list[str]) -> Exception:
+def _explained(transport: Transport, call: str, records: list[list[int]]) -> Exception:
     """The error of a meeting that did not come about. All ranks read the same records, so all raise."""
     rank = next((r for r, record in enumerate(records) if record[0]), None)
     if rank is not None:
-        failure = _KINDS[records[rank][0] - 1](f"{call}: rank {rank} of {transport.axis} refuses this call: {texts[rank]}")
+        failure = _KINDS[records[rank][0] - 1](
+            f"{call}: rank {rank} of {transport.axis} refuses this call: {transport.note_of(rank)}"
+        )
     else:
+        texts = _texts(transport.gather_values(_encoded(call)))
         rank = next(r for r, record in enumerate(records) if record[1] != records[transport.rank][1])
         failure = RuntimeError(
             f"rank {transport.rank} of {transport.axis} is in: {call}. Rank {rank} is in: {texts[rank]}. Every rank must make the "

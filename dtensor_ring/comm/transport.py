@@ -144,6 +144,13 @@ class Transport(ABC):
         """As `gather_values`, but None where not every rank has joined after `patience` seconds."""
         return self.gather_values(values)
 
+    def leave_note(self, text: str) -> None:  # noqa: B027  by default nothing keeps it
+        """Leave a text for the other ranks of the group, in place of the one before; where the transport can keep one."""
+
+    def note_of(self, rank: int) -> str:
+        """The text that a rank has left."""
+        return "its own output says why"
+
     def value_device(self) -> torch.device:
         """Where small values must lie to be exchanged."""
         return torch.device("cpu")

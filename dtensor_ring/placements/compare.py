@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.placement_types import Placement
 
 from dtensor_ring.comm import Transport, axis_name, transport_along
 from dtensor_ring.comm.rank_checks import is_agreed, meet, meet_on_axes, remember
@@ -13,15 +17,22 @@ from dtensor_ring.placements import moves
 from dtensor_ring.placements.placement import SequencePlacement
 
 
-def check_documents(wire: Transport, documents: Documents) -> None:
-    """Raises ValueError on every rank that passes other documents than this one; asked the first time that ranks meet them."""
-    if is_agreed(wire, documents.digest):
-        return
+def check_documents(transports: Sequence[Transport], documents: Documents) -> None:
+    """Raises ValueError on every rank of a mesh unless all pass these documents; asked the first time that its axes meet them."""
+    new = [transport for transport in transports if not is_agreed(transport, documents.digest)]
     number = int(documents.digest[:15], 16)
-    for rank, (theirs,) in enumerate(meet(wire, "a move of documents cut one by one", [number])):
-        if theirs != number:
-            raise ValueError(f"ranks {wire.rank} and {rank} pass different documents, rank {wire.rank} {documents}: pass the same")
-    remember(wire, documents.digest)
+
+    def judge(i: int, table: list[list[int]]) -> None:
+        mine = new[i].rank
+        for rank, (theirs,) in enumerate(table):
+            if theirs != number:
+                raise ValueError(
+                    f"ranks {mine} and {rank} of {new[i].axis} pass different documents, rank {mine} {documents}: pass the same"
+                )
+
+    meet_on_axes(new, "a move of documents cut one by one", [number], judge)
+    for transport in new:
+        remember(transport, documents.digest)
 
 
 def check_shares(local: Tensor, mesh: DeviceMesh, axis: int, placement: SequencePlacement, length: int) -> None:
@@ -48,23 +59,30 @@ def check_shares(local: Tensor, mesh: DeviceMesh, axis: int, placement: Sequence
             )
 
 
-def check_whole(tensor: Tensor, mesh: DeviceMesh, source: int) -> None:
+def check_whole(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], source: int) -> None:
     """Raises ValueError on every rank unless what is about to be sent fits where it is received, on every axis."""
-    numbers = [source, *([tensor.ndim, _dtype_number(tensor.dtype), *tensor.shape] + [-1] * 12)[:12]]
-    tables = meet_on_axes([transport_along(mesh, i) for i in range(mesh.ndim)], "distribute_tensor", numbers)
-    for i, table in enumerate(tables):
-        for rank, (its_source, ndim, dtype, *shape) in enumerate(table):
+    layout = int.from_bytes(hashlib.blake2b(repr(placements).encode(), digest_size=7).digest(), "big")
+    numbers = [source, layout, *([tensor.ndim, _dtype_number(tensor.dtype), *tensor.shape] + [-1] * 12)[:12]]
+
+    def judge(i: int, table: list[list[int]]) -> None:
+        mine = f"rank {mesh.get_local_rank(i)}"
+        for rank, (its_source, its_layout, ndim, dtype, *shape) in enumerate(table):
+            where = f"distribute_tensor over mesh axis {axis_name(mesh, i)}"
+            if its_layout != layout:
+                raise ValueError(
+                    f"{where}: rank {rank} passes other placements than {mine}, which has {list(placements)}: pass the same"
+                )
             if its_source != source:
                 raise ValueError(
-                    f"distribute_tensor over mesh axis {axis_name(mesh, i)}: src_data_rank is {source} on rank "
-                    f"{mesh.get_local_rank(i)}, {its_source} on rank {rank}: every rank names the same source"
+                    f"{where}: src_data_rank is {source} on {mine}, {its_source} on rank {rank}: every rank names the same"
                 )
             if (ndim, dtype, shape[:ndim]) != (tensor.ndim, _dtype_number(tensor.dtype), list(tensor.shape)[:10]):
                 raise ValueError(
-                    f"distribute_tensor over mesh axis {axis_name(mesh, i)}: rank {mesh.get_local_rank(i)} has {tensor.dtype} "
-                    f"{tuple(tensor.shape)}, rank {rank} has {_DTYPES[dtype]} {tuple(shape[:ndim])}: every rank passes a tensor of "
-                    "the same shape and dtype"
+                    f"{where}: {mine} has {tensor.dtype} {tuple(tensor.shape)}, rank {rank} has {_DTYPES[dtype]} "
+                    f"{tuple(shape[:ndim])}: every rank passes a tensor of the same shape and dtype"
                 )
+
+    meet_on_axes([transport_along(mesh, i) for i in range(mesh.ndim)], "distribute_tensor", numbers, judge)
 
 
 _DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)

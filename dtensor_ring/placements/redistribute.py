@@ -59,6 +59,8 @@ def from_local(
                 f"it does not divide, so that this rank's share of shape {tuple(local.shape)} does not tell it. Pass length=S, or "
                 "the batch.length of shard_batch"
             )
+        if not isinstance(length, (int, torch.SymInt)):
+            raise TypeError(f"from_local: length is the number of tokens of the whole sequence, found {length!r}")
         targets = normalized(mesh, placements, local.ndim)
         axis, placement = sequence_axis(mesh, targets)
     if check and not torch.compiler.is_compiling():
@@ -102,7 +104,7 @@ def distribute_tensor(
         targets = _checked_for_distribution(tensor, mesh, placements, src_data_rank)
         given = _documents(documents, targets, tensor.shape)
     if src_data_rank is not None:
-        check_whole(tensor, mesh, src_data_rank)
+        check_whole(tensor, mesh, targets, src_data_rank)
     found = _agreed(given, mesh)
     local = _Distribute.apply(tensor, mesh, targets, src_data_rank, found)
     return wrap(local, mesh, targets, tensor.shape)
@@ -213,8 +215,7 @@ def _documents(given: DocumentsLike | None, placements: Sequence[Placement], sha
 def _agreed(documents: Documents | None, mesh: DeviceMesh) -> Documents | None:
     """The documents, after all ranks of the mesh have compared them; raises ValueError on every rank if they differ."""
     if documents is not None:
-        for i in range(mesh.ndim):
-            check_documents(transport_along(mesh, i), documents)
+        check_documents(_every_axis(mesh), documents)
     return documents
 
 

@@ -157,8 +157,8 @@ class RingPlan(dict[str, ParallelStyle]):
     def _reach(self) -> int | None:
         """Keys that a query of any layer sees at most; None where a layer sees the whole document."""
         config: Any = self._model.config
-        kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
-        return config.sliding_window if kinds == {"sliding_attention"} else None
+        kinds = set(getattr(config, "layer_types", None) or ("sliding_attention",))  # without types a window is every layer's
+        return getattr(config, "sliding_window", None) if kinds == {"sliding_attention"} else None
 
     def _balance(self) -> str:
         """Mean work over the most loaded rank's, of the last batch if it was packed."""
@@ -213,6 +213,7 @@ class RingPlan(dict[str, ParallelStyle]):
             )
 
     def _apply_root(self, module: nn.Module, mesh: DeviceMesh) -> None:
+        self._was_applied = True  # or refused: that error says more than a warning would
         if module is not self._model:
             raise ValueError(f"this plan was made for another {type(self._model).__name__}: call ring_plan(model) for each model")
         if self._mesh is not None:
@@ -228,7 +229,7 @@ class RingPlan(dict[str, ParallelStyle]):
             )
         self._warn_of_one_rank(mesh)
         self._model.set_attn_implementation(NAME)
-        self._mesh, self._was_applied = mesh, True
+        self._mesh = mesh
         self._handles = [
             module.register_forward_pre_hook(self._enter, with_kwargs=True),
             module.register_forward_hook(self._leave, with_kwargs=True),
@@ -254,10 +255,11 @@ class RingPlan(dict[str, ParallelStyle]):
             given = {**named, **kwargs}
             check_call(self._model, given, tuple(parameters))
             documents = given.pop("documents", None)
+            given.pop("cache_position", None)  # places in a cache, of which there is none
             length = sequence_length(given)
             check_length(length, wire.world, self._placement)
             found = find_documents(given, length, documents)
-        check_same(given, length, found, wire)
+        check_same(given, length, found, self._placement, wire)
         warn_of_imbalance(found, given, self._placement, wire, self._reach)
         self._is_packed = found is not None and given.get("attention_mask") is None
         batch = cut_batch(given, self._placement, wire, length, found)
