@@ -296,6 +296,11 @@ class TensorCache(Generic[T]):
         self._entries[key] = ref(tensor, lambda _: self._entries.pop(key, None)), tensor._version, value
 
 
+def tensors_in(value: object) -> list[Tensor]:
+    """Every tensor in nested tuples, lists, dicts and registered classes, such as the outputs of transformers."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
 def specs_of(schema: OpSchema) -> Sequence[DTensorSpec]:
     """Every DTensor spec among the arguments, in lists and keywords too."""
     leaves = pytree.tree_leaves((schema.args_schema, schema.kwargs_schema))

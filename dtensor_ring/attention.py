@@ -184,12 +184,14 @@ def ring_attention(
         chosen = choose_kernel(kernel, need).name
         extras = _placed_sinks(sinks, q), _placed_slopes(alibi_slopes, q), _placed_bounds(found, q)
     if where.mesh is not None and where.axis is not None and not torch.compiler.is_compiling():
-        name = f"ring_attention over {transport_along(where.mesh, where.axis).axis}"
-        numbers = f"scale {factor}, softcap {softcap}, dropout_p {dropout_p}"
-        words = str(q.dtype), f"mask {mask}", way, chosen, numbers, str(found or "no documents")
+        transport = transport_along(where.mesh, where.axis)
+        name = f"ring_attention over {transport.axis}"
+        numbers = f"scale {factor}, softcap {softcap}, dropout_p {dropout_p}, deterministic {deterministic}"
+        beside = f"{'no ' if sinks is None else ''}sinks, {'no ' if alibi_slopes is None else ''}ALiBi"
+        words = str(q.dtype), f"mask {mask}", way, chosen, numbers, beside, str(found or "no documents")
         assert isinstance(q, DTensor) and isinstance(k, DTensor), "tensors on a mesh are DTensors"
         rows = local_of(q).shape[1], local_of(k).shape[1]
-        check_agreement(where.group, name, where.layout, (*q.shape, *k.shape, *v.shape), rows, words)
+        check_agreement(transport, name, where.layout, (*q.shape, *k.shape, *v.shape), rows, words)
     origin = (share_of(q, 0).start, share_of(q, 2).start) if dropout_p and isinstance(q, DTensor) else (0, 0)
     options = factor, softcap, dropout_p, deterministic, mask, str(where.layout), way, chosen, 0, where.group
     out, lse, _ = attention(q, k, v, *extras, q.shape[1], k.shape[1], *origin, *options)

@@ -1,4 +1,4 @@
-"""Look at plans, and count what was sent.
+"""Look at plans, count what was sent, and let ranks compare every call.
 
 print(draw(Problem(Layout("zigzag"), Band(0), 64, 64, world=4)))       # as `python -m dtensor_ring plan`
 before = traffic(mesh["cp"])
@@ -15,12 +15,13 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtensor_ring.comm import Traffic, transport_of
+from dtensor_ring.comm.rank_checks import check_every_call
 from dtensor_ring.ops.kernels import KERNELS, Need
 from dtensor_ring.ops.schedule import Plan
 from dtensor_ring.report.drawing import draw
 from dtensor_ring.report.totals import balance_of
 
-__all__ = ["balance", "draw", "kernel_table", "traffic"]
+__all__ = ["balance", "check_every_call", "draw", "kernel_table", "traffic"]
 
 
 def traffic(mesh: DeviceMesh) -> Traffic:

@@ -283,13 +283,15 @@ def _before(length: int, world: int, rank: int) -> int:
 
 def _zigzag(length: int, world: int, rank: int) -> tuple[Run, ...]:
     """Chunk r and its mirror image; an odd total gives its extra token to the early chunk on even ranks, else to the late one."""
-    early: list[int] = []
-    late: list[int] = []
-    for r in range(rank + 1):
-        total = _share(length, world, r)
-        early.append((total + (r % 2 == 0)) // 2)
-        late.append(total - early[-1])
-    return Run(sum(early[:-1]), early[-1]), Run(length - sum(late), late[-1])
+    total, before = _share(length, world, rank), _before(length, world, rank)
+    # Ranks with an odd total: those with the remainder, or those without it, as the even share is even or odd.
+    share, rest = divmod(length, world)
+    odd = range(rest, world) if share % 2 else range(rest)
+    odd_even = len(range(odd.start + odd.start % 2, min(odd.stop, rank), 2))  # of these, before this one, with an even number
+    odd_all = len(range(odd.start, min(odd.stop, rank)))
+    early = (before - odd_all) // 2 + odd_even
+    first = (total + (rank % 2 == 0)) // 2
+    return Run(early, first), Run(length - (before - early) - (total - first), total - first)
 
 
 def _stripe(length: int, world: int, rank: int, block: int) -> tuple[Run, ...]:

@@ -8,6 +8,7 @@ Forgetting is silent: the loss is right at every step, while each rank's weights
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -65,8 +66,9 @@ def average_gradients(model: nn.Module | Iterable[nn.Parameter], mesh: DeviceMes
 def check_replicas(model: nn.Module | Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
     """Find weights that are not the same on all ranks of a mesh axis, bit by bit: gradients were not averaged, or seeds differ.
 
-    For the parameters that `average_gradients` takes; FSDP2's over this axis, which differ by design, are left out. Reads every
-    parameter once and sends 8 bytes for each; the host waits. Call it after the first steps of a run, and now and then.
+    For the parameters that `average_gradients` takes; FSDP2's over this axis, which differ by design, are left out, and so are
+    buffers. Reads every parameter once and sends 8 bytes for each; the host waits. Call it after the first steps of a run, and now
+    and then.
 
     Args:
         model: a module, or parameters.
@@ -110,18 +112,19 @@ def _replicated(
                 f"{call}: {reduced[0]} and {len(reduced) - 1} other parameters lie on a mesh that holds ranks of mesh axis "
                 f"{axis_name(mesh, 0)} too, where FSDP2 or tensor parallelism reduces gradients already: leave these parameters out"
             )
-    return transport, [(name, parameter) for name, parameter in named if name not in set(reduced)]
+    left_out = set(reduced)
+    return transport, [(name, parameter) for name, parameter in named if name not in left_out]
 
 
 def _check_alike(parameters: Sequence[tuple[str, nn.Parameter]], transport: Transport, call: str) -> None:
     """Raises ValueError on every rank unless all hold parameters of the same names, shapes and dtypes."""
-    text = "|".join(f"{name} {_local(p).dtype} {tuple(_local(p).shape)}" for name, p in parameters)
+    text = "|".join(f"{name} {_local(p).dtype} {tuple(_local(p).shape)} {p.requires_grad}" for name, p in parameters)
     number = checksum(torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8))
     for rank, (count, its_number) in enumerate(meet(transport, call, [len(parameters), number])):
         if (count, its_number) != (len(parameters), number):
             raise ValueError(
                 f"{call}: ranks {transport.rank} and {rank} of {transport.axis} hold {len(parameters)} and {count} parameters of "
-                "other names, shapes or dtypes: every rank holds the same model"
+                "other names, shapes or dtypes, or others are frozen: every rank holds the same model"
             )
 
 
@@ -138,17 +141,20 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 def _buckets(gradients: Iterable[Tensor]) -> Iterable[list[Tensor]]:
     """Gradients of one device and dtype, so many that they travel as one message of a good size."""
-    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    buckets: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    sizes: Counter[tuple[torch.device, torch.dtype]] = Counter()
     for gradient in gradients:
-        bucket = kinds.setdefault((gradient.device, gradient.dtype), [])
-        bucket.append(gradient)
-        if sum(part.numel() for part in bucket) >= _BUCKET:
-            yield kinds.pop((gradient.device, gradient.dtype))
-    yield from kinds.values()
+        kind = gradient.device, gradient.dtype
+        buckets.setdefault(kind, []).append(gradient)
+        sizes[kind] += gradient.numel()
+        if sizes[kind] >= _BUCKET:
+            del sizes[kind]
+            yield buckets.pop(kind)
+    yield from buckets.values()
 
 
 def _average(bucket: Sequence[Tensor], transport: Transport) -> None:
-    wide = torch.float64 if bucket[0].dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(bucket[0].dtype, torch.float32)
     mean = transport.all_reduce(torch.cat([gradient.flatten().to(wide) for gradient in bucket]), "avg")
     for gradient, part in zip(bucket, mean.split([gradient.numel() for gradient in bucket]), strict=True):
         gradient.copy_(part.view(gradient.shape))

@@ -54,7 +54,12 @@ def lookalikes():
             model(**batch, **{name: value})
     model(**batch, cu_seq_lens_q=BOUNDS, cu_seq_lens_k=BOUNDS, max_length_q=11, max_length_k=11, output_hidden_states=True)
     model(**batch, documents=[0, 5, 16], return_dict=True, documentz=None, accumulate="float32")
-    assert shard_batch({**batch, "source": "a book", "index": 7}, mesh)["index"] == 7
+    assert shard_batch({**batch, "source": "a book", "doc_id": "book 3", "segment": ["a", "b"], "index": 7}, mesh)["index"] == 7
+    model(**batch, adapter_names=["a", "b"])
+    with pytest.raises(TypeError, match="found 1 arguments by place and input_ids, labels by name; pass each once"):
+        model(batch["input_ids"], **batch)
+    with pytest.raises(TypeError, match="found 40 arguments by place"):
+        model(*[None] * 40)
 
 
 def test_keys_that_look_like_bounds_or_tensors_of_a_batch_raise_with_the_right_name(pools):

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from dtensor_ring import Contiguous, Zigzag, distribute_tensor, full_tensor
+from dtensor_ring._torch import ops_named
 
 REFUSALS = (NotImplementedError, RuntimeError, ValueError)
 DTYPES = [torch.float64, torch.int64, torch.bool]
@@ -32,15 +33,13 @@ def _value(x):
 
 
 def _pointwise_ops():
-    for name in dir(torch.ops.aten):
-        packet = getattr(torch.ops.aten, name)
-        for kind in packet.overloads() if isinstance(packet, torch._ops.OpOverloadPacket) else ():
-            op = getattr(packet, kind)
-            shifts = name.startswith("__") and any(str(argument.type) == "Tensor" for argument in op._schema.arguments)
-            twin = getattr(getattr(torch.ops.aten, name.removesuffix("_"), None), kind, op)
-            tagged = torch.Tag.pointwise in op.tags or torch.Tag.pointwise in twin.tags
-            if tagged or shifts or name.removesuffix("_") in {"hardswish", "log_sigmoid_forward"}:
-                yield op
+    for op in ops_named(""):
+        name, kind = op._schema.name.removeprefix("aten::"), op._overloadname
+        shifts = name.startswith("__") and any(str(argument.type) == "Tensor" for argument in op._schema.arguments)
+        twin = getattr(getattr(torch.ops.aten, name.removesuffix("_"), None), kind, op)
+        tagged = torch.Tag.pointwise in op.tags or torch.Tag.pointwise in twin.tags
+        if tagged or shifts or name.removesuffix("_") in {"hardswish", "log_sigmoid_forward"}:
+            yield op
 
 
 def _arguments(op, dtype):
@@ -138,7 +137,7 @@ REFUSED = {"__lshift__", "__rshift__", "sgn_", "eq_", "ne_", "lt_", "le_", "gt_"
 # Refused where the gradient of an operand is wanted that autograd makes as a plain tensor.
 WITHOUT_GRADIENT = {"copysign", "copysign_", "nextafter", "nextafter_"}
 # Random numbers, answers that depend on data, a workspace that only CPUs write, a sum over rows in the gradient.
-WITHOUT_RULE = {"bernoulli", "rrelu", "native_dropout", "equal", "log_sigmoid_forward.output", "mvlgamma", "mvlgamma_"}
+WITHOUT_RULE = {"bernoulli", "rrelu", "rrelu_", "native_dropout", "equal", "log_sigmoid_forward.output", "mvlgamma", "mvlgamma_"}
 
 
 def _unexpected(raised, *others):

@@ -104,6 +104,10 @@ def what_is_refused():
             act(layer, mesh)
     with pytest.raises(ValueError, match="one mesh axis, such as"):
         average_gradients(layer, init_device_mesh("cpu", (1, dist.get_world_size())))
+    frozen = nn.Linear(3, 2)
+    frozen.weight.requires_grad_(rank == 0)
+    with pytest.raises(ValueError, match="or others are frozen"):
+        average_gradients(frozen, mesh)
     embedding = nn.Embedding(4, 2, sparse=rank == 1)
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(NotImplementedError, match=r"the gradient of weight is torch.sparse_coo, not dense"):
@@ -114,6 +118,26 @@ def what_is_refused():
     with pytest.raises(ValueError, match="FSDP2 or tensor parallelism reduces gradients already"):
         average_gradients(sharded, mesh)
     check_replicas(sharded, mesh)
+
+
+def values_that_a_weaker_sum_would_miss():
+    mesh, rank = line(), dist.get_rank()
+    values = torch.zeros(70_000)
+    values[3 + 65521 * rank] = 1.0
+    with pytest.raises(ValueError, match="1 of 1 parameters differ"):
+        check_replicas([nn.Parameter(values)], mesh)
+    turned = nn.Parameter(torch.tensor([1 + 1j * rank]))
+    with pytest.raises(ValueError, match="1 of 1 parameters differ"):
+        check_replicas([turned], mesh)
+    turned.grad = torch.tensor([1 + 2j * rank])
+    average_gradients([turned], mesh)
+    assert turned.grad.item() == 1 + 1j
+    check_replicas([], mesh)
+    average_gradients([], mesh)
+
+
+def test_moved_values_and_imaginary_parts_are_seen(pools):
+    pools.run(2, values_that_a_weaker_sum_would_miss)
 
 
 def test_what_cannot_be_averaged_is_refused_on_every_rank(pools):

@@ -104,6 +104,22 @@ class ProcessGroupTransport(Transport):
         return gathered.tolist()
 
     @override
+    def leave_note(self, text: str) -> None:
+        """Through the group's store, where it waits however late another rank comes."""
+        try:
+            store_of(self._group).set(f"dtensor_ring/note/{self.rank}", text)
+        except RuntimeError:  # the store went with its process: the error to show is another
+            return
+
+    @override
+    def note_of(self, rank: int) -> str:
+        """From the group's store."""
+        try:
+            return store_of(self._group).get(f"dtensor_ring/note/{rank}").decode()
+        except RuntimeError:
+            return super().note_of(rank)
+
+    @override
     def _compare(self, collective: str, tensor: Tensor) -> None:
         if not self._is_nccl():
             meet(self, f"{self.activity} ({collective} of {tensor.dtype} {tuple(tensor.shape)})", [])

@@ -14,20 +14,25 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
-from dtensor_ring.comm.transport import Transport
+from dtensor_ring.comm.transport import SilentRankError, Transport
 
 _VALUES = 18  # integers of a record after its two first: whether the rank refuses, and the number of the call
-_TEXT_BYTES = 1024
+_TEXT_BYTES = 1024  # of a call, where ranks are in different ones
+_TEXT = 4000  # letters of a refusal
+_AGREEMENTS = 1024  # calls that a group remembers, each at most about 1 KiB
+_every_call: ContextVar[bool] = ContextVar("every_call", default=False)
 _KNOWN = "_dtensor_ring_known"  # marks an error that the other ranks have, or were told of: it is not told again
 _PATIENCE = 5.0  # seconds that a rank which refuses a call waits for the others: longer would hide its error
-_REFUSALS = (ValueError, TypeError, NotImplementedError)
-_KINDS: tuple[type[Exception], ...] = (*_REFUSALS, RuntimeError)  # a record has the place of an error's class here
+_KINDS: tuple[type[Exception], ...] = (ValueError, TypeError, NotImplementedError, RuntimeError)  # a record has a class's place
+# What wrong arguments end in, also where nobody foresaw them; others see a class that is not among the kinds as a RuntimeError.
+_REFUSALS: tuple[type[Exception], ...] = (*_KINDS, AttributeError, LookupError, ArithmeticError)
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -35,9 +40,10 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def checksum(values: Tensor) -> int:
     """A number that tells tensors of one shape and dtype apart: bits weighted by place. Reads a GPU, so the host waits."""
-    flat = values.detach().flatten()
+    flat = (torch.view_as_real(values.detach()) if values.is_complex() else values.detach()).flatten()
     flat = (flat.contiguous().view(_BITS[flat.itemsize]) if flat.is_floating_point() else flat).to(torch.int64)
-    weights = torch.arange(1, flat.numel() + 1, device=flat.device) % 65521
+    places = torch.arange(1, flat.numel() + 1, device=flat.device)
+    weights = places * -7046029254386353131  # odd, so that every place has a weight of its own where products wrap around
     return int((flat * weights).sum())
 
 
@@ -61,24 +67,66 @@ def meet(transport: Transport, call: str, values: Sequence[int]) -> list[list[in
         records = transport.gather_values(record)
         if all(other[:2] == record[:2] for other in records):
             return [other[2 : 2 + len(values)] for other in records]
-        raise _explained(transport, call, records, _texts(transport.gather_values(_encoded(call))))
+        raise _explained(transport, call, records)
 
 
-def meet_on_axes(transports: Sequence[Transport], call: str, values: Sequence[int]) -> list[list[list[int]]]:
-    """As `meet`, over one mesh axis after the other; what is refused on one axis is refused on the ones after it."""
-    tables: list[list[list[int]]] = []
+def is_agreed(transport: Transport, call: Hashable) -> bool:
+    """Whether the ranks of the group have compared this very call, and nothing asks for every call to be compared."""
+    return call in transport.agreements and not _every_call.get()
+
+
+def remember(transport: Transport, call: Hashable) -> None:
+    """Keep that all ranks of the group agree on a call.
+
+    Agreement lives with the group and ends with it. The oldest one goes when there are too many: what a rank has forgotten then
+    follows from the group's own sequence of calls, which is the same on all of its ranks, whatever other groups they are in. A
+    rule that looked at anything else (memory, other groups, how often a rank asks) would let one rank meet where others do not.
+    """
+    transport.agreements[call] = None
+    if len(transport.agreements) > _AGREEMENTS:
+        del transport.agreements[next(iter(transport.agreements))]
+
+
+@contextmanager
+def check_every_call() -> Iterator[None]:
+    """Inside the block ranks compare every call, also those that they have compared before: for finding out where they part.
+
+        with dtensor_ring.debug.check_every_call():
+            loss = model(input_ids=ids, labels=ids).loss
+
+    Every rank of a group must be inside. The host waits once for each call; what ranks compare is layout, shapes, mask, numbers,
+    strategy, kernel and documents. It holds for the thread that enters it.
+
+    Raises (from the calls):
+        ValueError: ranks make different calls, on every rank.
+        RuntimeError: ranks are in calls of different kinds, on every rank.
+    """
+    token = _every_call.set(True)
+    try:
+        yield
+    finally:
+        _every_call.reset(token)
+
+
+def meet_on_axes(
+    transports: Sequence[Transport], call: str, values: Sequence[int], judge: Callable[[int, list[list[int]]], None]
+) -> None:
+    """As `meet`, over one mesh axis after the other; what is refused on one axis is refused on the ones after it.
+
+    So every rank of the mesh raises, also one whose own axes agree. `judge` is given the number of an axis and the values of its
+    ranks, and raises where they do not fit.
+    """
     failure: Exception | None = None
-    for transport in transports:
+    for i, transport in enumerate(transports):
         try:
             if failure is None:
-                tables.append(meet(transport, call, values))
+                judge(i, meet(transport, call, values))
             else:
                 _tell(transport, failure)
         except _KINDS as first:
             failure = failure or first
     if failure is not None:
         raise failure
-    return tables
 
 
 @contextmanager
@@ -94,7 +142,7 @@ def refused_together(places: Callable[[], Sequence[Transport]]) -> Iterator[None
     try:
         yield
     except _REFUSALS as failure:
-        if not getattr(failure, _KNOWN, False):
+        if not getattr(failure, _KNOWN, False) and not isinstance(failure, SilentRankError):
             setattr(failure, _KNOWN, True)
             for transport in places():
                 _tell(transport, failure)
@@ -104,17 +152,20 @@ def refused_together(places: Callable[[], Sequence[Transport]]) -> Iterator[None
 def _tell(transport: Transport, failure: Exception) -> None:
     if transport.world == 1:
         return
-    kind = next(i for i, kind in enumerate(_KINDS) if isinstance(failure, kind))
-    if transport.try_gather_values([1 + kind, 0, *[0] * _VALUES], _PATIENCE) is not None:
-        transport.try_gather_values(_encoded(str(failure)), _PATIENCE)
+    kind = next((i for i, kind in enumerate(_KINDS) if isinstance(failure, kind)), len(_KINDS) - 1)
+    transport.leave_note(str(failure)[:_TEXT])  # before the meeting: who comes too late for this rank finds it too
+    transport.try_gather_values([1 + kind, 0, *[0] * _VALUES], _PATIENCE)
 
 
-def _explained(transport: Transport, call: str, records: list[list[int]], texts: list[str]) -> Exception:
+def _explained(transport: Transport, call: str, records: list[list[int]]) -> Exception:
     """The error of a meeting that did not come about. All ranks read the same records, so all raise."""
     rank = next((r for r, record in enumerate(records) if record[0]), None)
     if rank is not None:
-        failure = _KINDS[records[rank][0] - 1](f"{call}: rank {rank} of {transport.axis} refuses this call: {texts[rank]}")
+        failure = _KINDS[records[rank][0] - 1](
+            f"{call}: rank {rank} of {transport.axis} refuses this call: {transport.note_of(rank)}"
+        )
     else:
+        texts = _texts(transport.gather_values(_encoded(call)))
         rank = next(r for r, record in enumerate(records) if record[1] != records[transport.rank][1])
         failure = RuntimeError(
             f"rank {transport.rank} of {transport.axis} is in: {call}. Rank {rank} is in: {texts[rank]}. Every rank must make the "

@@ -7,7 +7,7 @@ group makes the same calls in the same order. Messages of no elements are left o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
@@ -75,6 +75,7 @@ class Transport(ABC):
         axis: what errors call the group, such as "mesh axis 'cp'".
         traffic: what this rank has sent.
         activity: what the transfers started now are part of; its text is made only where one fails. See `during`.
+        agreements: the calls that the ranks of this group have compared; see `rank_checks`.
         batches: packed batches whose balance was looked at; see `placements.batch`.
     """
 
@@ -84,6 +85,7 @@ class Transport(ABC):
         self.axis = axis
         self.traffic = Traffic()
         self.activity: object = "a transfer"
+        self.agreements: dict[Hashable, None] = {}
         self.batches = 0
 
     @contextmanager
@@ -141,6 +143,13 @@ class Transport(ABC):
     def try_gather_values(self, values: Sequence[int], patience: float) -> list[list[int]] | None:
         """As `gather_values`, but None where not every rank has joined after `patience` seconds."""
         return self.gather_values(values)
+
+    def leave_note(self, text: str) -> None:  # noqa: B027  by default nothing keeps it
+        """Leave a text for the other ranks of the group, in place of the one before; where the transport can keep one."""
+
+    def note_of(self, rank: int) -> str:
+        """The text that a rank has left."""
+        return "its own output says why"
 
     def value_device(self) -> torch.device:
         """Where small values must lie to be exchanged."""

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dtensor_ring.attention import choose_for_alibi
+from dtensor_ring.comm import transport_of
 from dtensor_ring.documents import Documents, Slices, packed_of
 from dtensor_ring.layout import Layout
 from dtensor_ring.ops.agree import check_agreement
@@ -109,12 +110,13 @@ def attend(
     bounds = packed_of(documents)
     group = settings.process_group.group_name
     if not torch.compiler.is_compiling():
-        numbers = f"scale {scale}, softcap {softcap}, dropout_p {dropout_p}"
+        numbers = f"scale {scale}, softcap {softcap}, dropout_p {dropout_p}, deterministic {deterministic}"
         whole = str(documents) if isinstance(documents, Documents) else ""
         words = str(q_BSHD.dtype), f"mask {mask}", strategy, kernel, numbers, whole
         shapes = [(x.shape[0], length, *x.shape[2:]) for x, length in zip(tensors, (q_length, k_length, k_length), strict=True)]
         rows = q_BSHD.shape[1], k_BSHD.shape[1]
-        check_agreement(group, "attention over a process group", layout, (*shapes[0], *shapes[1], *shapes[2]), rows, words)
+        transport = transport_of(settings.process_group)
+        check_agreement(transport, "attention over a process group", layout, (*shapes[0], *shapes[1], *shapes[2]), rows, words)
     options = scale, softcap, dropout_p, deterministic, mask, str(layout), strategy, kernel, heads_at_once, group
     out, lse, _ = attention(*tensors, settings.sinks, settings.alibi_slopes, bounds, q_length, k_length, 0, 0, *options)
     return out, lse

@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from dtensor_ring._torch import is_tracing, resolve_group
-from dtensor_ring.comm import Transport, transport_along, transport_of
-from dtensor_ring.comm.rank_checks import meet, refused_together
+from dtensor_ring._torch import is_tracing
+from dtensor_ring.comm import Transport, transport_along
+from dtensor_ring.comm.rank_checks import is_agreed, meet, refused_together, remember
 from dtensor_ring.layout import Layout
 from dtensor_ring.placements import SequencePlacement
 
@@ -33,17 +33,16 @@ def _meeting_places(tensors: Sequence[Tensor]) -> list[Transport]:
     return []
 
 
-@lru_cache(maxsize=512)
 def check_agreement(
-    group: str, name: str, layout: Layout, shapes: tuple[int, ...], rows: tuple[int, int], words: tuple[str, ...]
+    transport: Transport, name: str, layout: Layout, shapes: tuple[int, ...], rows: tuple[int, int], words: tuple[str, ...]
 ) -> None:
-    """Compare a call over a process group; the host waits for a few integers of each rank. Agreement is remembered.
+    """Compare a call over a group; the host waits for a few integers of each rank. Agreement is remembered by the group.
 
-    Ranks meet here when the signature is new to them, which it is to all of them or to none as long as they make the same calls:
-    ranks that part after their first calls are not found out here.
+    Ranks meet here when the signature is new to the group, which it is on all of its ranks or on none as long as they make the
+    same calls: ranks that part after their first calls are found out inside `check_every_call` only.
 
     Args:
-        group: name of the process group.
+        transport: the group.
         name: the call, for the error.
         layout: how tokens are spread over the ranks.
         shapes: global shapes (B, S, H, D) of q, k and v, one after the other.
@@ -55,7 +54,15 @@ def check_agreement(
         RuntimeError: ranks are in different calls, on every rank.
         ValueError: ranks differ, or a share does not hold the tokens that the layout gives its rank; on every rank.
     """
-    wire = transport_of(resolve_group(group))
+    call = name, layout, shapes, rows, words
+    if not is_agreed(transport, call):
+        _compare(transport, name, layout, shapes, rows, words)
+        remember(transport, call)
+
+
+def _compare(
+    wire: Transport, name: str, layout: Layout, shapes: tuple[int, ...], rows: tuple[int, int], words: tuple[str, ...]
+) -> None:
     everything = "|".join((str(layout), *words))
     number = int.from_bytes(hashlib.blake2b(everything.encode(), digest_size=7).digest(), "big")
     every = meet(wire, name, [*shapes, *rows, number])

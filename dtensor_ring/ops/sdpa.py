@@ -26,7 +26,7 @@ from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor
 
 from dtensor_ring._torch import is_tracing, local_of
-from dtensor_ring.comm import axis_name
+from dtensor_ring.comm import axis_name, transport_along
 from dtensor_ring.documents import packed_of
 from dtensor_ring.ops import library
 from dtensor_ring.ops.agree import check_agreement, refused_by_all
@@ -193,7 +193,9 @@ def _rest(q: DTensor, k: DTensor, v: DTensor, dropout_p: float, is_causal: bool,
         name = f"{_NAME} over mesh axis {axis_name(mesh, axis)}"
         shapes = [size for x in (q, k, v) for size in (x.shape[0], x.shape[2], x.shape[1], x.shape[3])]
         words = str(q.dtype), f"mask {mask}", strategy, kernel, f"scale {factor}, dropout_p {dropout_p}"
-        check_agreement(group, name, layout, tuple(shapes), (local_of(q).shape[2], local_of(k).shape[2]), words)
+        check_agreement(
+            transport_along(mesh, axis), name, layout, tuple(shapes), (local_of(q).shape[2], local_of(k).shape[2]), words
+        )
     origin = (share_of(q, 0).start, share_of(q, 1).start) if dropout_p else (0, 0)
     numbers = factor, 0.0, float(dropout_p), deterministic
     return q.shape[2], k.shape[2], *origin, *numbers, mask, str(layout), strategy, kernel, 0, group

@@ -98,9 +98,10 @@ def shard_batch(
             long as the sequence.
     """
     placement = Zigzag(1) if placement is None else placement
-    check_axis(mesh, placement)
+    check_mesh(mesh)
     wire = transport_along(mesh)
     with refused_together(lambda: [wire] if check else []):
+        check_placement(placement)
         if isinstance(batch, ShardedBatch):
             raise ValueError("this batch is a share already, made by shard_batch: pass the whole batch")
         refuse_lookalikes(batch)
@@ -108,7 +109,7 @@ def shard_batch(
         refuse_unknown(batch, length)
         found = find_documents(batch, length, documents)
     if check:
-        check_same(batch, length, found, wire)
+        check_same(batch, length, found, placement, wire)
     warn_of_imbalance(found, batch, placement, wire)
     return cut_batch(batch, placement, wire, length, found)
 
@@ -149,22 +150,29 @@ def balance_remedy(documents: Documents, placement: SequencePlacement, world: in
     return f"Zigzag(1, per_document=True) would reach {better:.0%}"
 
 
-def check_axis(mesh: DeviceMesh, placement: SequencePlacement) -> None:
-    """Raises ValueError unless the mesh has one axis and the placement cuts dim 1."""
+def check_mesh(mesh: DeviceMesh) -> None:
+    """Raises ValueError unless the mesh has one axis."""
     if mesh.ndim != 1:
         raise ValueError(
             f"give the one mesh axis that holds the sequence, such as mesh['cp'], found a mesh of {mesh.ndim} axes: {mesh}"
         )
+
+
+def check_placement(placement: SequencePlacement) -> None:
+    """Raises ValueError unless the placement cuts dim 1."""
     if not isinstance(placement, SequencePlacement) or placement.dim != 1:
         raise ValueError(f"a batch (B, S) is cut in dim 1 by Contiguous(1), Zigzag(1) or Stripe(1), found {placement!r}")
 
 
-def check_same(batch: Mapping[str, object], length: int, documents: Documents | None, wire: Transport) -> None:
-    """Raises ValueError on every rank unless all ranks hold the same batch and number of items; the host waits once."""
+def check_same(
+    batch: Mapping[str, object], length: int, documents: Documents | None, placement: SequencePlacement, wire: Transport
+) -> None:
+    """Raises ValueError on every rank unless all hold the same batch and cut it alike; the host waits once."""
     tensors = [(key, value) for key in (*CUT_KEYS, "attention_mask") if isinstance(value := batch.get(key), Tensor)]
     rows = tensors[0][1].shape[0] if tensors else 0
     words = "|".join(
-        [f"{key} {value.dtype} {tuple(value.shape)}" for key, value in tensors] + [documents.digest if documents else ""]
+        [f"{key} {value.dtype} {tuple(value.shape)}" for key, value in tensors]
+        + [documents.digest if documents else "", repr(placement)]
     )
     number = int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest(), "big")
     sums = [checksum(value) for _, value in tensors]
@@ -179,8 +187,9 @@ def check_same(batch: Mapping[str, object], length: int, documents: Documents | 
             )
         if theirs[:4] != mine[:4]:
             raise ValueError(
-                f"ranks {wire.rank} and {rank} of the sequence axis hold different batches ({words}): give all of them the same "
-                f"data, as a sampler does that shards over the data-parallel axis only. {PERHAPS_A_SHARE}"
+                f"ranks {wire.rank} and {rank} of the sequence axis hold different batches, or cut them otherwise ({words}): "
+                "give all of them the same data, as a sampler does that shards over the data-parallel axis only, and the same "
+                f"placement. {PERHAPS_A_SHARE}"
             )
         if theirs != mine:
             (its_count,) = struct.unpack("d", struct.pack("q", theirs[4]))

@@ -18,7 +18,8 @@ from dtensor_ring.documents import Documents
 CUT_KEYS = ("input_ids", "inputs_embeds", "position_ids", "labels", "shift_labels")
 BOUND_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 KNOWN_KEYS = (*CUT_KEYS, *BOUND_KEYS, "attention_mask", "documents", "num_items_in_batch")
-_BOUND_WORDS = re.compile(r"cu_?seq|seq_?len|document|doc_?id|seq_?id|segment|max_?len")  # names that other packages give bounds
+# How other packages name bounds.
+_BOUND_WORDS = re.compile(r"cu_?seq|seq_?len|sequence_?len|document|doc_?id|seq_?id|segment|max_?len")
 PERHAPS_A_SHARE = "If shard_batch cut this batch, it is a rank's share already: pass the whole batch, as every rank has it"
 
 
@@ -183,11 +184,11 @@ def refuse_lookalikes(batch: Mapping[str, object], known: Sequence[str] = ()) ->
     """Raises ValueError for a key that looks like one that is read here, or like document bounds, under another name.
 
     Args:
-        batch: keys and values; what is None does not count.
+        batch: keys and values; what is None, or text, does not count.
         known: keys that are not read here, but are right.
     """
     for key, value in batch.items():
-        if value is None or key in KNOWN_KEYS or key in known:
+        if value is None or key in KNOWN_KEYS or key in known or _is_text(value):
             continue
         near = difflib.get_close_matches(key, KNOWN_KEYS, 1, 0.8)
         if near or _BOUND_WORDS.search(key.lower()):
@@ -196,6 +197,11 @@ def refuse_lookalikes(batch: Mapping[str, object], known: Sequence[str] = ()) ->
                 f"{key!r} is not read, and would be ignored: documents of a packed batch and its tensors come as "
                 f"{', '.join(map(repr, KNOWN_KEYS))}. Is {right} meant?"
             )
+
+
+def _is_text(value: object) -> bool:
+    """A name, or a list of names: where a row comes from, not what belongs together in it."""
+    return isinstance(value, str) or (isinstance(value, (list, tuple)) and bool(value) and all(isinstance(x, str) for x in value))
 
 
 def refuse_unknown(batch: Mapping[str, object], length: int) -> None:

@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.placement_types import Placement
 
-from dtensor_ring._torch import resolve_group
-from dtensor_ring.comm import axis_name, transport_along, transport_of
-from dtensor_ring.comm.rank_checks import meet, meet_on_axes
+from dtensor_ring.comm import Transport, axis_name, transport_along
+from dtensor_ring.comm.rank_checks import is_agreed, meet, meet_on_axes, remember
 from dtensor_ring.documents import Documents
 from dtensor_ring.placements import moves
 from dtensor_ring.placements.placement import SequencePlacement
 
 
-@lru_cache(maxsize=256)
-def check_documents(group: str, documents: Documents) -> None:
-    """Raises ValueError on every rank that passes other documents than this one; asked the first time that ranks meet them."""
-    wire = transport_of(resolve_group(group))
+def check_documents(transports: Sequence[Transport], documents: Documents) -> None:
+    """Raises ValueError on every rank of a mesh unless all pass these documents; asked the first time that its axes meet them."""
+    new = [transport for transport in transports if not is_agreed(transport, documents.digest)]
     number = int(documents.digest[:15], 16)
-    for rank, (theirs,) in enumerate(meet(wire, "a move of documents cut one by one", [number])):
-        if theirs != number:
-            raise ValueError(f"ranks {wire.rank} and {rank} pass different documents, rank {wire.rank} {documents}: pass the same")
+
+    def judge(i: int, table: list[list[int]]) -> None:
+        mine = new[i].rank
+        for rank, (theirs,) in enumerate(table):
+            if theirs != number:
+                raise ValueError(
+                    f"ranks {mine} and {rank} of {new[i].axis} pass different documents, rank {mine} {documents}: pass the same"
+                )
+
+    meet_on_axes(new, "a move of documents cut one by one", [number], judge)
+    for transport in new:
+        remember(transport, documents.digest)
 
 
 def check_shares(local: Tensor, mesh: DeviceMesh, axis: int, placement: SequencePlacement, length: int) -> None:
     """Raises ValueError on every rank unless each passes the share that its layout gives it, of one tensor."""
     wire = transport_along(mesh, axis)
     call = f"from_local over {wire.axis}"
-    others = [size for dim, size in enumerate(local.shape) if dim != placement.dim]
+    others = [size for dim, size in enumerate(local.shape) if dim != placement.dim][:8]  # as many as a record has room for
     mine = [local.ndim, length, local.shape[placement.dim], _dtype_number(local.dtype), *others]
     every = meet(wire, call, (mine + [-1] * 12)[:12])
     for rank, (ndim, its_length, tokens, dtype, *its_others) in enumerate(every):
@@ -50,18 +59,30 @@ def check_shares(local: Tensor, mesh: DeviceMesh, axis: int, placement: Sequence
             )
 
 
-def check_whole(tensor: Tensor, mesh: DeviceMesh) -> None:
+def check_whole(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], source: int) -> None:
     """Raises ValueError on every rank unless what is about to be sent fits where it is received, on every axis."""
-    numbers = ([tensor.ndim, _dtype_number(tensor.dtype), *tensor.shape] + [-1] * 12)[:12]
-    tables = meet_on_axes([transport_along(mesh, i) for i in range(mesh.ndim)], "distribute_tensor", numbers)
-    for i, table in enumerate(tables):
-        for rank, (ndim, dtype, *shape) in enumerate(table):
-            if (ndim, dtype, shape[:ndim]) != (tensor.ndim, _dtype_number(tensor.dtype), list(tensor.shape)):
+    layout = int.from_bytes(hashlib.blake2b(repr(placements).encode(), digest_size=7).digest(), "big")
+    numbers = [source, layout, *([tensor.ndim, _dtype_number(tensor.dtype), *tensor.shape] + [-1] * 12)[:12]]
+
+    def judge(i: int, table: list[list[int]]) -> None:
+        mine = f"rank {mesh.get_local_rank(i)}"
+        for rank, (its_source, its_layout, ndim, dtype, *shape) in enumerate(table):
+            where = f"distribute_tensor over mesh axis {axis_name(mesh, i)}"
+            if its_layout != layout:
                 raise ValueError(
-                    f"distribute_tensor over mesh axis {axis_name(mesh, i)}: rank {mesh.get_local_rank(i)} has {tensor.dtype} "
-                    f"{tuple(tensor.shape)}, rank {rank} has {_DTYPES[dtype]} {tuple(shape[:ndim])}: every rank passes a tensor of "
-                    "the same shape and dtype"
+                    f"{where}: rank {rank} passes other placements than {mine}, which has {list(placements)}: pass the same"
                 )
+            if its_source != source:
+                raise ValueError(
+                    f"{where}: src_data_rank is {source} on {mine}, {its_source} on rank {rank}: every rank names the same"
+                )
+            if (ndim, dtype, shape[:ndim]) != (tensor.ndim, _dtype_number(tensor.dtype), list(tensor.shape)[:10]):
+                raise ValueError(
+                    f"{where}: {mine} has {tensor.dtype} {tuple(tensor.shape)}, rank {rank} has {_DTYPES[dtype]} "
+                    f"{tuple(shape[:ndim])}: every rank passes a tensor of the same shape and dtype"
+                )
+
+    meet_on_axes([transport_along(mesh, i) for i in range(mesh.ndim)], "distribute_tensor", numbers, judge)
 
 
 _DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)

@@ -52,13 +52,15 @@ def from_local(
         TypeError: no length.
         ValueError: the share has the wrong size, or ranks disagree on length, shape or dtype (raised on all of them).
     """
-    with refused_together(lambda: _sequence_axis_or_only(mesh, placements) if check else []):
+    with refused_together(lambda: _sequence_axis_or_all(mesh, placements) if check else []):
         if length is None:
             raise TypeError(
                 "from_local needs length=, the number of tokens of the whole sequence: ranks hold shares of different sizes where "
                 f"it does not divide, so that this rank's share of shape {tuple(local.shape)} does not tell it. Pass length=S, or "
                 "the batch.length of shard_batch"
             )
+        if not isinstance(length, (int, torch.SymInt)):
+            raise TypeError(f"from_local: length is the number of tokens of the whole sequence, found {length!r}")
         targets = normalized(mesh, placements, local.ndim)
         axis, placement = sequence_axis(mesh, targets)
     if check and not torch.compiler.is_compiling():
@@ -102,7 +104,7 @@ def distribute_tensor(
         targets = _checked_for_distribution(tensor, mesh, placements, src_data_rank)
         given = _documents(documents, targets, tensor.shape)
     if src_data_rank is not None:
-        check_whole(tensor, mesh)
+        check_whole(tensor, mesh, targets, src_data_rank)
     found = _agreed(given, mesh)
     local = _Distribute.apply(tensor, mesh, targets, src_data_rank, found)
     return wrap(local, mesh, targets, tensor.shape)
@@ -134,7 +136,7 @@ def redistribute(
     if mesh is not None:
         text = "mesh= of redistribute does nothing, since a tensor stays on its mesh, and will be removed: leave it out"
         warnings.warn(text, DeprecationWarning, stacklevel=2)
-    with refused_together(partial(_sequence_axis_or_only, tensor.device_mesh, tensor.placements)):
+    with refused_together(partial(_sequence_axis_or_all, tensor.device_mesh, tensor.placements)):
         targets = normalized(tensor.device_mesh, placements, tensor.ndim)
         if not any(isinstance(p, SequencePlacement) for p in (*tensor.placements, *targets)):
             return tensor.redistribute(placements=targets)
@@ -169,14 +171,14 @@ def _every_axis(mesh: DeviceMesh) -> list[Transport]:
     return [transport_along(mesh, i) for i in range(mesh.ndim)]
 
 
-def _sequence_axis_or_only(mesh: DeviceMesh, placements: Sequence[Placement]) -> list[Transport]:
-    """Where the other ranks learn that this one refuses a call: the sequence axis, or the only axis there is; else nowhere."""
+def _sequence_axis_or_all(mesh: DeviceMesh, placements: Sequence[Placement]) -> list[Transport]:
+    """Where the other ranks learn that this one refuses a call: the sequence axis, or where it cannot be told every axis."""
     if not isinstance(mesh, DeviceMesh):
         return []
     axes = [i for i, p in enumerate(placements) if isinstance(p, SequencePlacement)] if isinstance(placements, Sequence) else []
     if len(axes) == 1 and axes[0] < mesh.ndim:
         return [transport_along(mesh, axes[0])]
-    return [transport_along(mesh)] if mesh.ndim == 1 else []
+    return _every_axis(mesh)
 
 
 def _checked_for_distribution(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], source: int | None) -> Placements:
@@ -213,8 +215,7 @@ def _documents(given: DocumentsLike | None, placements: Sequence[Placement], sha
 def _agreed(documents: Documents | None, mesh: DeviceMesh) -> Documents | None:
     """The documents, after all ranks of the mesh have compared them; raises ValueError on every rank if they differ."""
     if documents is not None:
-        for i in range(mesh.ndim):
-            check_documents(mesh.get_group(i).group_name, documents)
+        check_documents(_every_axis(mesh), documents)
     return documents
 
 

@@ -34,7 +34,7 @@ _OUTPUTS = {
     "output_attentions": "attention weights are never held whole",
     "output_router_logits": "its load-balancing loss is not linear over tokens, so that the parts of ranks do not add up to it",
 }
-_LOSS_KEYWORDS = ("ignore_index",)
+_OTHER_KEYWORDS = ("ignore_index", "cache_position")
 _OTHER_INPUTS = ("token_type_ids", "mm_token_type_ids", "pixel_values")
 
 
@@ -157,10 +157,11 @@ def check_call(model: PreTrainedModel, arguments: Mapping[str, Any], parameters:
             f"{type(model).__name__} computes its loss with {model.loss_function!r}; only the causal language-model loss adds up "
             "over parts of a sequence: pass no labels and compute the loss from the logits"
         )
-    own = (*parameters, *TransformersKwargs.__annotations__, *_LOSS_KEYWORDS)
+    own = (*parameters, *TransformersKwargs.__annotations__, *_OTHER_KEYWORDS)
     refuse_lookalikes(arguments, own)
     for name, value in arguments.items():
-        if isinstance(value, (Tensor, Documents, list, tuple)) and name not in own and name not in KNOWN_KEYS:
+        numbers = isinstance(value, (list, tuple)) and not any(isinstance(x, str) for x in value)
+        if (numbers or isinstance(value, (Tensor, Documents))) and name not in own and name not in KNOWN_KEYS:
             raise ValueError(
                 f"{name!r} of type {type(value).__name__} is read by no layer, and cannot be cut: pass what is known "
                 f"({', '.join(KNOWN_KEYS)}), or leave it out"

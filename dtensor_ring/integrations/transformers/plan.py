@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -22,19 +23,36 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 from typing_extensions import override
 
+from dtensor_ring._torch import tensors_in
 from dtensor_ring.comm import transport_along
 from dtensor_ring.comm.rank_checks import refused_together
 from dtensor_ring.documents import Documents
 from dtensor_ring.integrations.transformers.attention import KEYWORD, NAME, NO_MASK, STATE, AttentionState, RingBatch, register
 from dtensor_ring.integrations.transformers.checks import check_call, check_length, check_model
+from dtensor_ring.integrations.transformers.outputs import (
+    Convention,
+    SumOverRanks,
+    check_convention,
+    gather_tokens,
+    sum_over_tokens,
+)
 from dtensor_ring.layout import work_balance
 from dtensor_ring.ops.arguments import Strategy, choose_strategy
 from dtensor_ring.ops.kernels import KERNELS, KernelName
-from dtensor_ring.placements import SequencePlacement, Zigzag, from_local, full_tensor
-from dtensor_ring.placements.batch import GOOD_BALANCE, balance_remedy, check_axis, check_same, cut_batch, warn_of_imbalance
+from dtensor_ring.placements import SequencePlacement, Zigzag
+from dtensor_ring.placements.batch import (
+    GOOD_BALANCE,
+    balance_remedy,
+    check_mesh,
+    check_placement,
+    check_same,
+    cut_batch,
+    warn_of_imbalance,
+)
 from dtensor_ring.placements.batch_reading import find_documents, sequence_length
 
 _SEQUENCE_AXIS = r"cp|sp|seq|context|ring"  # how programs name the mesh axis that holds the sequence
@@ -55,26 +73,68 @@ class RingPlan(dict[str, ParallelStyle]):
         self._before: str | None = None
         self._documents: Documents | None = None
         self._is_packed = False
+        self._documents_of: MutableMapping[Tensor, Documents] = WeakTensorKeyDictionary()
         self._handles: list[RemovableHandle] = []
         self._marked: list[nn.Module] = []
         names = [name for name, module in model.named_modules() if _is_attention(module)]
         super().__init__({"": _RootStyle(self)} | {name: _AttentionStyle(self) for name in names})
 
-    def gather(self, local: Tensor, dim: int = 1, documents: Documents | None = None) -> Tensor:
+    def gather(self, local: Tensor, dim: int = 1, documents: Documents | None = None, *, grad: Convention = "mean") -> Tensor:
         """All tokens, in order, of a tensor that holds this rank's tokens in `dim`, such as logits (B, S/W, V): (B, S, V).
 
-        Every rank calls it. Differentiable: the gradient counts once, as that of a replicated tensor. Where documents are cut one
-        by one, they are those of the last batch, unless `documents` names another's.
+        Every rank calls it, and computes the same loss from the result. Gradients fit averaging over the axis (FSDP2, DDP,
+        `average_gradients`), as those of the model's own loss do.
+
+        Args:
+            local: an output of the model, or a tensor made of one, token by token.
+            dim: where its tokens are.
+            documents: with `Zigzag(1, per_document=True)` and packed documents, those of the batch that `local` is of: the plan's
+                `documents` after that batch's forward pass. Not needed for outputs of the model as they are.
+            grad: "mean", or "sum" where gradients are summed over the axis.
 
         Raises:
             RuntimeError: the plan was not applied yet.
+            ValueError: it cannot be told which batch's documents lay out this tensor, or no such convention.
+        """
+        mesh, placement = self._applied(), self._placement.moved_to(range(local.ndim)[dim])
+        check_convention(grad)
+        return gather_tokens(local, mesh, placement, self._laid_out_by(local, documents), grad)
+
+    def sum_over_tokens(self, local: Tensor, dim: int = 1, *, grad: Convention = "mean") -> Tensor:
+        """The sum over all tokens of a sequence, such as its log-probability, of values that hold this rank's tokens in `dim`.
+
+            log_probs = out.logits.log_softmax(-1).gather(2, targets[..., None])[..., 0]      # (B, S/W), this rank's tokens
+            plan.sum_over_tokens(log_probs)                                                   # (B,), on every rank
+
+        A plain `.sum(1)` has this rank's tokens alone. Every rank calls it. 16-bit values are added in float32. Gradients as for
+        `gather`.
+
+        Raises:
+            RuntimeError: the plan was not applied yet.
+            ValueError: no such convention.
         """
         mesh = self._applied()
-        dim = range(local.ndim)[dim]
-        tokens = transport_along(mesh).gather_values([local.shape[dim]])
-        length = sum(count for (count,) in tokens)
-        whole = from_local(local, mesh, [self._placement.moved_to(dim)], length=length)
-        return full_tensor(whole, documents=(documents or self._documents) if self._placement.layout.cut else None)
+        check_convention(grad)
+        return sum_over_tokens(local, mesh, dim, grad)
+
+    @property
+    def documents(self) -> Documents | None:
+        """Those of the last batch: bounds of packed documents, or of real and padding tokens; None for one document a row."""
+        return self._documents
+
+    def _laid_out_by(self, local: Tensor, documents: Documents | None) -> Documents | None:
+        """The documents by which a tensor's tokens are laid out; None where they do not matter."""
+        if not self._placement.layout.cut:
+            return None
+        if documents is None:
+            documents = self._documents_of.get(local)
+        if documents is None and (self._documents is None or self._is_packed):
+            raise ValueError(
+                f"{self._placement!r} lays tokens out by the documents of their batch, and it cannot be told which batch this "
+                "tensor is of: pass an output of the model as it is, or documents=, the plan's `documents` after the forward pass "
+                "of that batch"
+            )
+        return documents or self._documents
 
     def describe(self) -> str:
         """What the plan does, in a few lines."""
@@ -97,8 +157,8 @@ class RingPlan(dict[str, ParallelStyle]):
     def _reach(self) -> int | None:
         """Keys that a query of any layer sees at most; None where a layer sees the whole document."""
         config: Any = self._model.config
-        kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
-        return config.sliding_window if kinds == {"sliding_attention"} else None
+        kinds = set(getattr(config, "layer_types", None) or ("sliding_attention",))  # without types a window is every layer's
+        return getattr(config, "sliding_window", None) if kinds == {"sliding_attention"} else None
 
     def _balance(self) -> str:
         """Mean work over the most loaded rank's, of the last batch if it was packed."""
@@ -153,11 +213,12 @@ class RingPlan(dict[str, ParallelStyle]):
             )
 
     def _apply_root(self, module: nn.Module, mesh: DeviceMesh) -> None:
+        self._was_applied = True  # or refused: that error says more than a warning would
         if module is not self._model:
             raise ValueError(f"this plan was made for another {type(self._model).__name__}: call ring_plan(model) for each model")
         if self._mesh is not None:
             raise RuntimeError("this plan is applied already: undo() it, or make another with ring_plan(model)")
-        check_axis(mesh, self._placement)
+        check_mesh(mesh)
         register()
         self._before = self._model.config._attn_implementation
         if self._before == NAME and any(hasattr(part, STATE) for part in module.modules()):
@@ -168,7 +229,7 @@ class RingPlan(dict[str, ParallelStyle]):
             )
         self._warn_of_one_rank(mesh)
         self._model.set_attn_implementation(NAME)
-        self._mesh, self._was_applied = mesh, True
+        self._mesh = mesh
         self._handles = [
             module.register_forward_pre_hook(self._enter, with_kwargs=True),
             module.register_forward_hook(self._leave, with_kwargs=True),
@@ -185,13 +246,20 @@ class RingPlan(dict[str, ParallelStyle]):
         with refused_together(lambda: [wire]):
             self._check_attention_name()
             parameters = inspect.signature(self._model.forward).parameters
-            given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+            named = dict(zip(parameters, args, strict=False))
+            if len(named) < len(args) or named.keys() & kwargs.keys():
+                raise TypeError(
+                    f"{type(self._model).__name__} takes {', '.join(parameters)}: found {len(args)} arguments by place and "
+                    f"{', '.join(kwargs) or 'none'} by name; pass each once"
+                )
+            given = {**named, **kwargs}
             check_call(self._model, given, tuple(parameters))
             documents = given.pop("documents", None)
+            given.pop("cache_position", None)  # places in a cache, of which there is none
             length = sequence_length(given)
             check_length(length, wire.world, self._placement)
             found = find_documents(given, length, documents)
-        check_same(given, length, found, wire)
+        check_same(given, length, found, self._placement, wire)
         warn_of_imbalance(found, given, self._placement, wire, self._reach)
         self._is_packed = found is not None and given.get("attention_mask") is None
         batch = cut_batch(given, self._placement, wire, length, found)
@@ -206,14 +274,16 @@ class RingPlan(dict[str, ParallelStyle]):
 
     @torch.compiler.disable
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ANN401
-        """This rank's sum of losses in, the mean over the whole batch out."""
-        count = kwargs[KEYWORD].count
+        """This rank's sum of losses in, the mean over the whole batch out; outputs are remembered to be of this batch."""
+        count, documents = kwargs[KEYWORD].count, kwargs[KEYWORD].documents
+        if self._placement.layout.cut and documents is not None:
+            self._documents_of.update(dict.fromkeys(tensors_in(output), documents))
         if count is None:
             return output
         mesh = self._applied()
         if isinstance(output, tuple):
-            return (_SumOverRanks.apply(output[0], mesh) / count, *output[1:])
-        output.loss = _SumOverRanks.apply(output.loss, mesh) / count
+            return (SumOverRanks.apply(output[0], mesh) / count, *output[1:])
+        output.loss = SumOverRanks.apply(output.loss, mesh) / count
         return output
 
 
@@ -256,8 +326,7 @@ def ring_plan(
     if kernel is not None and kernel not in KERNELS:
         raise ValueError(f"unknown kernel {kernel!r}: use {', '.join(map(repr, KERNELS))} or None")
     placement = Zigzag(1) if placement is None else placement
-    if not isinstance(placement, SequencePlacement) or placement.dim != 1:
-        raise ValueError(f"a model's batch (B, S) is cut in dim 1 by Contiguous(1), Zigzag(1) or Stripe(1), found {placement!r}")
+    check_placement(placement)
     return RingPlan(model, placement, strategy, kernel)
 
 
@@ -281,37 +350,6 @@ class _AttentionStyle(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         self._plan._apply_attention(module, device_mesh)
         return module
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """The sum over ranks, whose gradient is summed over ranks too.
-
-    Every rank then holds W times its share of the gradient, and averaging over the W ranks gives the gradient of one device.
-    """
-
-    @staticmethod
-    @override
-    def forward(  # pyrefly: ignore[bad-override]
-        ctx: Any,
-        value: Tensor,
-        mesh: DeviceMesh,
-    ) -> Tensor:
-        ctx.mesh = mesh
-        return _summed(value, mesh)
-
-    @staticmethod
-    @override
-    def backward(  # pyrefly: ignore[bad-override]
-        ctx: Any,
-        grad: Tensor,
-    ) -> tuple[Tensor, None]:
-        return _summed(grad, ctx.mesh), None
-
-
-def _summed(value: Tensor, mesh: DeviceMesh) -> Tensor:
-    transport = transport_along(mesh)
-    with transport.during("the sum of a loss over ranks"):
-        return transport.all_reduce(value)
 
 
 def _is_attention(module: nn.Module) -> bool:

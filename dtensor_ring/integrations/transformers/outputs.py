@@ -1,0 +1,101 @@
+"""What a parallelized model gives back, made whole: all tokens, or sums over them, with gradients that fit averaging over the axis.
+
+    two ranks, each with half of the tokens      gather                  sum_over_tokens (dim 1)
+    rank 0: x0 x1    rank 1: x2 x3               x0 x1 x2 x3 on both     x0 + x1 + x2 + x3 on both
+
+Every rank computes the same loss from the whole, and has gradients for its own tokens only, so the gradients of a weight must be
+added up over ranks. FSDP2 and DDP average instead. Under the convention "mean" a rank's gradients are W times its tokens' part, so
+that their average is the gradient of one device, as for the model's own loss; under "sum" they are that part itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+from typing_extensions import override
+
+from dtensor_ring.comm import transport_along
+from dtensor_ring.documents import Documents
+from dtensor_ring.ops.merge import accumulate_dtype
+from dtensor_ring.placements import SequencePlacement, from_local, full_tensor
+
+Convention = Literal["mean", "sum"]
+
+
+def check_convention(grad: Convention) -> None:
+    """Raises ValueError unless `grad` is a convention."""
+    if grad not in get_args(Convention):
+        raise ValueError(f"grad={grad!r}: use 'mean' where gradients are averaged over the axis, as FSDP2 and DDP do, or 'sum'")
+
+
+def gather_tokens(
+    local: Tensor, mesh: DeviceMesh, placement: SequencePlacement, documents: Documents | None, grad: Convention
+) -> Tensor:
+    """The whole of a tensor whose dim `placement.dim` holds this rank's tokens. Each rank sends its share to every other rank."""
+    tokens = transport_along(mesh).gather_values([local.shape[placement.dim]])
+    whole = from_local(local, mesh, [placement], length=sum(count for (count,) in tokens))
+    gathered = full_tensor(whole, documents=documents)
+    return _Scaled.apply(gathered, mesh.size()) if grad == "mean" else gathered
+
+
+def sum_over_tokens(local: Tensor, mesh: DeviceMesh, dim: int, grad: Convention) -> Tensor:
+    """The sum over all tokens of a tensor whose `dim` holds this rank's. Each rank sends its part, as an all-reduce."""
+    part = local.sum(dim, dtype=accumulate_dtype(local.dtype) if local.is_floating_point() else None)
+    whole = SumOverRanks.apply(part, mesh, grad)
+    return whole.to(local.dtype) if local.is_floating_point() else whole
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum over ranks. Under "mean" its gradient is summed over ranks too: W times that of a value that all ranks use alike."""
+
+    @staticmethod
+    @override
+    def forward(  # pyrefly: ignore[bad-override]
+        ctx: Any,
+        value: Tensor,
+        mesh: DeviceMesh,
+        grad: Convention = "mean",
+    ) -> Tensor:
+        ctx.mesh, ctx.grad = mesh, grad
+        return _summed(value, mesh)
+
+    @staticmethod
+    @override
+    @once_differentiable
+    def backward(  # pyrefly: ignore[bad-override]
+        ctx: Any,
+        grad: Tensor,
+    ) -> tuple[Tensor, None, None]:
+        return _summed(grad, ctx.mesh) if ctx.grad == "mean" else grad, None, None
+
+
+class _Scaled(torch.autograd.Function):
+    """The same value, and its gradient times a factor."""
+
+    @staticmethod
+    @override
+    def forward(  # pyrefly: ignore[bad-override]
+        ctx: Any,
+        value: Tensor,
+        factor: int,
+    ) -> Tensor:
+        ctx.factor = factor
+        return value.view_as(value)
+
+    @staticmethod
+    @override
+    def backward(  # pyrefly: ignore[bad-override]
+        ctx: Any,
+        grad: Tensor,
+    ) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+def _summed(value: Tensor, mesh: DeviceMesh) -> Tensor:
+    transport = transport_along(mesh)
+    with transport.during("a sum over the tokens of all ranks"):
+        return transport.all_reduce(value)
