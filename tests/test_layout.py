@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import dtensor_ring
 from dtensor_ring.documents import Documents
-from dtensor_ring.layout import Layout, Run, cut, work_balance
+from dtensor_ring.layout import Layout, PackedLayout, Run, cut, work_balance
 
 layouts = st.sampled_from([Layout("contiguous"), Layout("zigzag"), Layout("stripe"), Layout("stripe", 2), Layout("stripe", 5)])
 
@@ -118,3 +118,13 @@ def test_work_balance_is_that_of_counted_scores(name, lengths, world, reach):
             work[rank] += seen if reach is None else min(seen, reach)
     wanted = sum(work) / world / max(work) if max(work) else 1.0
     assert work_balance(layout, documents, world, reach) == pytest.approx(wanted)
+
+
+def test_a_packed_layout_is_its_layout_under_one_row_of_documents():
+    layout, bounds = Layout.parse("zigzag/documents"), (0, 9, 10, 40)
+    packed = PackedLayout(layout, Documents((bounds,)))
+    for rank in range(3):
+        assert packed.tokens(40, 3, rank) == layout.tokens(40, 3, rank, bounds)
+        assert packed.local_length(40, 3, rank) == len(packed.tokens(40, 3, rank))
+    with pytest.raises(ValueError, match="needs one row of documents for the whole batch, found 2: pack the rows into one"):
+        PackedLayout(layout, Documents((bounds, (0, 40))))
