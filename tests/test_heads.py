@@ -53,7 +53,7 @@ def attend(case, at_once: int, layout: str, strategy: str, extras: bool):
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
 @pytest.mark.parametrize("extras", [False, True])
 def test_heads_at_a_time_bound_what_travels_and_change_no_number(strategy, layout, extras):
-    case = make_case(13, heads=(2 * KEY_HEADS, KEY_HEADS))
+    case = make_case(13, heads=(2 * KEY_HEADS, KEY_HEADS), dim=2)
     all_at_once = attend(case, 0, layout, strategy, extras)
     for at_once in (1, 2, 3, KEY_HEADS):
         groups = [min(at_once, KEY_HEADS - first) for first in range(0, KEY_HEADS, at_once)]

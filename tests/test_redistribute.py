@@ -204,6 +204,24 @@ def test_the_mesh_of_redistribute_is_told_to_do_nothing(pools):
     pools.run(2, meshes_given_again)
 
 
+def strides_in_any_order():
+    mesh, rank = _mesh(), dist.get_rank()
+    for length, batch, order in itertools.product(LENGTHS, (0, 3), itertools.permutations(range(3))):
+        back = [order.index(dim) for dim in range(3)]
+        shape = (batch, length, 4)
+        whole = torch.zeros([shape[dim] for dim in order]).permute(back)
+        local_shape = (batch, Zigzag(1).layout.local_length(length, 2, rank), 4)
+        local = torch.zeros([local_shape[dim] for dim in order]).permute(back)
+        placed = from_local(local, mesh, [Zigzag(1)], length=length)
+        assert placed.shape == whole.shape
+        if (batch and length > 2) or order == (0, 1, 2):  # an empty share, or one of one token, has no order of dims to keep
+            assert placed.stride() == whole.stride()
+
+
+def test_the_strides_of_a_dtensor_are_those_of_the_whole_tensor_in_the_same_order_of_dims(pools):
+    pools.run(2, strides_in_any_order)
+
+
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("length", [0, 1, 9, 16])
 def test_moves_are_permutations_without_processes(world, length):
