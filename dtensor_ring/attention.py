@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from dtensor_ring._torch import local_of, replicated
-from dtensor_ring.comm import axis_name, transport_along
+from dtensor_ring.comm import axis_name, several_ranks, transport_along
 from dtensor_ring.documents import Documents, packed_of
 from dtensor_ring.layout import Layout
 from dtensor_ring.ops import sdpa  # noqa: F401  F.scaled_dot_product_attention on our placements
@@ -202,7 +202,7 @@ def ring_attention(
 
 def _warn_if_alone() -> None:
     """Warn of plain tensors in a program of several ranks: the call is right only where each rank holds whole sequences."""
-    if torch.compiler.is_compiling() or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if torch.compiler.is_compiling() or not several_ranks():
         return
     warnings.warn(
         f"ring_attention got plain tensors in a program of {dist.get_world_size()} ranks: this rank attends to its own tokens "

@@ -110,4 +110,10 @@ def _quality(bounds: tuple[int, ...], shared: Sequence[Chunks]) -> float:
             first = start - bounds[document] + 1
             total += count * first + count * (count - 1) // 2
         work.append(total)
-    return sum(work) / len(work) / max(work) if max(work, default=0) else 1.0
+    return balance_of(work)
+
+
+def balance_of(work: Sequence[int]) -> float:
+    """Mean work over the most loaded rank's: 1 is perfect."""
+    most = max(work, default=0)
+    return sum(work) / len(work) / most if most else 1.0

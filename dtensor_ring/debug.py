@@ -14,12 +14,12 @@ from dataclasses import replace
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from dtensor_ring.balance import balance_of
 from dtensor_ring.comm import Traffic, transport_of
 from dtensor_ring.comm.rank_checks import check_every_call
 from dtensor_ring.ops.kernels import KERNELS, Need
 from dtensor_ring.ops.schedule import Plan
 from dtensor_ring.report.drawing import draw
-from dtensor_ring.report.totals import balance_of
 
 __all__ = ["balance", "check_every_call", "draw", "kernel_table", "traffic"]
 

@@ -21,7 +21,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
-from dtensor_ring.balance import share_documents
+from dtensor_ring.balance import balance_of, share_documents
 from dtensor_ring.documents import Documents
 
 Kind = Literal["contiguous", "zigzag", "stripe"]
@@ -267,8 +267,7 @@ def work_balance(layout: Layout, documents: Documents, world: int, reach: int | 
             for piece in cut(layout.runs(documents.length, world, rank, bounds), bounds):
                 shift = 1 - bounds[piece.document]
                 work[rank] += piece.run.excess(shift) - (0 if reach is None else piece.run.excess(shift - reach))
-    most = max(work)
-    return sum(work) / world / most if most else 1.0
+    return balance_of(work)
 
 
 def _share(length: int, world: int, rank: int) -> int:

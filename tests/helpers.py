@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dtensor_ring.comm import LoopbackTransport
 from dtensor_ring.documents import Documents
@@ -20,6 +22,11 @@ from dtensor_ring.ops.schedule import Problem, plan
 SEED = 5
 LAYOUTS = ("contiguous", "zigzag", "stripe", "stripe:3")
 MASKS = {"causal": (True, (-1, -1)), "full": (False, (-1, -1)), "window": (True, (5, 0)), "two-sided": (False, (9, 3))}
+
+
+def line() -> DeviceMesh:
+    """All ranks on one mesh axis, "cp"."""
+    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
 
 
 @dataclass

@@ -6,9 +6,8 @@ import gc
 
 import pytest
 import torch
-import torch.distributed as dist
+from helpers import line
 from test_transformers import SIZES
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -23,10 +22,6 @@ from dtensor_ring import (
     ring_attention,
     ring_plan,
 )
-
-
-def line():
-    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
 
 
 def packed_calls(changes: str) -> float:

@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import line
 from test_transformers import make_batch, make_model
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard
@@ -18,10 +19,6 @@ from torch.distributed.tensor.parallel import parallelize_module
 from dtensor_ring import Documents, Zigzag, distribute_tensor, ring_attention, ring_plan, shard_batch
 from dtensor_ring.layout import Layout
 from dtensor_ring.placements import ShardedBatch
-
-
-def line(name: str = "cp"):
-    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=(name,))
 
 
 def parallel_model():

@@ -5,15 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import line
 from test_transformers import make_batch, make_model, worst
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 
 from dtensor_ring import Contiguous, Documents, Stripe, Zigzag, average_gradients, ring_plan
-
-
-def line():
-    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
 
 
 def two_models(placement):

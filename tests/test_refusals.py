@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import make_case
+from helpers import line, make_case
 from test_transformers import SIZES
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, placement_types
@@ -28,10 +28,6 @@ from dtensor_ring import (
 from dtensor_ring.__main__ import main
 from dtensor_ring.functional import ring_flash_attn_func, substitute_hf_flash_attn, zigzag_ring_flash_attn_varlen_func
 from dtensor_ring.functional.lengths import host_lengths
-
-
-def line():
-    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
 
 
 def ranks_that_disagree():

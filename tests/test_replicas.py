@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import line
 from test_transformers import make_batch, make_model, worst
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -13,10 +14,6 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from dtensor_ring import Zigzag, average_gradients, check_replicas, ring_plan
 from dtensor_ring.comm import transport_along
-
-
-def line():
-    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
 
 
 def a_few_steps(averaged: bool, items: bool) -> float:

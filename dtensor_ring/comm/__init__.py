@@ -2,7 +2,14 @@
 
 from dtensor_ring.comm.alone import AloneTransport
 from dtensor_ring.comm.loopback import LoopbackTransport
-from dtensor_ring.comm.process_group import ProcessGroupTransport, axis_name, transport_along, transport_of
+from dtensor_ring.comm.process_group import (
+    ProcessGroupTransport,
+    axis_name,
+    several_ranks,
+    transport_along,
+    transport_of,
+    transports_of,
+)
 from dtensor_ring.comm.transport import Message, Pending, SilentRankError, Traffic, Transport
 
 __all__ = [
@@ -15,6 +22,8 @@ __all__ = [
     "Traffic",
     "Transport",
     "axis_name",
+    "several_ranks",
     "transport_along",
     "transport_of",
+    "transports_of",
 ]

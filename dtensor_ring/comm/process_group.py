@@ -56,6 +56,16 @@ def transport_along(mesh: DeviceMesh, i: int = 0) -> ProcessGroupTransport:
     return transport_of(mesh.get_group(i), f"mesh axis {axis_name(mesh, i)}")
 
 
+def transports_of(mesh: DeviceMesh) -> list[Transport]:
+    """The transports of all mesh axes, in order."""
+    return [transport_along(mesh, i) for i in range(mesh.ndim)]
+
+
+def several_ranks() -> bool:
+    """Whether this process is one of several: a process group of more than one rank is up."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 class ProcessGroupTransport(Transport):
     """A transport over `torch.distributed`.
 
@@ -86,22 +96,17 @@ class ProcessGroupTransport(Transport):
         return torch.device("cuda", torch.cuda.current_device()) if self._is_nccl() else torch.device("cpu")
 
     @override
-    def try_gather_values(self, values: Sequence[int], patience: float) -> list[list[int]] | None:
-        """As `gather_values`, but None where not every rank has joined after `patience` seconds, or the group is broken."""
+    def offer_values(self, values: Sequence[int], patience: float) -> None:
+        """This rank's part of `gather_values`; returns when all have joined, after `patience` seconds, or where the group broke."""
         mine = torch.tensor(values, dtype=torch.int64, device=self.value_device())
-        gathered = mine.new_empty((self.world, len(mine)))
+        gathered = mine.new_empty(self.world * len(mine))
         until = time.monotonic() + patience
         try:
-            work = all_gather_flat(gathered.view(-1), mine, group=self._group, async_op=True)
-            while work is not None and not work.is_completed():
-                if time.monotonic() > until:
-                    return None
+            work = all_gather_flat(gathered, mine, group=self._group, async_op=True)
+            while work is not None and not work.is_completed() and time.monotonic() < until:
                 time.sleep(0.001)
-            if work is not None:
-                work.wait()
         except RuntimeError:  # the error to show is the one that the others were to be told of
-            return None
-        return gathered.tolist()
+            return
 
     @override
     def leave_note(self, text: str) -> None:

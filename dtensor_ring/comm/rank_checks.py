@@ -62,7 +62,7 @@ def meet(transport: Transport, call: str, values: Sequence[int]) -> list[list[in
     if transport.world == 1:
         return [list(values)]
     assert len(values) <= _VALUES, "a record has room for so many values"
-    record = [0, _number(call), *values, *[0] * (_VALUES - len(values))]
+    record = [0, number_of(call), *values, *[0] * (_VALUES - len(values))]
     with transport.during(f"comparing the call of ranks: {call}"):
         records = transport.gather_values(record)
         if all(other[:2] == record[:2] for other in records):
@@ -154,7 +154,7 @@ def _tell(transport: Transport, failure: Exception) -> None:
         return
     kind = next((i for i, kind in enumerate(_KINDS) if isinstance(failure, kind)), len(_KINDS) - 1)
     transport.leave_note(str(failure)[:_TEXT])  # before the meeting: who comes too late for this rank finds it too
-    transport.try_gather_values([1 + kind, 0, *[0] * _VALUES], _PATIENCE)
+    transport.offer_values([1 + kind, 0, *[0] * _VALUES], _PATIENCE)
 
 
 def _explained(transport: Transport, call: str, records: list[list[int]]) -> Exception:
@@ -175,7 +175,8 @@ def _explained(transport: Transport, call: str, records: list[list[int]]) -> Exc
     return failure
 
 
-def _number(text: str) -> int:
+def number_of(text: str) -> int:
+    """A text as an integer that a record has room for: equal texts are equal numbers, others are but by a chance of 2**-56."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
 

@@ -140,9 +140,9 @@ class Transport(ABC):
         mine = torch.tensor(values, dtype=torch.int64, device=self.value_device())
         return self._all_gather(mine).wait().tolist()
 
-    def try_gather_values(self, values: Sequence[int], patience: float) -> list[list[int]] | None:
-        """As `gather_values`, but None where not every rank has joined after `patience` seconds."""
-        return self.gather_values(values)
+    def offer_values(self, values: Sequence[int], patience: float) -> None:
+        """This rank's part of `gather_values`, for the others: returns when they have joined, or after `patience` seconds."""
+        self.gather_values(values)
 
     def leave_note(self, text: str) -> None:  # noqa: B027  by default nothing keeps it
         """Leave a text for the other ranks of the group, in place of the one before; where the transport can keep one."""

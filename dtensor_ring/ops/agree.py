@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -13,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from dtensor_ring._torch import is_tracing
 from dtensor_ring.comm import Transport, transport_along
-from dtensor_ring.comm.rank_checks import is_agreed, meet, refused_together, remember
+from dtensor_ring.comm.rank_checks import is_agreed, meet, number_of, refused_together, remember
 from dtensor_ring.layout import Layout
 from dtensor_ring.placements import SequencePlacement
 
@@ -63,8 +62,7 @@ def check_agreement(
 def _compare(
     wire: Transport, name: str, layout: Layout, shapes: tuple[int, ...], rows: tuple[int, int], words: tuple[str, ...]
 ) -> None:
-    everything = "|".join((str(layout), *words))
-    number = int.from_bytes(hashlib.blake2b(everything.encode(), digest_size=7).digest(), "big")
+    number = number_of("|".join((str(layout), *words)))
     every = meet(wire, name, [*shapes, *rows, number])
     mine = every[wire.rank]
     for rank, (*its_shapes, q_rows, k_rows, its_number) in enumerate(every):

@@ -12,7 +12,6 @@ the rank's own keys; the backward pass ends with them, so that the last gradient
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dtensor_ring.comm import Message, Pending, Transport
+from dtensor_ring.comm.rank_checks import number_of
 from dtensor_ring.ops.kernels import Extras, Kernel, Options, Packing, Result, Span
 from dtensor_ring.ops.merge import GradSum, OutputSum, accumulate_dtype, sink_gradient
 from dtensor_ring.ops.schedule import Plan, Problem, plan
@@ -39,10 +39,13 @@ class Activity(NamedTuple):
     problem: Problem
     direction: Direction
     what: str
+    step: int | None = None
+    steps: int = 0
 
     @override
     def __str__(self) -> str:
-        return f"attention ({self.problem}), {self.direction}, {self.what}"
+        where = "" if self.step is None else f" of step {self.step} of {self.steps}"
+        return f"attention ({self.problem}), {self.direction}, {self.what}{where}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +124,7 @@ class Executor:
                     total.add(k_start, grad)
             if returning is not None:
                 returning.wait()
-            with self.wire.during(self._activity("backward", f"gradients of step {index}")):
+            with self.wire.during(self._activity("backward", "gradients", index)):
                 returning = self._give_back(index, sums, own)
         if returning is not None:
             returning.wait()
@@ -143,8 +146,7 @@ class Executor:
         if not self.options.dropout_p and self.alibi is None:
             return None
         if not self.kernel.hashes_positions:  # equal seeds would give every call and rank the same mask
-            words = repr((seed, self.plan.rank, number, self.origin)).encode()
-            seed = int.from_bytes(hashlib.blake2b(words, digest_size=7).digest(), "big")
+            seed = number_of(repr((seed, self.plan.rank, number, self.origin)))
         q_positions, k_positions = _positions(self.plan.problem, self.plan.rank, device)
         return Extras(self.alibi, seed, q_positions, k_positions[index], self.origin)
 
@@ -185,8 +187,8 @@ class Executor:
         dq, dk, dv = (grad.unflatten(0, x.shape[:2]) for grad, x in zip(grads, (q, k, v), strict=True))
         return 0, 0, (dq, dk, dv)
 
-    def _activity(self, direction: Direction, what: str) -> Activity:
-        return Activity(self.plan.problem, direction, f"{what} of {len(self.plan.steps)}")
+    def _activity(self, direction: Direction, what: str, step: int) -> Activity:
+        return Activity(self.plan.problem, direction, what, step, len(self.plan.steps))
 
     def _visits(self, kv: _Pair, direction: Direction, coming: Pending[_Pair] | None) -> Iterator[tuple[int, _Pair]]:
         """Each step's keys in the order of the pass, the next step's transfer already under way."""
@@ -200,7 +202,7 @@ class Executor:
 
     def fetch(self, index: int, kv: _Pair, direction: Direction) -> Pending[_Pair]:
         """Start to send what others need in this step and to receive what this rank needs."""
-        with self.wire.during(self._activity(direction, f"keys of step {index}")):
+        with self.wire.during(self._activity(direction, "keys", index)):
             return self._fetch(index, kv)
 
     def _fetch(self, index: int, kv: _Pair) -> Pending[_Pair]:

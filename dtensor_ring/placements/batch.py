@@ -12,7 +12,6 @@ sequence numbers, or a mask of padding.
 
 from __future__ import annotations
 
-import hashlib
 import struct
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtensor_ring.comm import Transport, transport_along
-from dtensor_ring.comm.rank_checks import checksum, meet, refused_together
+from dtensor_ring.comm.rank_checks import checksum, meet, number_of, refused_together
 from dtensor_ring.documents import Documents
 from dtensor_ring.layout import work_balance
 from dtensor_ring.placements.batch_reading import (
@@ -114,6 +113,11 @@ def shard_batch(
     return cut_batch(batch, placement, wire, length, found)
 
 
+def is_packed(documents: Documents | None, batch: Mapping[str, object]) -> bool:
+    """Whether documents are packed texts; those of a batch with a mask are its real tokens and its padding."""
+    return documents is not None and batch.get("attention_mask") is None
+
+
 def warn_of_imbalance(
     documents: Documents | None,
     batch: Mapping[str, object],
@@ -125,8 +129,13 @@ def warn_of_imbalance(
 
     The first packed batches of a group are looked at, since packing is alike from batch to batch; padding does not count.
     """
-    packed = documents is not None and batch.get("attention_mask") is None
-    if documents is None or not packed or transport.rank or transport.world == 1 or transport.batches >= _BATCHES_LOOKED_AT:
+    if (
+        documents is None
+        or not is_packed(documents, batch)
+        or transport.rank
+        or transport.world == 1
+        or transport.batches >= _BATCHES_LOOKED_AT
+    ):
         return
     transport.batches += 1
     balance = work_balance(placement.layout, documents, transport.world, reach)
@@ -174,7 +183,7 @@ def check_same(
         [f"{key} {value.dtype} {tuple(value.shape)}" for key, value in tensors]
         + [documents.digest if documents else "", repr(placement)]
     )
-    number = int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest(), "big")
+    number = number_of(words)
     sums = [checksum(value) for _, value in tensors]
     items = batch.get("num_items_in_batch")
     count = float(items) if isinstance(items, (Tensor, int, float)) else -1.0

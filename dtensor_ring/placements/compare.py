@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -10,8 +9,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.placement_types import Placement
 
-from dtensor_ring.comm import Transport, axis_name, transport_along
-from dtensor_ring.comm.rank_checks import is_agreed, meet, meet_on_axes, remember
+from dtensor_ring.comm import Transport, axis_name, transport_along, transports_of
+from dtensor_ring.comm.rank_checks import is_agreed, meet, meet_on_axes, number_of, remember
 from dtensor_ring.documents import Documents
 from dtensor_ring.placements import moves
 from dtensor_ring.placements.placement import SequencePlacement
@@ -61,7 +60,7 @@ def check_shares(local: Tensor, mesh: DeviceMesh, axis: int, placement: Sequence
 
 def check_whole(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], source: int) -> None:
     """Raises ValueError on every rank unless what is about to be sent fits where it is received, on every axis."""
-    layout = int.from_bytes(hashlib.blake2b(repr(placements).encode(), digest_size=7).digest(), "big")
+    layout = number_of(repr(placements))
     numbers = [source, layout, *([tensor.ndim, _dtype_number(tensor.dtype), *tensor.shape] + [-1] * 12)[:12]]
 
     def judge(i: int, table: list[list[int]]) -> None:
@@ -82,7 +81,7 @@ def check_whole(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement
                     f"{tuple(shape[:ndim])}: every rank passes a tensor of the same shape and dtype"
                 )
 
-    meet_on_axes([transport_along(mesh, i) for i in range(mesh.ndim)], "distribute_tensor", numbers, judge)
+    meet_on_axes(transports_of(mesh), "distribute_tensor", numbers, judge)
 
 
 _DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)

@@ -22,7 +22,7 @@ from torch.distributed.tensor.placement_types import Placement
 from typing_extensions import override
 
 from dtensor_ring._torch import local_of
-from dtensor_ring.comm import Transport, axis_name, transport_along
+from dtensor_ring.comm import Transport, axis_name, transport_along, transports_of
 from dtensor_ring.comm.rank_checks import refused_together
 from dtensor_ring.documents import Documents
 from dtensor_ring.placements import moves
@@ -100,7 +100,7 @@ def distribute_tensor(
     """
     _refuse_compiling("distribute_tensor")
     meets = src_data_rank is not None or documents is not None
-    with refused_together(lambda: _every_axis(mesh) if meets else []):
+    with refused_together(lambda: transports_of(mesh) if meets else []):
         targets = _checked_for_distribution(tensor, mesh, placements, src_data_rank)
         given = _documents(documents, targets, tensor.shape)
     if src_data_rank is not None:
@@ -136,10 +136,10 @@ def redistribute(
     if mesh is not None:
         text = "mesh= of redistribute does nothing, since a tensor stays on its mesh, and will be removed: leave it out"
         warnings.warn(text, DeprecationWarning, stacklevel=2)
+    if not any(isinstance(p, SequencePlacement) for p in (*tensor.placements, *_listed(placements))):
+        return tensor.redistribute(placements=normalized(tensor.device_mesh, placements, tensor.ndim))
     with refused_together(partial(_sequence_axis_or_all, tensor.device_mesh, tensor.placements)):
         targets = normalized(tensor.device_mesh, placements, tensor.ndim)
-        if not any(isinstance(p, SequencePlacement) for p in (*tensor.placements, *targets)):
-            return tensor.redistribute(placements=targets)
         normalized(tensor.device_mesh, tensor.placements, tensor.ndim)
         given = _documents(documents, (*tensor.placements, *targets), tensor.shape)
     return _Redistribute.apply(tensor, targets, _agreed(given, tensor.device_mesh))
@@ -167,18 +167,19 @@ def wrap(local: Tensor, mesh: DeviceMesh, placements: Placements, shape: Sequenc
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride))
 
 
-def _every_axis(mesh: DeviceMesh) -> list[Transport]:
-    return [transport_along(mesh, i) for i in range(mesh.ndim)]
+def _listed(placements: Sequence[Placement]) -> Sequence[Placement]:
+    """What a caller passed as placements, as far as it can be looked through: `normalized` refuses the rest."""
+    return placements if isinstance(placements, Sequence) else ()
 
 
 def _sequence_axis_or_all(mesh: DeviceMesh, placements: Sequence[Placement]) -> list[Transport]:
     """Where the other ranks learn that this one refuses a call: the sequence axis, or where it cannot be told every axis."""
     if not isinstance(mesh, DeviceMesh):
         return []
-    axes = [i for i, p in enumerate(placements) if isinstance(p, SequencePlacement)] if isinstance(placements, Sequence) else []
+    axes = [i for i, p in enumerate(_listed(placements)) if isinstance(p, SequencePlacement)]
     if len(axes) == 1 and axes[0] < mesh.ndim:
         return [transport_along(mesh, axes[0])]
-    return _every_axis(mesh)
+    return transports_of(mesh)
 
 
 def _checked_for_distribution(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], source: int | None) -> Placements:
@@ -215,7 +216,7 @@ def _documents(given: DocumentsLike | None, placements: Sequence[Placement], sha
 def _agreed(documents: Documents | None, mesh: DeviceMesh) -> Documents | None:
     """The documents, after all ranks of the mesh have compared them; raises ValueError on every rank if they differ."""
     if documents is not None:
-        check_documents(_every_axis(mesh), documents)
+        check_documents(transports_of(mesh), documents)
     return documents
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
+from dtensor_ring.balance import balance_of
 from dtensor_ring.documents import Documents, Slices
 from dtensor_ring.layout import Run, cut
 from dtensor_ring.ops.mask import Band
@@ -50,12 +51,6 @@ class Totals:
     def balance(self) -> float:
         """Mean work over the most loaded rank's: 1 is perfect."""
         return balance_of(self.scores)
-
-
-def balance_of(scores: Sequence[int]) -> float:
-    """Mean work over the most loaded rank's: 1 is perfect."""
-    most = max(scores)
-    return sum(scores) / len(scores) / most if most else 1.0
 
 
 def fetched_by(each: Plan) -> int:

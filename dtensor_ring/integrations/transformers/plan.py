@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from dtensor_ring._torch import tensors_in
-from dtensor_ring.comm import transport_along
+from dtensor_ring.comm import several_ranks, transport_along
 from dtensor_ring.comm.rank_checks import refused_together
 from dtensor_ring.documents import Documents
 from dtensor_ring.integrations.transformers.attention import KEYWORD, NAME, NO_MASK, STATE, AttentionState, RingBatch, register
@@ -51,6 +51,7 @@ from dtensor_ring.placements.batch import (
     check_placement,
     check_same,
     cut_batch,
+    is_packed,
     warn_of_imbalance,
 )
 from dtensor_ring.placements.batch_reading import find_documents, sequence_length
@@ -69,7 +70,7 @@ class RingPlan(dict[str, ParallelStyle]):
     ) -> None:
         self._model, self._placement, self._strategy, self._kernel = model, placement, strategy, kernel
         self._mesh: DeviceMesh | None = None
-        self._was_applied, self._begun_among_ranks = False, _several_ranks()
+        self._was_applied, self._begun_among_ranks = False, several_ranks()
         self._before: str | None = None
         self._documents: Documents | None = None
         self._is_packed = False
@@ -187,7 +188,7 @@ class RingPlan(dict[str, ParallelStyle]):
         return self._mesh
 
     def __del__(self) -> None:
-        if not getattr(self, "_was_applied", True) and (self._begun_among_ranks or _several_ranks()):
+        if not getattr(self, "_was_applied", True) and (self._begun_among_ranks or several_ranks()):
             warnings.warn(
                 f"ring_plan of a {type(self._model).__name__} was never applied: every rank runs the whole model on the whole "
                 "batch. Call parallelize_module(model, mesh['cp'], plan)",
@@ -205,7 +206,7 @@ class RingPlan(dict[str, ParallelStyle]):
 
     def _warn_of_one_rank(self, mesh: DeviceMesh) -> None:
         """A mesh axis of one rank in a larger program is right for a setting of 1, and wrong for the axis of another use."""
-        if mesh.size() == 1 and _several_ranks() and not re.search(_SEQUENCE_AXIS, _axis(mesh).lower()):
+        if mesh.size() == 1 and several_ranks() and not re.search(_SEQUENCE_AXIS, _axis(mesh).lower()):
             warnings.warn(
                 f"ring_plan is applied over mesh axis {_axis(mesh)}, which has one rank of {dist.get_world_size()}: nothing is "
                 "spread. Pass the axis that holds the sequence, such as mesh['cp']",
@@ -261,7 +262,7 @@ class RingPlan(dict[str, ParallelStyle]):
             found = find_documents(given, length, documents)
         check_same(given, length, found, self._placement, wire)
         warn_of_imbalance(found, given, self._placement, wire, self._reach)
-        self._is_packed = found is not None and given.get("attention_mask") is None
+        self._is_packed = is_packed(found, given)
         batch = cut_batch(given, self._placement, wire, length, found)
         found = self._documents = batch.documents
         count = batch.num_items
@@ -355,10 +356,6 @@ class _AttentionStyle(ParallelStyle):
 def _is_attention(module: nn.Module) -> bool:
     """Attention modules of transformers carry a layer index and whether they are causal, and call the attention interface."""
     return type(module).__name__.endswith("Attention") and hasattr(module, "layer_idx")
-
-
-def _several_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _axis(mesh: DeviceMesh) -> str:
