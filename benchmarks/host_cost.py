@@ -1,76 +1,229 @@
-"""What a ring_attention call on DTensors costs the host, beside the same operator on plain tensors.
+"""What a call of attention costs the host, part by part, where next to nothing is computed and nothing is sent.
 
-    python benchmarks/host_cost.py
+    python benchmarks/host_cost.py                          # the CPU, 8 tokens
+    python benchmarks/host_cost.py --device cuda            # one GPU, 512 tokens
+    python benchmarks/host_cost.py --device cuda --json host_cost.json
 
-One process, one rank, a handful of tokens on the CPU, so that next to nothing is computed and nothing is sent: the difference is
-checking, dispatch and wrapping. Medians over blocks of calls taken in turns.
+One process is a mesh axis of one rank, so that what is measured is checking, dispatch, wrapping and autograd, not transfers. The
+table goes from the kernel alone outwards; every row does what the row above does and something more:
+
+    kernel              the kernel's own functions on (B, S, H, D) tensors
+    executor            the plan of one rank walked on plain tensors
+    plain               ring_attention on plain tensors
+    DTensor             ring_attention on DTensors that were made before
+    from_local          DTensors made of local tensors, ring_attention, to_local
+    a layer             a decoder layer of a Hugging Face model with PyTorch's scaled_dot_product_attention forced to the same
+                        kernel, and under ring_plan: the difference of a deep and a shallow model, by layers
+    a batch             what is left of the shallow model: the batch cut and compared, embeddings, the loss
+
+Every result is first compared with the kernel's. Medians over blocks of calls taken in turns, in microseconds; on a GPU a block
+ends with a synchronization.
 """
 
 from __future__ import annotations
 
+import argparse
+import copy
+import json
 import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor.parallel import parallelize_module
 
-from dtensor_ring import Zigzag, from_local, ring_attention
+from dtensor_ring import Zigzag, from_local, ring_attention, ring_plan
+from dtensor_ring.comm import transport_along
+from dtensor_ring.layout import Layout
+from dtensor_ring.ops.execute import Executor
 from dtensor_ring.ops.kernels import KERNELS, Options
+from dtensor_ring.ops.mask import Band
+from dtensor_ring.ops.schedule import Problem, plan
 
-CALLS, BLOCKS = 200, 9
+Calls = dict[str, Callable[[], object]]
+SHALLOW, DEEP = 2, 10  # layers
+HEADS, KV_HEADS = 4, 2
 
 
 def main() -> None:
-    """Print a table of microseconds a call."""
+    """Print the table, and write it where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--tokens", type=int, help="default: 8 on the CPU, 512 on a GPU")
+    parser.add_argument("--calls", type=int, default=100, help="calls in a block")
+    parser.add_argument("--blocks", type=int, default=9, help="blocks of each row")
+    parser.add_argument("--no-model", action="store_true", help="leave the model's layers out (transformers is not needed then)")
+    parser.add_argument("--json", type=Path, help="where to write the medians")
+    options = parser.parse_args()
+    tokens = options.tokens or (8 if options.device == "cpu" else 512)
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("cp",))
-    q, k, v = (torch.randn(1, 8, 2, 16, requires_grad=True) for _ in range(3))
-    dout, kernel, options = torch.randn(1, 8, 2, 16), KERNELS["torch_cpu"], Options(0.25)
-
-    def placed() -> list[torch.Tensor]:
-        return [from_local(x, mesh, [Zigzag(1)], length=8, check=False) for x in (q, k, v)]
-
-    ready = [x.detach() for x in placed()]
-
-    def kernel_both() -> object:
-        out, lse = kernel.forward(q.detach(), k.detach(), v.detach(), (-1, 0), options)
-        return kernel.backward(dout, q.detach(), k.detach(), v.detach(), out, lse, (-1, 0), options)
-
-    forward: dict[str, Callable[[], object]] = {
-        "kernel alone": lambda: kernel.forward(q, k, v, (-1, 0), options),
-        "ring_attention, plain tensors": lambda: ring_attention(q, k, v),
-        "ring_attention, DTensors": lambda: ring_attention(*ready),
-        "from_local, ring_attention, to_local": lambda: ring_attention(*placed()).to_local(),
-    }
-    both: dict[str, Callable[[], object]] = {
-        "kernel alone": kernel_both,
-        "ring_attention, plain tensors": lambda: torch.autograd.grad(ring_attention(q, k, v), (q, k, v), dout),
-        "from_local, ring_attention, to_local": lambda: torch.autograd.grad(ring_attention(*placed()).to_local(), (q, k, v), dout),
-    }
-    with torch.no_grad():
-        report("forward", forward)
-    report("forward and backward", both)
+    mesh = one_rank(options.device)
+    where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
+    print(f"{where}, torch {torch.__version__}, {tokens} tokens, W=1, microseconds a call")
+    rows = {f"attention, {title}": timed(calls, options) for title, calls in attention_calls(mesh, tokens, options.device).items()}
+    if not options.no_model:
+        options.calls = max(1, options.calls // 10)
+        for title, calls in model_calls(mesh, tokens, options.device).items():
+            spent = timed(calls, options)
+            names = sorted({name.partition(" x ")[0] for name in spent}, reverse=True)
+            layer = {name: (spent[f"{name} x {DEEP}"] - spent[f"{name} x {SHALLOW}"]) / (DEEP - SHALLOW) for name in names}
+            rows[f"a layer, {title}"] = layer
+            rows[f"a batch, {title}"] = {name: spent[f"{name} x {SHALLOW}"] - SHALLOW * layer[name] for name in names}
+    for title, medians in rows.items():
+        print(title)
+        first, before = next(iter(medians.values())), 0.0
+        for name, value in medians.items():
+            print(f"  {name:<36}{value:>8.0f}   over the row above {value - before:>+8.0f}   over the first {value - first:>+8.0f}")
+            before = value
+    if options.json:
+        options.json.write_text(json.dumps({"device": where, "torch": torch.__version__, "tokens": tokens, "rows": rows}, indent=1))
     dist.destroy_process_group()
 
 
-def report(title: str, calls: dict[str, Callable[[], object]]) -> None:
-    """Microseconds of each, measured in turns."""
+def one_rank(device: str) -> DeviceMesh:
+    """A mesh axis of this process alone."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return init_device_mesh(device, (1,), mesh_dim_names=("cp",))
+
+
+def attention_calls(mesh: DeviceMesh, tokens: int, device: str) -> dict[str, Calls]:
+    """The rows of one attention, forward without gradients and forward with backward; their results are compared first."""
+    kernel = KERNELS["torch_flash" if device == "cuda" else "torch_cpu"]
+    dim, dtype = (128, torch.bfloat16) if device == "cuda" else (16, torch.float32)
+    shapes = [(1, tokens, heads, dim) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
+    q, k, v, dout = (torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    options = Options(dim**-0.5)
+    problem = Problem(Layout("zigzag"), Band.parse("causal"), tokens, tokens, 1)
+    executor = Executor(plan(problem, 0), transport_along(mesh), kernel, options)
+
+    def placed(tensors: list[Tensor]) -> list[Tensor]:
+        return [from_local(x, mesh, [Zigzag(1)], length=tokens, check=False) for x in tensors]
+
+    ready, ready_leaves = placed([q, k, v]), placed(leaves)
+    local_dout = from_local(dout, mesh, [Zigzag(1)], length=tokens, check=False)
+
+    def kernel_both() -> tuple[Tensor, ...]:
+        out, lse = kernel.forward(q, k, v, (-1, 0), options)
+        return kernel.backward(dout, q, k, v, out, lse, (-1, 0), options)
+
+    def executor_both() -> tuple[Tensor, ...]:
+        out, lse = executor.forward(q, k, v)
+        return executor.backward(dout, q, k, v, out, lse)[:3]
+
+    def without_gradients(act: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        return torch.no_grad()(act)
+
+    def attended(tensors: list[Tensor]) -> Tensor:
+        return ring_attention(*placed(tensors)).to_local()
+
+    forward: dict[str, Callable[[], Any]] = {
+        "kernel": lambda: kernel.forward(q, k, v, (-1, 0), options)[0],
+        "executor": lambda: executor.forward(q, k, v)[0],
+        "plain": without_gradients(lambda: ring_attention(q, k, v)),
+        "DTensor": without_gradients(lambda: ring_attention(*ready)),
+        "from_local": without_gradients(lambda: attended([q, k, v])),
+    }
+    both: dict[str, Callable[[], Any]] = {
+        "kernel": kernel_both,
+        "executor": executor_both,
+        "plain": lambda: torch.autograd.grad(ring_attention(*leaves), leaves, dout),
+        "DTensor": lambda: torch.autograd.grad(ring_attention(*ready_leaves), ready_leaves, local_dout),
+        "from_local": lambda: torch.autograd.grad(attended(leaves), leaves, dout),
+    }
+    check(forward)
+    check(both)
+    return {"forward": forward, "forward and backward": both}
+
+
+def check(calls: dict[str, Callable[[], Any]]) -> None:
+    """Stop unless every row computes what the kernel does; the flash kernels' dq may differ from run to run by its rounding."""
+    wanted, *others = (_listed(call()) for call in calls.values())
+    for tensors in others:
+        for mine, its in zip(tensors, wanted, strict=True):
+            torch.testing.assert_close(mine, its, rtol=2e-2, atol=2e-2)
+
+
+def _listed(result: Any) -> list[Tensor]:  # noqa: ANN401
+    tensors = [result] if isinstance(result, Tensor) else list(result)
+    return [x.to_local() if hasattr(x, "to_local") else x for x in tensors]
+
+
+def model_calls(mesh: DeviceMesh, tokens: int, device: str) -> dict[str, Calls]:
+    """A small Llama with PyTorch's attention by the same kernel, and under ring_plan: the losses are compared first."""
+    from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
+
+    AttentionInterface.register("same_kernel", _same_kernel)
+    AttentionMaskInterface.register("same_kernel", lambda *_shapes, **_mask: None)
+    dim, dtype = (128, torch.bfloat16) if device == "cuda" else (16, torch.float32)
+    ids = torch.randint(0, 1000, (1, tokens), device=device)
+    models: dict[str, Any] = {}
+    for layers in (SHALLOW, DEEP):
+        config = LlamaConfig(
+            hidden_size=HEADS * dim,
+            intermediate_size=2 * HEADS * dim,
+            num_hidden_layers=layers,
+            num_attention_heads=HEADS,
+            num_key_value_heads=KV_HEADS,
+            head_dim=dim,
+            vocab_size=1000,
+        )
+        stock, ours = (LlamaForCausalLM(copy.deepcopy(config)).to(device, dtype) for _ in range(2))
+        stock.set_attn_implementation("same_kernel")
+        ours.load_state_dict(stock.state_dict())
+        parallelize_module(ours, mesh["cp"], ring_plan(ours, Zigzag(1)))
+        torch.testing.assert_close(_loss(ours, ids), _loss(stock, ids), rtol=1e-2, atol=1e-2)
+        models |= {f"scaled_dot_product_attention x {layers}": stock, f"ring_plan x {layers}": ours}
+    return {
+        "forward": {name: torch.no_grad()(partial(_loss, model, ids)) for name, model in models.items()},
+        "forward and backward": {name: partial(_step, model, ids) for name, model in models.items()},
+    }
+
+
+def _loss(model: Any, ids: Tensor) -> Tensor:  # noqa: ANN401
+    return model(input_ids=ids, labels=ids).loss
+
+
+def _step(model: Any, ids: Tensor) -> None:  # noqa: ANN401
+    model.zero_grad()
+    _loss(model, ids).backward()
+
+
+def _same_kernel(
+    _module: object, query: Tensor, key: Tensor, value: Tensor, _mask: object, scaling: float | None = None, **_rest: object
+) -> tuple[Tensor, None]:
+    """Attention of one device by the flash kernel, as transformers calls it."""
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def timed(calls: Calls, options: argparse.Namespace) -> dict[str, float]:
+    """Median microseconds a call of each, measured in turns."""
     spent: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(BLOCKS):
+    for _ in range(options.blocks):
         for name, call in calls.items():
             call()
+            _synchronize(options.device)
             begin = time.perf_counter()
-            for _ in range(CALLS):
+            for _ in range(options.calls):
                 call()
-            spent[name].append((time.perf_counter() - begin) / CALLS * 1e6)
-    print(title)
-    for name, values in spent.items():
-        print(f"  {name:<40}{statistics.median(values):>8.0f} us")
+            _synchronize(options.device)
+            spent[name].append((time.perf_counter() - begin) / options.calls * 1e6)
+    return {name: statistics.median(values) for name, values in spent.items()}
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":
