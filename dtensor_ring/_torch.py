@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from typing import Any, Generic, TypeVar
 from weakref import ref
@@ -26,7 +26,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._op_schema import OpSchema, OutputSharding, RuntimeSchemaInfo
 from torch.distributed.tensor._ops.utils import register_prop_rule
 from torch.distributed.tensor._sharding_prop import LocalLRUCache
-from torch.distributed.tensor.placement_types import _StridedShard
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from typing_extensions import override
 
 __all__ = [
@@ -36,7 +36,9 @@ __all__ = [
     "OutputSharding",
     "PartialNorm",
     "PlacementBase",
+    "below_autograd",
     "complete_cache_keys",
+    "dtensor_of",
     "install_rule",
     "is_tracing",
     "lasting",
@@ -220,6 +222,26 @@ def register_attention_rule(op: OpOverload, rule: Callable[[OpSchema], OutputSha
 def local_of(tensor: DTensor) -> Tensor:
     """The local tensor without the autograd node of `to_local()`: for use inside autograd functions."""
     return tensor._local_tensor
+
+
+def dtensor_of(
+    local: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...], shape: Sequence[int], stride: tuple[int, ...]
+) -> DTensor:
+    """A DTensor of known global shape and strides, for use inside autograd functions: `DTensor.from_local` without its checks.
+
+    It requires a gradient where `local` does: autograd functions give their results the gradients they have.
+    """
+    meta = TensorMeta(torch.Size(shape), stride, local.dtype)
+    return DTensor(local.detach(), DTensorSpec(mesh, placements, tensor_meta=meta), requires_grad=local.requires_grad)
+
+
+def below_autograd() -> AbstractContextManager[None]:
+    """Operators called inside go to their kernels at once: for use inside autograd functions, where no gradient is recorded.
+
+    Python kernels for autograd cost the host as much as DTensor's dispatch. Gone once `torch.autograd.Function` excludes autograd's
+    dispatch keys in its forward.
+    """
+    return torch._C._AutoDispatchBelowAutograd()
 
 
 def replicated(tensor: Tensor, like: DTensor) -> DTensor:

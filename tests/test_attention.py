@@ -23,6 +23,9 @@ from dtensor_ring import (
     redistribute,
     ring_attention,
 )
+from dtensor_ring.layout import Layout
+from dtensor_ring.ops.call import AttentionCall
+from dtensor_ring.ops.mask import Band
 
 PLACEMENTS = {
     "contiguous": Contiguous(1),
@@ -162,10 +165,15 @@ def test_the_operators_pass_torch_s_own_checks():
     case = make_case(6, batch=1)
     documents = Documents.from_lengths([2, 4]).packed
     leaves = [x.clone().requires_grad_() for x in case.inputs]
-    rest = 6, 6, 0, 0, 8**-0.5, 0.0, 0.0, False, "causal", "contiguous", "ring", "math", 0, ""
+    call = AttentionCall(Band.parse("causal"), 8**-0.5, Layout("contiguous"), kernel="math")
+    rest = (6, 6), (0, 0), str(call), ""
     sinks, slopes = torch.randn(4, dtype=torch.float64, requires_grad=True), torch.rand(4)
     for extras in ((None, None), (sinks, None), (sinks, slopes)):
         torch.library.opcheck(torch.ops.dtensor_ring.attention, (*leaves, *extras, documents, *rest))
+        saved = torch.ops.dtensor_ring.attention(*leaves, *extras, documents, *rest)
+        tensors = [x if x is None else x.detach() for x in (*leaves, *extras)]
+        backward = case.dout, *tensors, *(x.detach() for x in saved), documents, *rest
+        torch.library.opcheck(torch.ops.dtensor_ring.attention_backward, backward)
 
 
 def test_gradients_agree_with_finite_differences():
@@ -343,11 +351,12 @@ def wrong_layout_argument():
     mesh = _mesh()
     placed = distribute_tensor(torch.randn(1, 8, 2, 4), mesh, [Zigzag(1)])
     none = DTensor.from_local(torch.empty(0, dtype=torch.int64), mesh, [Replicate()], run_check=False)
-    rest = 8, 8, 0, 0, 0.5, 0.0, 0.0, False, "causal", "stripe:1", "ring", "math", 0, mesh.get_group().group_name
+    call = AttentionCall(Band.parse("causal"), 0.5, Layout("stripe"), kernel="math")
+    rest = (8, 8), (0, 0), str(call), mesh.get_group().group_name
     _refused(
         lambda: torch.ops.dtensor_ring.attention(placed, placed, placed, None, None, none, *rest),
         RuntimeError,
-        "was given layout='stripe:1'",
+        "was given the layout stripe:1",
         "Zigzag(1)",
     )
 

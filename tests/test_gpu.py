@@ -26,7 +26,10 @@ from dtensor_ring import (
     redistribute,
     ring_attention,
 )
+from dtensor_ring.layout import Layout
+from dtensor_ring.ops.call import AttentionCall
 from dtensor_ring.ops.kernels import KERNELS, Need, Options, Packing, Span
+from dtensor_ring.ops.mask import Band
 from dtensor_ring.ops.merge import merge_
 from dtensor_ring.ops.reference import reference_attention
 
@@ -168,17 +171,14 @@ def peak_memory_of_the_ring():
             return ring_attention(*placed, kernel="torch_flash", return_lse=True)
 
     out, lse = (x.to_local() for x in ring())
-    arguments = (
-        *(torch.empty(0, dtype=torch.int64), world * tokens, world * tokens, 0, 0, dim**-0.5, 0.0, 0.0, False, "causal", "zigzag"),
-        "ring",
-    )
-    seed = torch.empty(0, dtype=torch.int64)
-    group = mesh.get_group().group_name
+    none = torch.empty(0, dtype=torch.int64)
+    call = AttentionCall(Band.parse("causal"), dim**-0.5, Layout("zigzag"), kernel="torch_flash", training=True)
+    arguments = none, (world * tokens, world * tokens), (0, 0), str(call), mesh.get_group().group_name
     backward = torch.ops.dtensor_ring.attention_backward
     kv, q_bytes, lse_bytes = k.nbytes + v.nbytes, q.nbytes, lse.nbytes
     kernel_backward = peak(lambda: kernel.backward(dout, q, k, v, out, lse, (-1, 0), scale)) - q_bytes - kv
     forward = peak(ring)
-    both = peak(lambda: backward(dout, q, k, v, None, None, out, lse, seed, *arguments, "torch_flash", 0, group))
+    both = peak(lambda: backward(dout, q, k, v, None, None, out, lse, none, *arguments))
     slack = 8 << 20
     assert forward <= 2 * kv + q_bytes + 2 * q_bytes + 2 * lse_bytes + slack
     assert both <= 2 * kv + 4 * kv + 2 * q_bytes + q_bytes + kv + kernel_backward + slack

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dtensor_ring.attention import choose_for_alibi
-from dtensor_ring.comm import transport_of
-from dtensor_ring.documents import Documents, Slices, packed_of
+from dtensor_ring.documents import Documents, Slices
 from dtensor_ring.layout import Layout
-from dtensor_ring.ops.agree import check_agreement
-from dtensor_ring.ops.arguments import check_extras, check_tensors, factor_of, need_of
-from dtensor_ring.ops.kernels import choose_kernel
-from dtensor_ring.ops.library import attention
-from dtensor_ring.ops.mask import Band, mask_text
-from dtensor_ring.ops.schedule import Problem
+from dtensor_ring.ops import attend as operators
+from dtensor_ring.ops.arguments import Arguments, Strategy
+from dtensor_ring.ops.place import place_in_group
+from dtensor_ring.ops.prepare import Inputs, prepare
 
 Output = Tensor | tuple[Tensor, Tensor, None]
 
@@ -66,11 +61,19 @@ class Settings:
         """Ranks that share the sequence."""
         return dist.get_world_size(self.process_group)
 
-    @property
-    def mask(self) -> str:
-        """The mask as `Band.parse` reads it."""
+    def arguments(self, strategy: Strategy | None, heads_at_once: int) -> Arguments:
+        """As `ring_attention` takes them."""
         left, right = self.window_size
-        return mask_text(self.causal, (left, min(right, 0) if self.causal else right))
+        return Arguments(
+            self.causal,
+            (left, min(right, 0) if self.causal else right),
+            self.softmax_scale,
+            self.softcap,
+            self.dropout_p,
+            self.deterministic,
+            strategy,
+            heads_at_once=heads_at_once,
+        )
 
 
 def attend(
@@ -79,7 +82,7 @@ def attend(
     v_BSHD: Tensor,
     settings: Settings,
     layout: Layout,
-    strategy: str = "ring",
+    strategy: Strategy | None = None,
     documents: Documents | Slices | None = None,
     heads_at_once: int = 0,
 ) -> tuple[Tensor, Tensor]:
@@ -92,34 +95,12 @@ def attend(
         ValueError: shapes that do not fit together.
         NotImplementedError: no kernel does what is asked; the text has each one's reason.
     """
-    check_tensors(q_BSHD, k_BSHD, v_BSHD)
-    check_extras(q_BSHD, settings.sinks, settings.softcap, settings.dropout_p, settings.alibi_slopes)
-    scale = factor_of(settings.softmax_scale, q_BSHD.shape[3])
-    world, mask = settings.world, settings.mask
-    q_length, k_length = world * q_BSHD.shape[1], world * k_BSHD.shape[1]
-    if isinstance(documents, Documents):
-        q_length = k_length = documents.length
-    softcap, dropout_p, deterministic = float(settings.softcap), float(settings.dropout_p), settings.deterministic
     tensors = q_BSHD, k_BSHD, v_BSHD
-    need = need_of(*tensors, settings.sinks, softcap=softcap, deterministic=deterministic, dropout_p=dropout_p)
-    if settings.alibi_slopes is not None:
-        problem = Problem(layout, Band.parse(mask), q_length, k_length, world, strategy, documents)
-        strategy, alignment = choose_for_alibi(None if strategy == "ring" else strategy, problem)
-        need = replace(need, alibi=alignment)
-    kernel = choose_kernel(None, need).name
-    bounds = packed_of(documents)
-    group = settings.process_group.group_name
-    if not torch.compiler.is_compiling():
-        numbers = f"scale {scale}, softcap {softcap}, dropout_p {dropout_p}, deterministic {deterministic}"
-        whole = str(documents) if isinstance(documents, Documents) else ""
-        words = str(q_BSHD.dtype), f"mask {mask}", strategy, kernel, numbers, whole
-        shapes = [(x.shape[0], length, *x.shape[2:]) for x, length in zip(tensors, (q_length, k_length, k_length), strict=True)]
-        rows = q_BSHD.shape[1], k_BSHD.shape[1]
-        transport = transport_of(settings.process_group)
-        check_agreement(transport, "attention over a process group", layout, (*shapes[0], *shapes[1], *shapes[2]), rows, words)
-    options = scale, softcap, dropout_p, deterministic, mask, str(layout), strategy, kernel, heads_at_once, group
-    out, lse, _ = attention(*tensors, settings.sinks, settings.alibi_slopes, bounds, q_length, k_length, 0, 0, *options)
-    return out, lse
+    lengths = (documents.length, documents.length) if isinstance(documents, Documents) else None
+    place = place_in_group(tensors, settings.process_group, layout, lengths)
+    inputs = Inputs(*tensors, settings.sinks, settings.alibi_slopes, documents)
+    prepared = prepare(inputs, settings.arguments(strategy, heads_at_once), place, "attention")
+    return operators.attend(*tensors, prepared, return_lse=True)
 
 
 def answer(out: Tensor, lse: Tensor, settings: Settings) -> Output:

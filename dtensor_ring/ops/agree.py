@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from dtensor_ring._torch import is_tracing
-from dtensor_ring.comm import Transport, transport_along
+from dtensor_ring.comm import Transport, transport_along, transport_of
 from dtensor_ring.comm.rank_checks import is_agreed, meet, number_of, refused_together, remember
 from dtensor_ring.layout import Layout
 from dtensor_ring.placements import SequencePlacement
@@ -20,6 +22,11 @@ from dtensor_ring.placements import SequencePlacement
 def refused_by_all(*tensors: Tensor) -> AbstractContextManager[None]:
     """What is refused inside the block on one rank is told to the ranks that share the sequence of `tensors`."""
     return nullcontext() if torch.compiler.is_compiling() or is_tracing() else refused_together(partial(_meeting_places, tensors))
+
+
+def refused_in_group(group: dist.ProcessGroup) -> AbstractContextManager[None]:
+    """What is refused inside the block on one rank is told to the ranks of the group."""
+    return nullcontext() if torch.compiler.is_compiling() or is_tracing() else refused_together(lambda: [transport_of(group)])
 
 
 def _meeting_places(tensors: Sequence[Tensor]) -> list[Transport]:
@@ -32,9 +39,31 @@ def _meeting_places(tensors: Sequence[Tensor]) -> list[Transport]:
     return []
 
 
-def check_agreement(
-    transport: Transport, name: str, layout: Layout, shapes: tuple[int, ...], rows: tuple[int, int], words: tuple[str, ...]
-) -> None:
+@dataclass(frozen=True)
+class Facts:
+    """What must be the same on all ranks, documents aside.
+
+    Attributes:
+        name: the call, for errors.
+        layout: how tokens are spread over the ranks.
+        shapes: global shapes (B, S, H, D) of q, k and v, one after the other.
+        rows: this rank's tokens of q and of k.
+        words: everything else that must be the same: dtype, mask, strategy, kernel, numbers.
+    """
+
+    name: str
+    layout: Layout
+    shapes: tuple[int, ...]
+    rows: tuple[int, int]
+    words: tuple[str, ...]
+
+    @cached_property
+    def key(self) -> str:
+        """All of it in one text. Agreements are kept by texts: tuples of numbers would be objects that stay for every call."""
+        return f"{self.name}|{self.layout}|{self.shapes}|{self.rows}|{'|'.join(self.words)}"
+
+
+def check_agreement(transport: Transport, facts: Facts, documents: str) -> None:
     """Compare a call over a group; the host waits for a few integers of each rank. Agreement is remembered by the group.
 
     Ranks meet here when the signature is new to the group, which it is on all of its ranks or on none as long as they make the
@@ -42,42 +71,38 @@ def check_agreement(
 
     Args:
         transport: the group.
-        name: the call, for the error.
-        layout: how tokens are spread over the ranks.
-        shapes: global shapes (B, S, H, D) of q, k and v, one after the other.
-        rows: this rank's tokens of q and of k.
-        words: everything else that must be the same: dtype, mask, strategy, kernel, numbers, documents.
+        facts: what must be the same.
+        documents: the documents in words, which tell them apart; "" for none.
 
     Raises:
         ValueError, TypeError, NotImplementedError: a rank refuses this call, on every rank.
         RuntimeError: ranks are in different calls, on every rank.
         ValueError: ranks differ, or a share does not hold the tokens that the layout gives its rank; on every rank.
     """
-    call = name, layout, shapes, rows, words
+    call = facts.key, documents
     if not is_agreed(transport, call):
-        _compare(transport, name, layout, shapes, rows, words)
+        _compare(transport, facts, documents or "no documents")
         remember(transport, call)
 
 
-def _compare(
-    wire: Transport, name: str, layout: Layout, shapes: tuple[int, ...], rows: tuple[int, int], words: tuple[str, ...]
-) -> None:
+def _compare(transport: Transport, facts: Facts, documents: str) -> None:
+    name, layout, shapes, words = facts.name, facts.layout, facts.shapes, (*facts.words, documents)
     number = number_of("|".join((str(layout), *words)))
-    every = meet(wire, name, [*shapes, *rows, number])
-    mine = every[wire.rank]
+    every = meet(transport, name, [*shapes, *facts.rows, number])
+    mine = every[transport.rank]
     for rank, (*its_shapes, q_rows, k_rows, its_number) in enumerate(every):
         if its_shapes != mine[:-3]:
             raise ValueError(
-                f"{name}: rank {wire.rank} has q, k, v of global shapes {_three(mine)}, rank {rank} has {_three(its_shapes)}: "
+                f"{name}: rank {transport.rank} has q, k, v of global shapes {_three(mine)}, rank {rank} has {_three(its_shapes)}: "
                 "every rank must hold its share of the same tensors"
             )
         if its_number != number:
             raise ValueError(
                 f"{name}: rank {rank} calls with another layout, dtype, mask, strategy, kernel, number or documents than rank "
-                f"{wire.rank}, which has {layout}, {', '.join(words)}: every rank must make the same call"
+                f"{transport.rank}, which has {layout}, {', '.join(words)}: every rank must make the same call"
             )
         for tensor, length, held in (("q", shapes[1], q_rows), ("k", shapes[5], k_rows)):
-            needed = layout.local_length(length, wire.world, rank)
+            needed = layout.local_length(length, transport.world, rank)
             if held != needed:
                 raise ValueError(
                     f"{name}: rank {rank} holds {held} tokens of {tensor}, but {layout} of length {length} gives it "

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from dtensor_ring.ops.kernels import Need
+from dtensor_ring.ops.kernels import KernelName
 
 Strategy = Literal["ring", "gather", "ulysses", "local"]
 
@@ -62,13 +62,30 @@ def factor_of(scale: float | None, head_dim: int) -> float:
     return factor
 
 
-def check_extras(q: Tensor, sinks: Tensor | None, softcap: float, dropout_p: float, alibi_slopes: Tensor | None) -> None:
-    """Raises an error unless sinks are (H,), slopes (H,) or (B, H) in float32, and numbers in their range."""
-    batch, _, heads, _ = q.shape
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p is a probability below 1, found {dropout_p}")
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap bounds scores and is positive, or 0 for none, found {softcap}")
+class Arguments(NamedTuple):
+    """The arguments of a caller as they were given; see `dtensor_ring.ring_attention`."""
+
+    is_causal: bool = True
+    window: tuple[int, int] = (-1, -1)
+    scale: float | None = None
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    deterministic: bool = False
+    strategy: Strategy | None = None
+    kernel: KernelName | None = None
+    heads_at_once: int = 0
+
+
+def check_numbers(asked: Arguments) -> None:
+    """Raises ValueError unless the dropout probability and the softcap are in their range."""
+    if not 0 <= asked.dropout_p < 1:
+        raise ValueError(f"dropout_p is a probability below 1, found {asked.dropout_p}")
+    if not 0 <= asked.softcap < math.inf:
+        raise ValueError(f"softcap bounds scores and is positive, or 0 for none, found {asked.softcap}")
+
+
+def check_extras(batch: int, heads: int, sinks: Tensor | None, alibi_slopes: Tensor | None) -> None:
+    """Raises an error unless sinks are (H,), slopes (H,) or (B, H) in float32, for all heads and rows of the batch."""
     if sinks is not None and tuple(sinks.shape) != (heads,):
         raise ValueError(f"sinks must have shape (H,) = ({heads},), found {tuple(sinks.shape)}")
     if alibi_slopes is None:
@@ -79,26 +96,3 @@ def check_extras(q: Tensor, sinks: Tensor | None, softcap: float, dropout_p: flo
         raise TypeError(f"alibi_slopes must be a plain float32 tensor, found {type(alibi_slopes).__name__} {alibi_slopes.dtype}")
     if alibi_slopes.requires_grad:
         raise NotImplementedError("alibi_slopes get no gradient: pass alibi_slopes.detach()")
-
-
-def need_of(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    *,
-    softcap: float,
-    deterministic: bool,
-    dropout_p: float,
-) -> Need:
-    """What a call asks of a kernel, ALiBi aside."""
-    return Need(
-        device=q.device.type,
-        dtype=q.dtype,
-        head_dim=q.shape[3],
-        v_head_dim=v.shape[3],
-        training=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)),
-        softcap=softcap,
-        deterministic=deterministic,
-        dropout=dropout_p > 0,
-    )

@@ -44,6 +44,13 @@ class Band:
         return f"window {back} back, {ahead} ahead"
 
     @property
+    def text(self) -> str:
+        """What `parse` reads."""
+        if self.hi is None and self.lo in (None, 0):
+            return "full" if self.lo is None else "causal"
+        return f"window:{-1 if self.hi is None else self.hi},{-1 if self.lo is None else -self.lo}"
+
+    @property
     def bounded(self) -> bool:
         """Whether a query sees a number of keys that does not grow with the length."""
         return self.lo is not None and self.hi is not None

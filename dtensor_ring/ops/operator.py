@@ -2,13 +2,20 @@
 
     per rank    q_BSHD (B, Sq/W, H, D), k_BSHD (B, Sk/W, Hk, D), v_BSHD (B, Sk/W, Hk, Dv) -> out (B, Sq/W, H, Dv), lse (B, H, Sq/W)
 
-Everything an operator needs beside tensors are ints and strings: a plan is looked up from them. Lengths are global. Documents
-are an int64 CPU tensor (`Documents.packed`), whose values neither DTensor's caches nor compiled graphs depend on. With an empty
-`group` the operator is attention of one device. Operators take no defaults: DTensor's dispatch drops arguments equal to one.
+    sinks       (H,) of this rank's heads, or None                alibi     slopes (H,) or (B, H) of this rank's part, or None
+    documents   an int64 CPU tensor, `Documents.encoded`; no elements for no documents
+    lengths     global tokens of queries and of keys              origin    first batch row and head of this rank's part
+    call        the text of an `AttentionCall`                    group     the name of the process group, "" for this rank alone
+
+Neither DTensor's caches nor compiled graphs depend on the values of `documents`, and `lengths` and `origin` may be symbols. The
+operators take no defaults: DTensor's dispatch drops arguments equal to one. They are defined by schema and implementation, since a
+call costs twice as much under the decorator `torch.library.custom_op`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,58 +24,63 @@ from torch.distributed.tensor import DTensor
 
 from dtensor_ring._torch import local_of, resolve_group
 from dtensor_ring.comm import AloneTransport, Transport, transport_of
-from dtensor_ring.documents import Documents
-from dtensor_ring.layout import Layout
+from dtensor_ring.documents import Documents, Slices
 from dtensor_ring.ops import heads
+from dtensor_ring.ops.call import AttentionCall
 from dtensor_ring.ops.execute import Executor
-from dtensor_ring.ops.kernels import KERNELS, Options
-from dtensor_ring.ops.mask import Band
 from dtensor_ring.ops.merge import accumulate_dtype
-from dtensor_ring.ops.schedule import Problem, plan
+from dtensor_ring.ops.schedule import plan
 from dtensor_ring.ops.ulysses import UlyssesExecutor
 from dtensor_ring.placements import SequencePlacement, redistribute
 
+Pair = Sequence[int]
 
-@torch.library.custom_op("dtensor_ring::attention", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def attention(
+torch.library.define(
+    "dtensor_ring::attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? alibi, Tensor documents, SymInt[] lengths, SymInt[] origin, str call, "
+    "str group) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
+)
+torch.library.define(
+    "dtensor_ring::attention_backward",
+    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? alibi, Tensor out, Tensor lse, Tensor seed, "
+    "Tensor documents, SymInt[] lengths, SymInt[] origin, str call, str group) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl("dtensor_ring::attention", "CompositeExplicitAutograd")
+def _attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     sinks: Tensor | None,
     alibi: Tensor | None,
     documents: Tensor,
-    q_length: int,
-    k_length: int,
-    first_row: int,
-    first_head: int,
-    scale: float,
-    softcap: float,
-    dropout_p: float,
-    deterministic: bool,
-    mask: str,
-    layout: str,
-    strategy: str,
-    kernel: str,
-    heads_at_once: int,
+    lengths: Pair,
+    origin: Pair,
+    call: str,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Out and lse of this rank's queries, and the seed of its dropout masks (1,), on the CPU; empty without dropout."""
-    options = Options(scale, softcap, deterministic, dropout_p)
-    problem = documents, q_length, k_length, mask, layout, strategy
-    seed = torch.randint(1 << 62, (int(dropout_p > 0),))
-    executor = _executor(*problem, kernel, group, options, sinks, alibi, (first_row, first_head))
+    asked = AttentionCall.parse(call)
+    executor = _executor(asked, q, v, (sinks, alibi), documents, lengths, origin, group)
+    seed = torch.randint(1 << 62, (1,)) if asked.dropout_p else torch.empty(0, dtype=torch.int64)
+    if not torch.is_autocast_enabled(q.device.type):
+        return *heads.forward(executor, _inner(q), _inner(k), _inner(v), asked.heads_at_once, _value(seed)), seed
     with torch.autocast(q.device.type, enabled=False):
-        return *heads.forward(executor, _inner(q), _inner(k), _inner(v), heads_at_once, _value(seed)), seed
+        return *heads.forward(executor, _inner(q), _inner(k), _inner(v), asked.heads_at_once, _value(seed)), seed
 
 
-@attention.register_fake
+@torch.library.register_fake("dtensor_ring::attention")
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=accumulate_dtype(q.dtype))
-    return q.new_empty((*q.shape[:3], v.shape[3])), lse, torch.empty(int(rest[9] > 0), dtype=torch.int64)
+    dropout_p = AttentionCall.parse(rest[5]).dropout_p
+    return q.new_empty((*q.shape[:3], v.shape[3])), lse, torch.empty(int(dropout_p > 0), dtype=torch.int64)
 
 
-@torch.library.custom_op("dtensor_ring::attention_backward", mutates_args=())
-def attention_backward(
+@torch.library.impl("dtensor_ring::attention_backward", "CompositeExplicitAutograd")
+def _attention_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -79,35 +91,31 @@ def attention_backward(
     lse: Tensor,
     seed: Tensor,
     documents: Tensor,
-    q_length: int,
-    k_length: int,
-    first_row: int,
-    first_head: int,
-    scale: float,
-    softcap: float,
-    dropout_p: float,
-    deterministic: bool,
-    mask: str,
-    layout: str,
-    strategy: str,
-    kernel: str,
-    heads_at_once: int,
+    lengths: Pair,
+    origin: Pair,
+    call: str,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv of this rank's shares, and its part of dsinks, empty without sinks."""
-    options = Options(scale, softcap, deterministic, dropout_p)
-    problem = documents, q_length, k_length, mask, layout, strategy
-    executor = _executor(*problem, kernel, group, options, sinks, alibi, (first_row, first_head))
-    with torch.autocast(q.device.type, enabled=False):
-        tensors = dout.contiguous(), _inner(q), _inner(k), _inner(v), out, lse
-        dq, dk, dv, dsinks = heads.backward(executor, *tensors, heads_at_once, _value(seed))
+    asked = AttentionCall.parse(call)
+    executor = _executor(asked, q, v, (sinks, alibi), documents, lengths, origin, group)
+    tensors = dout.contiguous(), _inner(q), _inner(k), _inner(v), out, lse
+    if not torch.is_autocast_enabled(q.device.type):
+        dq, dk, dv, dsinks = heads.backward(executor, *tensors, asked.heads_at_once, _value(seed))
+    else:
+        with torch.autocast(q.device.type, enabled=False):
+            dq, dk, dv, dsinks = heads.backward(executor, *tensors, asked.heads_at_once, _value(seed))
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
-@attention_backward.register_fake
+@torch.library.register_fake("dtensor_ring::attention_backward")
 def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *_rest: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
     dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
+
+
+attention = torch.ops.dtensor_ring.attention.default
+attention_backward = torch.ops.dtensor_ring.attention_backward.default
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:  # noqa: ANN401
@@ -118,14 +126,24 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, dout: Tensor, *_others: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
     q, k, v, sinks, alibi, out, lse, seed, documents = ctx.saved_tensors
-    if isinstance(dout, DTensor) and dout.placements != out.placements:
-        dout = redistribute(dout, out.placements, documents=_cutting(documents, out))
-    tensors = dout, q, k, v, sinks, alibi, out, lse, seed, documents
-    dq, dk, dv, dsinks = torch.ops.dtensor_ring.attention_backward(*tensors, *ctx.rest)
+    if isinstance(dout, DTensor):
+        dout = placed_as(dout, out.placements, documents)
+    dq, dk, dv, dsinks = attention_backward(dout, q, k, v, sinks, alibi, out, lse, seed, documents, *ctx.rest)
     return dq, dk, dv, None if sinks is None else dsinks, None, None, *(None for _ in ctx.rest)
 
 
-attention.register_autograd(_backward, setup_context=_setup_context)
+# For compilers, and for direct calls of the operator; `ring_attention` has an autograd function of its own.
+torch.library.register_autograd("dtensor_ring::attention", _backward, setup_context=_setup_context)
+
+
+def placed_as(dout: DTensor, placements: tuple[Any, ...], documents: Tensor) -> DTensor:
+    """The gradient of out, placed as out is; `documents` are those that the operator was given."""
+    if dout.placements == placements:
+        return dout
+    cut = any(isinstance(p, SequencePlacement) and p.layout.cut for p in placements)
+    bounds = Documents.unpack(local_of(documents) if isinstance(documents, DTensor) else documents) if cut else None
+    assert not isinstance(bounds, Slices), "slices come with plain tensors only"
+    return redistribute(dout, placements, documents=bounds)
 
 
 def _value(seed: Tensor) -> int:
@@ -137,32 +155,24 @@ def _inner(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _cutting(documents: Tensor, out: DTensor) -> Documents | None:
-    """The documents, if tokens are laid out by them."""
-    if not any(isinstance(p, SequencePlacement) and p.layout.cut for p in out.placements):
-        return None
-    found = Documents.unpack(local_of(documents) if isinstance(documents, DTensor) else documents)
-    assert isinstance(found, Documents), "checked before the forward pass"
-    return found
-
-
 def _executor(
+    call: AttentionCall,
+    q: Tensor,
+    v: Tensor,
+    extras: tuple[Tensor | None, Tensor | None],
     documents: Tensor,
-    q_length: int,
-    k_length: int,
-    mask: str,
-    layout: str,
-    strategy: str,
-    kernel: str,
+    lengths: Pair,
+    origin: Pair,
     group: str,
-    options: Options,
-    sinks: Tensor | None,
-    alibi: Tensor | None,
-    origin: tuple[int, int],
 ) -> Executor | UlyssesExecutor:
-    wire: Transport = transport_of(resolve_group(group)) if group else AloneTransport()
-    found = Documents.unpack(documents)
-    problem = Problem(Layout.parse(layout), Band.parse(mask), q_length, k_length, wire.world, strategy, found)
+    transport: Transport = transport_of(resolve_group(group)) if group else AloneTransport()
+    problem = call.problem(lengths, transport.world, Documents.unpack(documents))
+    need = call.need(q.device.type, q.dtype, q.shape[3], v.shape[3])
+    strategy, kernel = call.choose(need, extras[1] is not None, problem)
+    row, head = origin
+    rest = kernel, call.options, *extras, (row, head)
     if strategy == "ulysses":
-        return UlyssesExecutor(problem, wire, KERNELS[kernel], options, sinks, alibi, origin)
-    return Executor(plan(problem, wire.rank), wire, KERNELS[kernel], options, sinks, alibi, origin)
+        return UlyssesExecutor(replace(problem, strategy=strategy), transport, *rest)
+    if strategy != problem.strategy:
+        problem = replace(problem, strategy=strategy)
+    return Executor(plan(problem, transport.rank), transport, *rest)

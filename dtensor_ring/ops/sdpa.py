@@ -16,7 +16,6 @@ refuse. The math backend is no op of its own: the rules of single ops refuse it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -25,14 +24,12 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor
 
-from dtensor_ring._torch import is_tracing, local_of
-from dtensor_ring.comm import axis_name, transport_along
-from dtensor_ring.documents import packed_of
-from dtensor_ring.ops import library
-from dtensor_ring.ops.agree import check_agreement, refused_by_all
-from dtensor_ring.ops.arguments import BHSD, check_tensors, choose_strategy, factor_of, need_of
-from dtensor_ring.ops.kernels import choose_kernel
-from dtensor_ring.ops.sharding import attention_axis, share_of
+from dtensor_ring._torch import local_of
+from dtensor_ring.ops.agree import refused_by_all
+from dtensor_ring.ops.arguments import BHSD, Arguments
+from dtensor_ring.ops.operator import attention, attention_backward
+from dtensor_ring.ops.place import place_of
+from dtensor_ring.ops.prepare import Inputs, Prepared, prepare
 from dtensor_ring.placements import SequencePlacement, redistribute
 from dtensor_ring.placements.redistribute import wrap
 
@@ -40,8 +37,6 @@ aten = torch.ops.aten
 
 _NAME = "F.scaled_dot_product_attention"
 _MASKS = "attn_mask is not supported over a sequence axis: use documents= or window= of dtensor_ring.ring_attention"
-
-_Rest = tuple[int | float | bool | str, ...]
 
 
 def flash_cpu(
@@ -141,14 +136,13 @@ def _forward(
     if not (isinstance(q, DTensor) and isinstance(k, DTensor) and isinstance(v, DTensor)):
         plain = ", ".join(name for name, x in (("q", q), ("k", k), ("v", v)) if not isinstance(x, DTensor))
         raise TypeError(f"{_NAME}: q, k and v must all be DTensors, plain: {plain}. See dtensor_ring.from_local")
-    check_tensors(q, k, v, BHSD)
     if is_causal and q.shape[2] != k.shape[2]:
         raise NotImplementedError(
             f"{_NAME}: is_causal with {q.shape[2]} queries and {k.shape[2]} keys is not supported over a sequence axis, as PyTorch "
             "counts queries from the first key: dtensor_ring.ring_attention counts them so that the last query sees the last key"
         )
-    rest = _rest(q, k, v, dropout_p, is_causal, scale, agree=not is_tracing())
-    out, lse, seed = library.attention(*_bshd(q, k, v), None, None, packed_of(None), *rest)
+    prepared = _prepared(q, k, v, dropout_p, is_causal, scale)
+    out, lse, seed = attention(*_bshd(q, k, v), *prepared)
     wrapped = wrap(out.transpose(1, 2), q.device_mesh, q.placements, (*q.shape[:3], v.shape[3]))
     return wrapped, wrap(lse, q.device_mesh, q.placements, q.shape[:3]), seed
 
@@ -167,38 +161,26 @@ def _backward(
 ) -> tuple[DTensor, DTensor, DTensor]:
     if dout.placements != out.placements:
         dout = redistribute(dout, out.placements)
-    tensors = *_bshd(dout, q, k, v), None, None, *_bshd(out), local_of(lse), seed, packed_of(None)
-    grads = library.attention_backward(*tensors, *_rest(q, k, v, dropout_p, is_causal, scale, agree=False))
+    sinks, alibi, *rest = _prepared(q, k, v, dropout_p, is_causal, scale)
+    grads = attention_backward(*_bshd(dout, q, k, v), sinks, alibi, *_bshd(out), local_of(lse), seed, *rest)
     dq, dk, dv = (
         wrap(grad.transpose(1, 2), x.device_mesh, x.placements, x.shape) for grad, x in zip(grads[:3], (q, k, v), strict=True)
     )
     return dq, dk, dv
 
 
-def _rest(q: DTensor, k: DTensor, v: DTensor, dropout_p: float, is_causal: bool, scale: float | None, *, agree: bool) -> _Rest:
-    """What the operators take after the documents; checks placements, and once for each kind of call that ranks agree."""
-    mesh = q.device_mesh
-    if k.device_mesh != mesh or v.device_mesh != mesh:
-        raise ValueError(f"{_NAME}: q, k and v must lie on one mesh, found {mesh}, {k.device_mesh} and {v.device_mesh}")
-    axis, layout = attention_axis(mesh, q.placements, k.placements, v.placements, q.shape, k.shape, BHSD)
-    assert axis is not None, "one of the placements is ours, which the check lets pass on the sequence only"
-    if layout.cut:
-        raise NotImplementedError(f"{_NAME} takes no documents, which {layout} needs: use dtensor_ring.ring_attention(documents=)")
-    group, mask, strategy = mesh.get_group(axis).group_name, "causal" if is_causal else "full", choose_strategy(None)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    need = need_of(q, k, v, None, softcap=0.0, deterministic=deterministic, dropout_p=dropout_p)
-    kernel = choose_kernel(None, replace(need, training=True)).name  # the same one in both passes
-    factor = factor_of(scale, q.shape[3])
-    if agree:
-        name = f"{_NAME} over mesh axis {axis_name(mesh, axis)}"
-        shapes = [size for x in (q, k, v) for size in (x.shape[0], x.shape[2], x.shape[1], x.shape[3])]
-        words = str(q.dtype), f"mask {mask}", strategy, kernel, f"scale {factor}, dropout_p {dropout_p}"
-        check_agreement(
-            transport_along(mesh, axis), name, layout, tuple(shapes), (local_of(q).shape[2], local_of(k).shape[2]), words
+def _prepared(q: DTensor, k: DTensor, v: DTensor, dropout_p: float, is_causal: bool, scale: float | None) -> Prepared:
+    """The same in both passes: what a kernel must be able to do then does not depend on whether gradients are wanted."""
+    place = place_of(q, k, v, BHSD)
+    assert place.group, "one of the placements is ours, which the check lets pass on the sequence only"
+    if place.layout.cut:
+        raise NotImplementedError(
+            f"{_NAME} takes no documents, which {place.layout} needs: use dtensor_ring.ring_attention(documents=)"
         )
-    origin = (share_of(q, 0).start, share_of(q, 1).start) if dropout_p else (0, 0)
-    numbers = factor, 0.0, float(dropout_p), deterministic
-    return q.shape[2], k.shape[2], *origin, *numbers, mask, str(layout), strategy, kernel, 0, group
+    asked = Arguments(
+        is_causal, scale=scale, dropout_p=float(dropout_p), deterministic=torch.are_deterministic_algorithms_enabled()
+    )
+    return prepare(Inputs(*_bshd(q, k, v)), asked, place, _NAME, training=True)
 
 
 def _bshd(*tensors: DTensor) -> list[Tensor]:

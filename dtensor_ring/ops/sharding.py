@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
@@ -22,8 +21,9 @@ from torch.distributed.tensor.placement_types import Placement
 from dtensor_ring._torch import DTensorSpec, OpSchema, OutputSharding, register_attention_rule
 from dtensor_ring.comm import axis_name
 from dtensor_ring.layout import Layout
-from dtensor_ring.ops import library  # noqa: F401  defines the operators
 from dtensor_ring.ops.arguments import BSHD, Order
+from dtensor_ring.ops.call import AttentionCall
+from dtensor_ring.ops.operator import attention, attention_backward
 from dtensor_ring.placements import SequencePlacement
 from dtensor_ring.placements.moves import Chunks
 
@@ -120,12 +120,12 @@ def _of_lse(placement: Placement) -> Placement:
 
 
 def _check(schema: OpSchema, q: DTensorSpec, k: DTensorSpec, v: DTensorSpec) -> None:
-    *_, layout, _strategy, _kernel, _heads, group = schema.args_schema
+    *_, call, group = schema.args_schema
+    layout = AttentionCall.parse(str(call)).layout
     axis, needed = attention_axis(q.mesh, q.placements, k.placements, v.placements, q.shape, k.shape)
-    given = None if not group else str(layout)
-    if given != (None if axis is None else str(needed)):
+    if (layout if group else None) != (None if axis is None else needed):
         raise ValueError(
-            f"{schema.op} was given layout={layout!r} and group={group!r}, but its inputs are placed as {q.placements}"
+            f"{schema.op} was given the layout {layout} and group={group!r}, but its inputs are placed as {q.placements}"
         )
 
 
@@ -135,9 +135,10 @@ def attention_rule(schema: OpSchema) -> OutputSharding:
     assert isinstance(q, DTensorSpec) and isinstance(k, DTensorSpec) and isinstance(v, DTensorSpec), "q, k, v are DTensors"
     _check(schema, q, k, v)
     _check_sinks(schema, q, sinks)
-    lse = tuple(_of_lse(placement) for placement in q.placements)
     own = (Replicate(),) * q.mesh.ndim
-    return OutputSharding(tuple(DTensorSpec(q.mesh, placements) for placements in (q.placements, lse, own)))
+    return OutputSharding(
+        tuple(DTensorSpec(q.mesh, placements) for placements in (q.placements, lse_placements(q.placements), own))
+    )
 
 
 def attention_backward_rule(schema: OpSchema) -> OutputSharding:
@@ -148,7 +149,7 @@ def attention_backward_rule(schema: OpSchema) -> OutputSharding:
     _check(schema, q, k, v)
     _check_sinks(schema, q, sinks)
     assert dout.placements == out.placements == q.placements, "autograd brings dout to the placements of out"
-    dsinks = tuple(_of_dsinks(p) if isinstance(sinks, DTensorSpec) else Replicate() for p in q.placements)
+    dsinks = sink_gradient_placements(q.placements) if isinstance(sinks, DTensorSpec) else (Replicate(),) * q.mesh.ndim
     grads = (q.placements, q.placements, q.placements, dsinks)
     return OutputSharding(tuple(DTensorSpec(q.mesh, placements) for placements in grads))
 
@@ -156,6 +157,16 @@ def attention_backward_rule(schema: OpSchema) -> OutputSharding:
 def sink_placements(q: Sequence[Placement]) -> tuple[Placement, ...]:
     """How sinks (H,) must lie beside q: split with the heads, whole on every other axis."""
     return tuple(Shard(0) if placement == Shard(BSHD.heads) else Replicate() for placement in q)
+
+
+def lse_placements(q: Sequence[Placement]) -> tuple[Placement, ...]:
+    """How lse (B, H, S) lies beside out, which is placed as q."""
+    return tuple(_of_lse(placement) for placement in q)
+
+
+def sink_gradient_placements(q: Sequence[Placement]) -> tuple[Placement, ...]:
+    """How the gradient of sinks (H,) comes out: a part of the sum on every axis that splits queries."""
+    return tuple(_of_dsinks(placement) for placement in q)
 
 
 def _of_dsinks(placement: Placement) -> Placement:
@@ -171,5 +182,5 @@ def _check_sinks(schema: OpSchema, q: DTensorSpec, sinks: object) -> None:
         )
 
 
-register_attention_rule(torch.ops.dtensor_ring.attention.default, attention_rule, static_argnum=6)
-register_attention_rule(torch.ops.dtensor_ring.attention_backward.default, attention_backward_rule, static_argnum=10)
+register_attention_rule(attention, attention_rule, static_argnum=6)
+register_attention_rule(attention_backward, attention_backward_rule, static_argnum=10)

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 from typing_extensions import override
 
-from dtensor_ring._torch import local_of
+from dtensor_ring._torch import dtensor_of, local_of
 from dtensor_ring.comm import Transport, axis_name, transport_along, transports_of
 from dtensor_ring.comm.rank_checks import refused_together
 from dtensor_ring.documents import Documents
@@ -158,13 +158,49 @@ def full_tensor(tensor: DTensor, *, documents: DocumentsLike | None = None) -> T
 
 def wrap(local: Tensor, mesh: DeviceMesh, placements: Placements, shape: Sequence[int]) -> DTensor:
     """A DTensor of known global shape; strides keep the order of dims that the local tensor has in memory."""
-    at, dims = local.stride(), range(local.ndim)
-    stride = [1] * local.ndim
+    stride = _strides(local, shape)
+    if torch.compiler.is_compiling():
+        return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+    if local.requires_grad and torch.is_grad_enabled():
+        return _Wrap.apply(local, mesh, placements, shape, stride)
+    return dtensor_of(local.detach(), mesh, placements, shape, stride)
+
+
+def _strides(local: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a dense tensor of `shape` whose dims lie in memory in the order of those of the local tensor."""
+    stride, dims = [1] * local.ndim, range(local.ndim)
+    if local.is_contiguous():
+        for i in dims[-2::-1]:
+            stride[i] = stride[i + 1] * max(shape[i + 1], 1)
+        return tuple(stride)
+    at = local.stride()
     for i in dims:
         for j in dims:
             if at[j] < at[i] or (at[j] == at[i] and j > i):
                 stride[i] = stride[i] * max(shape[j], 1)
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride))
+    return tuple(stride)
+
+
+class _Wrap(torch.autograd.Function):
+    """A local tensor as a DTensor; its gradient is brought to the same placements. `DTensor.from_local`, with our moves."""
+
+    @staticmethod
+    @override
+    def forward(  # pyrefly: ignore[bad-override]
+        ctx: Any, local: Tensor, mesh: DeviceMesh, placements: Placements, shape: Sequence[int], stride: tuple[int, ...]
+    ) -> DTensor:
+        ctx.placements = placements
+        return dtensor_of(local, mesh, placements, shape, stride)
+
+    @staticmethod
+    @override
+    def backward(  # pyrefly: ignore[bad-override]
+        ctx: Any, grad: DTensor
+    ) -> tuple[Tensor, None, None, None, None]:
+        whole = tuple(Replicate() if isinstance(p, Partial) else p for p in ctx.placements)
+        if grad.placements != whole:
+            grad = redistribute(grad, whole)
+        return grad.to_local(), None, None, None, None
 
 
 def _listed(placements: Sequence[Placement]) -> Sequence[Placement]:

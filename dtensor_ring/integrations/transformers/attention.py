@@ -1,6 +1,7 @@
 """The attention function and mask function that a parallelized model calls, and what each attention module knows.
 
-Activations of the model are plain local tensors; q, k and v become DTensors here and only here.
+Activations of the model are plain local tensors, and so are q, k and v: mesh and placement are those of the plan, and the length of
+the whole comes with the batch.
 
     module    hands over q (B, H, S/W, D), k and v (B, Hk, S/W, D): this rank's tokens
     returns   out (B, S/W, H, D)
@@ -12,14 +13,16 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from dtensor_ring.attention import ring_attention
 from dtensor_ring.documents import Documents
-from dtensor_ring.ops.arguments import Strategy
+from dtensor_ring.ops.agree import refused_in_group
+from dtensor_ring.ops.arguments import Arguments, Strategy
+from dtensor_ring.ops.attend import attend
 from dtensor_ring.ops.kernels import KernelName
-from dtensor_ring.placements import SequencePlacement, from_local
+from dtensor_ring.ops.place import place_in_group
+from dtensor_ring.ops.prepare import Inputs, prepare
+from dtensor_ring.placements import SequencePlacement
 
 NAME = "dtensor_ring"
 NO_MASK = (0, 0, 0, 0)  # a mask of four dims is passed on as it is, so that transformers builds none of its own
@@ -73,7 +76,7 @@ def ring_attention_forward(
     ring_batch: RingBatch | None = None,
     **_rest: object,
 ) -> tuple[Tensor, None]:
-    """`ring_attention` in the form that transformers calls; keywords that only describe the mask (positions) are not needed.
+    """Attention over the ranks in the form that transformers calls; keywords that only describe the mask are not needed.
 
     `s_aux` are sinks (H,), a parameter of the module, whose gradient is this rank's part, as that of other parameters.
 
@@ -94,28 +97,23 @@ def ring_attention_forward(
         )
     if attention_mask is not None and attention_mask.numel():
         raise NotImplementedError("attention masks are not supported: pack rows without padding and pass documents")
-    key_dtype = value.dtype  # under autocast rotary embeddings leave q and k in float32
-    q, k, v = (
-        from_local(x.to(key_dtype).transpose(1, 2), state.mesh, [state.placement], length=ring_batch.length, check=False)
-        for x in (query, key, value)
-    )
+    dtype = value.dtype  # under autocast rotary embeddings leave q and k in float32
+    q, k, v = query.to(dtype).transpose(1, 2), key.to(dtype).transpose(1, 2), value.transpose(1, 2)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    out = ring_attention(
-        q,
-        k,
-        v,
-        is_causal=causal,
-        scale=scaling,
-        window=(-1, -1) if sliding_window is None else (sliding_window - 1, 0 if causal else sliding_window - 1),
-        softcap=softcap or 0.0,
-        sinks=s_aux,
-        dropout_p=dropout,
-        documents=ring_batch.documents,
+    asked = Arguments(
+        bool(causal),
+        (-1, -1) if sliding_window is None else (sliding_window - 1, 0 if causal else sliding_window - 1),
+        scaling,
+        softcap or 0.0,
+        dropout,
         strategy=state.strategy,
         kernel=state.kernel,
     )
-    assert isinstance(out, DTensor), "DTensors in, a DTensor out"
-    return out.to_local(), None
+    group, lengths = state.mesh.get_group(), (ring_batch.length, ring_batch.length)
+    with refused_in_group(group):
+        place = place_in_group((q, k, v), group, state.placement.layout, lengths)
+        prepared = prepare(Inputs(q, k, v, s_aux, documents=ring_batch.documents), asked, place, "attention")
+    return attend(q, k, v, prepared, return_lse=False)[0], None
 
 
 def _no_mask(*_shapes: object, **_mask: object) -> None:

@@ -42,7 +42,7 @@ from dtensor_ring.integrations.transformers.outputs import (
 )
 from dtensor_ring.layout import work_balance
 from dtensor_ring.ops.arguments import Strategy, choose_strategy
-from dtensor_ring.ops.kernels import KERNELS, KernelName
+from dtensor_ring.ops.kernels import KernelName, check_kernel_name
 from dtensor_ring.placements import SequencePlacement, Zigzag
 from dtensor_ring.placements.batch import (
     GOOD_BALANCE,
@@ -324,8 +324,7 @@ def ring_plan(
     """
     check_model(model)
     choose_strategy(strategy)
-    if kernel is not None and kernel not in KERNELS:
-        raise ValueError(f"unknown kernel {kernel!r}: use {', '.join(map(repr, KERNELS))} or None")
+    check_kernel_name(kernel)
     placement = Zigzag(1) if placement is None else placement
     check_placement(placement)
     return RingPlan(model, placement, strategy, kernel)

@@ -27,6 +27,12 @@ KERNELS: dict[str, Kernel] = {
 }
 
 
+def check_kernel_name(name: str | None) -> None:
+    """Raises ValueError unless `name` is that of a kernel, or None."""
+    if name is not None and name not in KERNELS:
+        raise ValueError(f"unknown kernel {name!r}: choose one of {', '.join(KERNELS)}, or None for the first that does not refuse")
+
+
 def choose_kernel(name: str | None, need: Need) -> Kernel:
     """The kernel called `name`, or with None the first in `KERNELS` that does not refuse.
 
@@ -34,8 +40,7 @@ def choose_kernel(name: str | None, need: Need) -> Kernel:
         ValueError: no kernel has that name.
         NotImplementedError: the kernel, or with None every kernel, refuses; the text lists each with its reason.
     """
-    if name is not None and name not in KERNELS:
-        raise ValueError(f"unknown kernel {name!r}: choose one of {', '.join(KERNELS)}, or None for the first that does not refuse")
+    check_kernel_name(name)
     reasons = {}
     for candidate in KERNELS.values() if name is None else (KERNELS[name],):
         reason = candidate.refuses(need)
@@ -47,4 +52,16 @@ def choose_kernel(name: str | None, need: Need) -> Kernel:
     raise NotImplementedError(f"{who}. {listed}")
 
 
-__all__ = ["KERNELS", "Extras", "Kernel", "KernelName", "Need", "Options", "Packing", "Result", "Span", "choose_kernel"]
+__all__ = [
+    "KERNELS",
+    "Extras",
+    "Kernel",
+    "KernelName",
+    "Need",
+    "Options",
+    "Packing",
+    "Result",
+    "Span",
+    "check_kernel_name",
+    "choose_kernel",
+]

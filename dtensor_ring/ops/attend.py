@@ -1,0 +1,151 @@
+"""The differentiable attention of tensors and a prepared call: one autograd function over the operators.
+
+    q, k, v DTensors     local tensors to the operator, out and lse wrapped as q is placed; gradients come back placed as q, k, v
+    q, k, v plain        as they are
+
+DTensor's own dispatch is not asked: it keeps about a hundred objects for every new length, and costs the host more than the
+operator. Compilers trace the operator on DTensors instead, whose placements its sharding rule tells. The placements of both ways
+are those of `dtensor_ring.ops.sharding`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement
+from typing_extensions import override
+
+from dtensor_ring._torch import below_autograd, local_of, replicated
+from dtensor_ring.ops.operator import attention, attention_backward, placed_as
+from dtensor_ring.ops.prepare import Prepared
+from dtensor_ring.ops.sharding import lse_placements, sink_gradient_placements, sink_placements
+from dtensor_ring.placements import redistribute
+from dtensor_ring.placements.redistribute import wrap
+
+
+@overload
+def attend(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared, *, return_lse: Literal[True]) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def attend(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared, *, return_lse: bool) -> tuple[Tensor, Tensor | None]: ...
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared, *, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """Out (B, Sq, H, Dv), placed as q, and where asked lse (B, H, Sq), whose gradient is refused; q, k, v as they were prepared."""
+    if torch.compiler.is_compiling():
+        return _traced(q, k, v, prepared)
+    return _Attention.apply(q, k, v, prepared.sinks, prepared, return_lse)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    @override
+    def forward(  # pyrefly: ignore[bad-override]
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, prepared: Prepared, return_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        inputs = q, k, v, sinks
+        local = [local_of(x) if isinstance(x, DTensor) else x for x in inputs]
+        _, alibi, documents, *rest = prepared
+        with below_autograd():
+            out, lse, seed = attention(*local, alibi, documents, *rest)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*local, alibi, out, lse, seed, documents)
+        ctx.rest, ctx.wrappers = rest, [_Wrapper.of(x) for x in inputs]
+        if not isinstance(q, DTensor):
+            return out, lse if return_lse else None
+        batch, length, heads, _ = q.shape
+        out = wrap(out, q.device_mesh, q.placements, (batch, length, heads, v.shape[3]))
+        if not return_lse:
+            return out, None
+        return out, wrap(lse, q.device_mesh, lse_placements(q.placements), (batch, heads, length))
+
+    @staticmethod
+    @override
+    @once_differentiable
+    def backward(  # pyrefly: ignore[bad-override]
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if dlse is not None:
+            raise NotImplementedError(
+                "the lse of ring_attention has no gradient: use lse.detach(), or compute the term from scores"
+            )
+        if dout is None:
+            return (None,) * 6
+        *local, alibi, out, lse, seed, documents = ctx.saved_tensors
+        q, k, v, sinks = ctx.wrappers
+        if isinstance(dout, DTensor):
+            dout = local_of(placed_as(dout, q.placements, documents))
+        with below_autograd():
+            dq, dk, dv, dsinks = attention_backward(dout, *local, alibi, out, lse, seed, documents, *ctx.rest)
+        if q is not None:
+            dq, dk, dv = q.wrapped(dq), k.wrapped(dk), v.wrapped(dv)
+        if sinks is not None:  # each rank has the part of its own queries
+            part = wrap(dsinks, sinks.mesh, sink_gradient_placements(q.placements), sinks.shape)
+            return dq, dk, dv, redistribute(part, sinks.placements), None, None
+        return dq, dk, dv, None if local[3] is None else dsinks, None, None
+
+
+class _Wrapper(NamedTuple):
+    """What makes a DTensor of a local tensor."""
+
+    mesh: DeviceMesh
+    placements: tuple[Placement, ...]
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, x: Tensor | None) -> _Wrapper | None:
+        """That of a DTensor; None for another tensor."""
+        return cls(x.device_mesh, x.placements, x.shape) if isinstance(x, DTensor) else None
+
+    def wrapped(self, local: Tensor) -> DTensor:
+        """The local tensor as a DTensor like the one that this was made of."""
+        return wrap(local, self.mesh, self.placements, self.shape)
+
+
+def _traced(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared) -> tuple[Tensor, Tensor]:
+    """The operator as compilers trace it: on DTensors all tensors are DTensors."""
+    sinks, alibi, documents, *rest = prepared
+    if isinstance(q, DTensor):
+        if isinstance(sinks, DTensor):
+            sinks = _WholeGradient.apply(sinks)
+        elif sinks is not None:
+            sinks = _LocalPart.apply(sinks, q.device_mesh, sink_placements(q.placements), (q.shape[2],))
+        alibi = None if alibi is None else replicated(alibi, q)
+        documents = replicated(documents, q)
+    out, lse, _ = attention(q, k, v, sinks, alibi, documents, *rest)
+    return out, lse
+
+
+class _LocalPart(torch.autograd.Function):
+    """A plain tensor as a DTensor whose gradient stays this rank's part of the sum."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, local: Tensor, mesh: DeviceMesh, placements: Any, shape: Any) -> DTensor:  # pyrefly: ignore[bad-override]
+        return wrap(local.detach(), mesh, placements, shape)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, grad: DTensor) -> tuple[Tensor, None, None, None]:  # pyrefly: ignore[bad-override]
+        return local_of(grad), None, None, None
+
+
+class _WholeGradient(torch.autograd.Function):
+    """A DTensor whose gradient is summed over the ranks."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, tensor: DTensor) -> DTensor:  # pyrefly: ignore[bad-override]
+        ctx.placements = tensor.placements
+        return wrap(local_of(tensor), tensor.device_mesh, tensor.placements, tensor.shape)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, grad: DTensor) -> DTensor:  # pyrefly: ignore[bad-override]
+        return redistribute(grad, ctx.placements)

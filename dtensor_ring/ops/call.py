@@ -1,0 +1,142 @@
+"""What is asked of one attention, as a value, and how what was left open is decided.
+
+    call = AttentionCall(Band.parse("causal"), 0.125, Layout("zigzag"))
+    str(call)                      mask=causal layout=zigzag strategy=auto kernel=auto scale=0.125 softcap=0.0 ...
+    AttentionCall.parse(str(call)) == call
+
+The text is what operators take: compilers and DTensor's caches know no other arguments than tensors, numbers and texts. It holds
+nothing that changes from batch to batch: lengths in it would make a compiled graph of every length. What the caller left open stays
+"auto" in it and is decided inside the operator, where lengths are integers, by `AttentionCall.choose`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import torch
+
+from dtensor_ring.documents import Documents, Slices
+from dtensor_ring.layout import Layout
+from dtensor_ring.ops.kernels import Kernel, Need, Options, choose_kernel
+from dtensor_ring.ops.mask import Band
+from dtensor_ring.ops.schedule import Problem, ends_together
+
+AUTO = "auto"
+
+
+class Choice(NamedTuple):
+    """How a call is carried out where its caller left it open."""
+
+    strategy: str
+    kernel: Kernel
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """One call of attention, apart from its tensors, their lengths and documents.
+
+    Attributes:
+        band: which keys a query sees.
+        scale: multiplies q.k.
+        layout: how tokens are spread over the ranks.
+        strategy: "ring", "gather" or "ulysses", or "auto".
+        kernel: a name in `dtensor_ring.ops.kernels.KERNELS`, or "auto".
+        softcap: c > 0 bounds scores to c * tanh(score / c).
+        dropout_p: probability of dropping an attention weight.
+        deterministic: gradients are bitwise the same from run to run.
+        training: a backward pass may follow.
+        heads_at_once: key heads whose keys travel at a time, 0 for all.
+    """
+
+    band: Band
+    scale: float
+    layout: Layout
+    strategy: str = AUTO
+    kernel: str = AUTO
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    deterministic: bool = False
+    training: bool = False
+    heads_at_once: int = 0
+
+    def __str__(self) -> str:
+        """The text that `parse` reads: no float is rounded."""
+        return (
+            f"mask={self.band.text} layout={self.layout} strategy={self.strategy} kernel={self.kernel} scale={self.scale!r} "
+            f"softcap={self.softcap!r} dropout_p={self.dropout_p!r} deterministic={int(self.deterministic)} "
+            f"training={int(self.training)} heads_at_once={self.heads_at_once}"
+        )
+
+    @classmethod
+    @lru_cache(maxsize=256)
+    def parse(cls, text: str) -> AttentionCall:
+        """The call of a text."""
+        words = dict(word.split("=", 1) for word in text.split())
+        return cls(
+            Band.parse(words["mask"]),
+            float(words["scale"]),
+            Layout.parse(words["layout"]),
+            words["strategy"],
+            words["kernel"],
+            float(words["softcap"]),
+            float(words["dropout_p"]),
+            words["deterministic"] == "1",
+            words["training"] == "1",
+            int(words["heads_at_once"]),
+        )
+
+    @property
+    def options(self) -> Options:
+        """What every kernel call of this attention is given."""
+        return Options(self.scale, self.softcap, self.deterministic, self.dropout_p)
+
+    def problem(self, lengths: Sequence[int], world: int, documents: Documents | Slices | None) -> Problem:
+        """What is planned for: this call on tensors of some lengths (of queries, of keys); "auto" is planned as "ring"."""
+        q_length, k_length = lengths
+        strategy = "ring" if self.strategy == AUTO else self.strategy
+        return Problem(self.layout, self.band, q_length, k_length, world, strategy, documents)
+
+    def need(self, device: str, dtype: torch.dtype, head_dim: int, v_head_dim: int) -> Need:
+        """What is asked of a kernel for tensors of a device type and dtype, ALiBi aside."""
+        return Need(
+            device=device,
+            dtype=dtype,
+            head_dim=head_dim,
+            v_head_dim=v_head_dim,
+            training=self.training,
+            softcap=self.softcap,
+            deterministic=self.deterministic,
+            dropout=self.dropout_p > 0,
+        )
+
+    def choose(self, need: Need, has_alibi: bool = False, problem: Problem | None = None) -> Choice:
+        """The strategy and the kernel; the same on every rank, and in forward and backward.
+
+        Args:
+            need: what is asked of the kernel, ALiBi aside.
+            has_alibi: whether there are ALiBi slopes. Flash kernels measure distances from the end of a block, which "gather" may
+                allow where "ring" does not.
+            problem: what is planned for; read only where there are slopes.
+
+        Raises:
+            NotImplementedError: no kernel does what is asked; the text has each kernel's reason.
+        """
+        strategy = "ring" if self.strategy == AUTO else self.strategy
+        if has_alibi:
+            assert problem is not None, "distances depend on lengths"
+            strategy, alignment = _choose_for_alibi(self.strategy, problem)
+            need = replace(need, alibi=alignment)
+        return Choice(strategy, choose_kernel(None if self.kernel == AUTO else self.kernel, need))
+
+
+def _choose_for_alibi(strategy: str, problem: Problem) -> tuple[str, Literal["aligned", "shifted"]]:
+    """The strategy, and whether blocks are "aligned" so that flash kernels measure ALiBi distances rightly, or "shifted"."""
+    if strategy == "ulysses":
+        problem = replace(problem, world=1)
+    for candidate in ("ring", "gather") if strategy == AUTO else (strategy,):
+        if ends_together(replace(problem, strategy=candidate)):
+            return candidate, "aligned"
+    return ("ring" if strategy == AUTO else strategy), "shifted"

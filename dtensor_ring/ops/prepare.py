@@ -1,0 +1,257 @@
+"""From what a caller passes to what the operators take: one way of checking for every function that calls attention.
+
+    caller                          place                               inputs
+    ring_attention                  read off the DTensors' placements   DTensors (B, S, H, D)
+    F.scaled_dot_product_attention  read off the DTensors' placements   this rank's tensors, their dims in our order
+    functional, transformers        a process group and a layout        this rank's tensors
+
+`prepare` refuses what is wrong, compares the call with the other ranks, and returns the operator's arguments. What depends on
+shapes and arguments alone is worked out once and remembered, so that a call like one before costs a look-up. Nothing is remembered
+while a compiler traces, where lengths are symbols.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from dtensor_ring._torch import constant_when_compiled, is_tracing, local_of
+from dtensor_ring.documents import Documents, Slices, packed_of
+from dtensor_ring.layout import Layout
+from dtensor_ring.ops.agree import Facts, check_agreement
+from dtensor_ring.ops.arguments import Arguments, check_extras, check_numbers, choose_strategy, factor_of
+from dtensor_ring.ops.call import AUTO, AttentionCall
+from dtensor_ring.ops.kernels import check_kernel_name
+from dtensor_ring.ops.mask import Band, mask_text
+from dtensor_ring.ops.place import Place
+from dtensor_ring.ops.sharding import sink_placements
+from dtensor_ring.ops.ulysses import refuses
+
+_KEPT = 128  # calls that are remembered, each of about 2 KiB
+
+
+class Inputs(NamedTuple):
+    """The tensors and documents of one attention.
+
+    q is (B, Sq, H, D), k (B, Sk, Hk, D), v (B, Sk, Hk, Dv): DTensors, or this rank's tensors. `sinks` (H,) and `alibi` (H,) or
+    (B, H) are those of all heads and rows of the batch; sinks may be a DTensor beside DTensors.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    sinks: Tensor | None = None
+    alibi: Tensor | None = None
+    documents: Documents | Slices | Tensor | Sequence[int] | None = None
+
+
+class Prepared(NamedTuple):
+    """What the operators take after q, k and v, in their order: this rank's part of sinks, slopes and documents."""
+
+    sinks: Tensor | None
+    alibi: Tensor | None
+    documents: Tensor
+    lengths: tuple[int, int]
+    origin: tuple[int, int]
+    call: str
+    group: str
+
+
+class _Checked(NamedTuple):
+    """What is remembered of a call that was right: its text, and what ranks compare."""
+
+    call: str
+    facts: Facts
+
+
+_checked: dict[tuple[object, ...], _Checked] = {}
+
+
+def prepare(inputs: Inputs, asked: Arguments, place: Place, name: str, *, training: bool | None = None) -> Prepared:
+    """Check a call, compare it over the ranks that share the sequence, and give the operator's arguments.
+
+    Args:
+        inputs: the tensors, of one dtype and of shapes that fit together.
+        asked: the arguments.
+        place: where the attention happens.
+        name: what errors call the function.
+        training: whether a backward pass may follow; None reads it off the tensors.
+
+    Raises:
+        TypeError: documents, sinks or slopes of a kind that does not fit.
+        ValueError: window, numbers, documents, sinks or slopes that do not fit; or ranks that do not agree.
+        NotImplementedError: no kernel does what is asked; the text has each kernel's reason.
+    """
+    check_numbers(asked)
+    check_extras(place.q_shape[0], place.q_shape[2], inputs.sinks, inputs.alibi)
+    documents = _documents(inputs.documents, place)
+    if training is None:
+        training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:4])
+    if torch.compiler.is_compiling():
+        _check_strategy(asked.strategy, inputs, place)
+        facts = inputs.q.device.type, inputs.q.dtype, inputs.q.shape[3], inputs.v.shape[3]
+        call = _constant(tuple(asked), str(place.layout), facts, training, inputs.alibi is not None)
+    else:
+        checked = _remembered(inputs, asked, place, documents, name, training)
+        call = checked.call
+        if place.transport is not None and not is_tracing():
+            check_agreement(place.transport, checked.facts, str(documents) if isinstance(documents, Documents) else "")
+    lengths, origin = (place.q_shape[1], place.k_shape[1]), place.origin if asked.dropout_p else (0, 0)
+    bounds = packed_of(_mine(documents, inputs.q, place))
+    return Prepared(_sinks(inputs, place), _slopes(inputs, place), bounds, lengths, origin, call, place.group)
+
+
+def _remembered(
+    inputs: Inputs, asked: Arguments, place: Place, documents: Documents | Slices | None, name: str, training: bool
+) -> _Checked:
+    """The text of the call and what ranks compare; worked out where no call like it was checked before."""
+    q, k, v = (_local(x) for x in inputs[:3])
+    # with ALiBi, strategy and kernel depend on where documents end
+    told = documents if inputs.alibi is not None else None
+    beside = inputs.sinks is None, inputs.alibi is None, documents is None
+    # equal numbers of other types are other arguments: a window of (2.0, 0) is refused, one of (2, 0) is not
+    kinds = tuple(map(type, asked.window)) if isinstance(asked.window, tuple) else (list,)
+    # what a kernel refuses depends on a setting of PyTorch's too
+    settings = training, torch.are_deterministic_algorithms_enabled(), name
+    key = asked, kinds, *place[1:7], q.shape, k.shape, v.shape, q.dtype, q.device.type, told, *beside, *settings
+    try:
+        checked = _checked.get(key)
+    except TypeError:  # an argument that is wrong, or a list where a tuple is meant
+        return _check(inputs, asked, place, documents, name, training)
+    if checked is None:
+        checked = _check(inputs, asked, place, documents, name, training)
+        if len(_checked) >= _KEPT:
+            _checked.pop(next(iter(_checked)), None)
+        _checked[key] = checked
+    return checked
+
+
+def _check(
+    inputs: Inputs, asked: Arguments, place: Place, documents: Documents | Slices | None, name: str, training: bool
+) -> _Checked:
+    _check_strategy(asked.strategy, inputs, place)
+    q, k, v = (_local(x) for x in inputs[:3])
+    call = _call(asked, place.layout, q.shape[3], training)
+    problem = call.problem((place.q_shape[1], place.k_shape[1]), place.world, documents)
+    need = call.need(q.device.type, q.dtype, q.shape[3], v.shape[3])
+    strategy, kernel = call.choose(need, inputs.alibi is not None, problem)
+    words = (
+        str(q.dtype),
+        f"mask {call.band.text}",
+        strategy,
+        kernel.name,
+        f"scale {call.scale}, softcap {call.softcap}, dropout_p {call.dropout_p}, deterministic {call.deterministic}",
+        f"{'no ' if inputs.sinks is None else ''}sinks, {'no ' if inputs.alibi is None else ''}ALiBi",
+    )
+    shapes = *place.q_shape, *place.k_shape, *place.v_shape
+    return _Checked(str(call), Facts(f"{name} over {place.axis}", place.layout, shapes, (q.shape[1], k.shape[1]), words))
+
+
+def _call(asked: Arguments, layout: Layout, head_dim: int, training: bool) -> AttentionCall:
+    """The call as a value; raises TypeError or ValueError for a mask, scale, strategy or kernel that does not fit."""
+    strategy = choose_strategy(asked.strategy)
+    check_kernel_name(asked.kernel)
+    return AttentionCall(
+        Band.parse(mask_text(asked.is_causal, asked.window)),
+        factor_of(asked.scale, head_dim),
+        layout,
+        AUTO if asked.strategy in (None, "local") else strategy,
+        asked.kernel or AUTO,
+        float(asked.softcap),
+        float(asked.dropout_p),
+        bool(asked.deterministic),
+        training,
+        asked.heads_at_once,
+    )
+
+
+@constant_when_compiled
+def _constant(
+    asked: tuple[Any, ...], layout: str, facts: tuple[str, torch.dtype, int, int], training: bool, has_alibi: bool
+) -> str:
+    """The text of the call; `facts` are what the kernel is asked of tensors. With ALiBi that depends on lengths, symbols here."""
+    call = _call(Arguments(*asked), Layout.parse(layout), facts[2], training)
+    if not has_alibi:
+        call.choose(call.need(*facts))
+    return str(call)
+
+
+def _check_strategy(strategy: str | None, inputs: Inputs, place: Place) -> None:
+    """Raises ValueError unless the ranks of the place can follow the strategy."""
+    if not place.group:
+        return
+    if strategy == "local":
+        raise ValueError(
+            f"strategy='local' attends to this rank's tokens alone, but {place.axis} holds the sequence as {place.layout}: leave "
+            "strategy out, or pass x.to_local()"
+        )
+    if strategy == "ulysses":
+        reason = refuses(place.world, _local(inputs.q).shape[2], _local(inputs.k).shape[2])
+        if reason is not None:
+            raise ValueError(f"{place.axis}: {reason}")
+
+
+def _documents(documents: Documents | Slices | Tensor | Sequence[int] | None, place: Place) -> Documents | Slices | None:
+    """The documents of the whole batch, checked to fit it."""
+    if documents is not None and not isinstance(documents, Slices):
+        documents = _whole(documents, place)
+    if place.layout.cut and (not isinstance(documents, Documents) or documents.rows != 1):
+        raise ValueError(
+            f"q is laid out document by document ({place.layout}): pass documents=, one row for the whole batch, found {documents}"
+        )
+    return documents
+
+
+def _whole(documents: Documents | Tensor | Sequence[int], place: Place) -> Documents:
+    batch, q_length, k_length = place.q_shape[0], place.q_shape[1], place.k_shape[1]
+    if torch.compiler.is_compiling() and not isinstance(documents, Documents):
+        raise TypeError("inside torch.compile documents must be a Documents, made outside of the compiled function")
+    if q_length != k_length:
+        raise ValueError(f"documents need queries and keys of one length, found {q_length} and {k_length}")
+    documents = Documents.of(documents, q_length)
+    if documents.rows not in (1, batch):
+        raise ValueError(
+            f"documents have {documents.rows} rows, but the batch has {batch}: give one row, or one for each batch row"
+        )
+    return documents
+
+
+def _mine(documents: Documents | Slices | None, q: Tensor, place: Place) -> Documents | Slices | None:
+    """The rows of bounds that this rank's part of the batch needs."""
+    if not isinstance(documents, Documents) or documents.rows == 1:
+        return documents
+    first, rows = place.origin[0], _local(q).shape[0]
+    return documents.select(first, first + rows) if rows else documents.select(0, 1)
+
+
+def _slopes(inputs: Inputs, place: Place) -> Tensor | None:
+    """The slopes of this rank's heads and batch rows."""
+    slopes, (row, head), local = inputs.alibi, place.origin, _local(inputs.q)
+    if slopes is None or tuple(local.shape[::2]) == (place.q_shape[0], place.q_shape[2]):
+        return slopes
+    mine = slopes[..., head : head + local.shape[2]]
+    return mine if mine.dim() == 1 else mine[row : row + local.shape[0]]
+
+
+def _sinks(inputs: Inputs, place: Place) -> Tensor | None:
+    """The sinks of this rank's heads, differentiable; DTensors are checked to lie as q does."""
+    sinks, q = inputs.sinks, inputs.q
+    if not isinstance(sinks, DTensor):
+        heads = _local(q).shape[2]
+        return sinks if sinks is None or heads == place.q_shape[2] else sinks[place.origin[1] : place.origin[1] + heads]
+    if not isinstance(q, DTensor):
+        raise TypeError("sinks are a DTensor, but q, k and v are plain tensors")
+    needed = sink_placements(q.placements)
+    if sinks.device_mesh != q.device_mesh or sinks.placements != needed:
+        raise ValueError(
+            f"sinks are placed {sinks.placements} on {sinks.device_mesh}, beside q they must be {needed} on {q.device_mesh}"
+        )
+    return sinks
+
+
+def _local(x: Tensor) -> Tensor:
+    return local_of(x) if isinstance(x, DTensor) else x
