@@ -284,6 +284,14 @@ def constant_when_compiled(function: F) -> F:
     return function
 
 
+def constant_number(number: Any) -> Any:  # noqa: ANN401
+    """A number as it is; for compilers, which take one that changes from call to call for a symbol, a constant from here on.
+
+    They have no public way to ask for that where a symbol may be a float, but make constants of the keys of a dict.
+    """
+    return next(iter({number: None}))
+
+
 def resolve_group(name: str) -> dist.ProcessGroup:
     """The process group of a `ProcessGroup.group_name`: ops take strings, not groups."""
     return _resolve_process_group(GroupName(name))

@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from dtensor_ring import Contiguous, Documents, Stripe, Zigzag, distribute_tensor, from_local, full_tensor, ring_attention
-from dtensor_ring.attention import choose_for_alibi
 from dtensor_ring.layout import Layout
+from dtensor_ring.ops.call import _choose_for_alibi
 from dtensor_ring.ops.kernels import Need, choose_kernel
 from dtensor_ring.ops.kernels.math import keep_mask
 from dtensor_ring.ops.mask import Band
@@ -72,7 +72,7 @@ def test_zero_dropout_keeps_everything():
 
 def test_which_blocks_let_flash_kernels_measure_distances():
     def chosen(layout, band, world, strategy=None):
-        return choose_for_alibi(strategy, Problem(Layout.parse(layout), band, 64, 64, world))
+        return _choose_for_alibi(strategy or "auto", Problem(Layout.parse(layout), band, 64, 64, world))
 
     causal = Band(0, None)
     assert chosen("zigzag", causal, 4) == ("gather", "aligned")

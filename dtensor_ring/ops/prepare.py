@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dtensor_ring._torch import constant_when_compiled, is_tracing, local_of
+from dtensor_ring._torch import constant_number, constant_when_compiled, is_tracing, local_of
 from dtensor_ring.documents import Documents, Slices, packed_of
 from dtensor_ring.layout import Layout
 from dtensor_ring.ops.agree import Facts, check_agreement
@@ -94,7 +94,7 @@ def prepare(inputs: Inputs, asked: Arguments, place: Place, name: str, *, traini
     if torch.compiler.is_compiling():
         _check_strategy(asked.strategy, inputs, place)
         facts = inputs.q.device.type, inputs.q.dtype, inputs.q.shape[3], inputs.v.shape[3]
-        call = _constant(tuple(asked), str(place.layout), facts, training, inputs.alibi is not None)
+        call = _constant(_as_constants(asked), str(place.layout), facts, training, inputs.alibi is not None)
     else:
         checked = _remembered(inputs, asked, place, documents, name, training)
         call = checked.call
@@ -167,6 +167,14 @@ def _call(asked: Arguments, layout: Layout, head_dim: int, training: bool) -> At
         training,
         asked.heads_at_once,
     )
+
+
+def _as_constants(asked: Arguments) -> tuple[object, ...]:
+    """The arguments, no number of them a symbol."""
+    window = asked.window
+    if isinstance(window, (tuple, list)):
+        window = tuple(constant_number(side) for side in window)
+    return asked[0], window, *(constant_number(argument) for argument in asked[2:])
 
 
 @constant_when_compiled

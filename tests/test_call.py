@@ -1,0 +1,188 @@
+"""A call as a value, its preparation, and the two ways to the operators: eager, and traced."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.distributed as dist
+from helpers import line, make_case, share
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from dtensor_ring import (
+    Contiguous,
+    Documents,
+    Stripe,
+    Zigzag,
+    distribute_tensor,
+    from_local,
+    full_tensor,
+    ring_attention,
+)
+from dtensor_ring.layout import Layout
+from dtensor_ring.ops import prepare as prepare_module
+from dtensor_ring.ops.arguments import Arguments
+from dtensor_ring.ops.call import AttentionCall
+from dtensor_ring.ops.kernels import KERNELS
+from dtensor_ring.ops.mask import Band, mask_text
+from dtensor_ring.ops.place import place_alone
+from dtensor_ring.ops.prepare import Inputs, prepare
+
+sides = st.integers(-1, 1 << 40)
+masks = st.one_of(
+    st.tuples(st.just(True), st.tuples(sides, st.sampled_from([-1, 0]))), st.tuples(st.just(False), st.tuples(sides, sides))
+)
+numbers = st.floats(0, 1e30, allow_nan=False, exclude_max=True)
+layouts = st.one_of(
+    st.sampled_from(["contiguous", "zigzag", "contiguous/even", "zigzag/even", "zigzag/documents"]),
+    st.integers(1, 1 << 30).map(lambda block: f"stripe:{block}"),
+).map(Layout.parse)
+calls = st.builds(
+    AttentionCall,
+    masks.map(lambda mask: Band.parse(mask_text(*mask))),
+    st.floats(allow_nan=False, allow_infinity=False),
+    layouts,
+    st.sampled_from(["auto", "ring", "gather", "ulysses"]),
+    st.sampled_from(["auto", *KERNELS]),
+    numbers,
+    st.floats(0, 1, exclude_max=True),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 128),
+)
+
+
+@given(calls)
+def test_a_call_is_what_its_text_says(call):
+    assert AttentionCall.parse(str(call)) == call
+
+
+@given(calls, calls)
+def test_texts_are_equal_where_calls_are(a, b):
+    assert (str(a) == str(b)) == (a == b)
+
+
+def test_operators_and_the_public_function_stay_small():
+    forward, backward = (len(op.default._schema.arguments) for op in (attention_op(), torch.ops.dtensor_ring.attention_backward))
+    assert forward <= 12
+    assert backward <= 15
+    tree = ast.parse(textwrap.dedent(inspect.getsource(ring_attention)))
+    (function,) = tree.body
+    body = function.body[1:]  # after the docstring
+    assert body[-1].end_lineno - body[0].lineno + 1 <= 25
+
+
+def attention_op():
+    return torch.ops.dtensor_ring.attention
+
+
+def test_a_wrong_window_is_refused_also_after_an_equal_right_one():
+    x = torch.randn(1, 4, 2, 8)
+    ring_attention(x, x, x, window=(2, 0))
+    with pytest.raises(TypeError, match="a side is a whole number of tokens, found float, int"):
+        ring_attention(x, x, x, window=(2.0, 0))
+    wanted = ring_attention(x, x, x, window=(2, 0))
+    assert torch.equal(ring_attention(x, x, x, window=[2, 0]), wanted)
+
+
+def test_what_is_remembered_of_calls_is_bounded():
+    for length in range(1, 300):
+        x = torch.empty(1, length, 1, 8)
+        prepare(Inputs(x, x, x), Arguments(), place_alone(x, x, x), "a test")
+    assert len(prepare_module._checked) <= 128
+
+
+def test_a_setting_of_pytorch_that_kernels_read_is_part_of_what_is_remembered():
+    x = torch.randn(1, 4, 2, 8)
+    asked, place = Arguments(deterministic=True), place_alone(x, x, x)
+    prepare(Inputs(x, x, x), asked, place, "a test")
+    before = len(prepare_module._checked)
+    torch.use_deterministic_algorithms(True)
+    try:
+        prepare(Inputs(x, x, x), asked, place, "a test")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(prepare_module._checked) == min(before + 1, 128)
+
+
+def both_ways():
+    """Placements, shapes and values of out, lse and gradients, by the autograd function and by the sharding rules."""
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    outer = [Shard(0), Shard(2), Replicate()]
+    pairs = [(a, b) for a in outer for b in (Contiguous(1), Zigzag(1), Stripe(1, block=2), Shard(1), Shard(0), Replicate())]
+    case = make_case(8, heads=(4, 2))
+    for placements in pairs + [(b, a) for a, b in pairs]:
+        if placements == (Shard(0), Shard(0)):
+            continue
+        for with_sinks in (False, True):
+            compare_ways(grid, list(placements), case, with_sinks)
+
+
+def compare_ways(grid, placements, case, with_sinks):
+    leaves = [distribute_tensor(x, grid, placements, src_data_rank=None).requires_grad_() for x in case.inputs]
+    dout = distribute_tensor(case.dout, grid, placements, src_data_rank=None)
+    sinks = None
+    if with_sinks:
+        split = [Shard(0) if p == Shard(2) else Replicate() for p in placements]
+        sinks = distribute_tensor(torch.arange(4.0, dtype=torch.float64), grid, split, src_data_rank=None).requires_grad_()
+    wanted = [*leaves, *([sinks] if sinks is not None else [])]
+    eager = ring_attention(*leaves, sinks=sinks, kernel="math", return_lse=True)
+    eager_grads = torch.autograd.grad(eager[0], wanted, dout)
+
+    none = DTensor.from_local(torch.empty(0, dtype=torch.int64), grid, [Replicate(), Replicate()], run_check=False)
+    axis = next((i for i, p in enumerate(placements) if p not in (Shard(0), Shard(2), Replicate())), None)
+    layout = Layout("contiguous") if axis is None or placements[axis] == Shard(1) else placements[axis].layout
+    call = AttentionCall(Band.parse("causal"), 8**-0.5, layout, kernel="math", training=True)
+    group = "" if axis is None else grid.get_group(axis).group_name
+    out, lse, _ = attention_op()(*leaves, sinks, None, none, (8, 8), (0, 0), str(call), group)
+    grads = torch.autograd.grad(out, wanted, dout)
+    for mine, rule in zip((*eager, *eager_grads[:3]), (out, lse, *grads[:3]), strict=True):
+        assert mine.placements == rule.placements, placements
+        assert mine.shape == rule.shape
+        assert mine.to_local().shape == rule.to_local().shape
+        torch.testing.assert_close(mine.to_local(), rule.to_local(), rtol=0, atol=1e-12)
+    if with_sinks:  # the rule leaves the sum over ranks to whoever asks for it
+        assert eager_grads[3].placements == sinks.placements
+        torch.testing.assert_close(full_tensor(eager_grads[3]), full_tensor(grads[3]), rtol=0, atol=1e-12)
+
+
+def test_the_autograd_function_and_the_sharding_rules_place_alike(pools):
+    pools.run(4, both_ways)
+
+
+def graphs_of_calls(change: str) -> int:
+    """Graphs of a compiled layer over masks, numbers of documents, or numbers; values are checked."""
+    torch._dynamo.reset()
+    mesh, world, rank = line(), dist.get_world_size(), dist.get_rank()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def layer(q, k, v, length, documents, is_causal, window, scale, softcap):
+        placed = [from_local(x, mesh, [Zigzag(1)], length=length) for x in (q, k, v)]
+        return ring_attention(
+            *placed, documents=documents, is_causal=is_causal, window=window, scale=scale, softcap=softcap
+        ).to_local()
+
+    for i in range(12):
+        mask = ("causal", "full", "window")[i % 3] if change == "masks" else "causal"
+        lengths = [1] * (i + 1) + [47 - i]
+        documents = Documents.from_lengths(lengths) if change == "documents" else None
+        number = 0.5 + i % 3 if change == "numbers" else 1.0
+        case = make_case(48, mask=mask, documents=documents, dtype=torch.float32, softcap=number)
+        case.q *= number  # the exact results have the default scale
+        shares = [share(x, "zigzag", world, rank) for x in case.inputs]
+        out = layer(shares[0] / number, *shares[1:], 48, documents, case.is_causal, case.window, number * 8**-0.5, number)
+        torch.testing.assert_close(out, share(case.exact()[0], "zigzag", world, rank), rtol=0, atol=5e-5)
+    return counter.frame_count
+
+
+@pytest.mark.parametrize(("change", "most"), [("masks", 4), ("numbers", 3), ("documents", 2)])
+def test_compiled_calls_make_a_bounded_number_of_graphs(pools, change, most):
+    assert max(pools.run(2, graphs_of_calls, change, timeout=250)) <= most
