@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from helpers import make_case
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtensor_ring.documents import Documents
 from dtensor_ring.ops.kernels import KERNELS, Extras, Need, Options, Packing, Span, choose_kernel
@@ -179,6 +182,32 @@ class Recording(MathKernel):
     def backward(self, dout, q, k, v, out, lse, window, options, extras=None):
         self.kept.append(extras)
         return super().backward(dout, q, k, v, out, lse, window, options, extras)
+
+
+class OpCounter(TorchDispatchMode):
+    """Counts the ops of each name inside the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("window", "lengths", "strips"), [((-1, 0), (600, 600), 1), ((-1, -1), (600, 300), 1), ((9, 0), (600, 600), 2)]
+)
+def test_torch_cpu_masks_only_where_its_op_cannot(window, lengths, strips):
+    case = make_case(lengths[0], k_length=lengths[1], dtype=torch.float32)
+    kernel, options = KERNELS["torch_cpu"], Options(8**-0.5)
+    with OpCounter() as ops:
+        out, lse = kernel.forward(*case.inputs, window, options)
+        kernel.backward(case.dout, *case.inputs, out, lse, window, options)
+    assert ops.counts["_scaled_dot_product_flash_attention_for_cpu"] == strips
+    assert ops.counts["_scaled_dot_product_flash_attention_for_cpu_backward"] == strips
+    assert (ops.counts["masked_fill_"] > 0) == (strips > 1)
 
 
 def test_each_packed_segment_gets_the_positions_and_slopes_of_its_own_rows():
