@@ -12,40 +12,20 @@ the rank's own keys; the backward pass ends with them, so that the last gradient
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
-from dtensor_ring.comm import Message, Pending, Transport
+from dtensor_ring.comm import Pending, Transport
 from dtensor_ring.comm.rank_checks import number_of
+from dtensor_ring.ops.exchange import Direction, Exchange, Pair
 from dtensor_ring.ops.kernels import Extras, Kernel, Options, Packing, Result, Span
-from dtensor_ring.ops.merge import GradSum, OutputSum, accumulate_dtype, sink_gradient
+from dtensor_ring.ops.merge import GradSum, OutputSum, sink_gradient
 from dtensor_ring.ops.schedule import Plan, Problem, plan
-from dtensor_ring.ops.steps import Call, Rows, Step
-
-_Pair = tuple[Tensor, Tensor]
-Direction = Literal["forward", "backward"]
-
-
-class Activity(NamedTuple):
-    """What a transfer is part of: its text is made only for an error."""
-
-    problem: Problem
-    direction: Direction
-    what: str
-    step: int | None = None
-    steps: int = 0
-
-    @override
-    def __str__(self) -> str:
-        where = "" if self.step is None else f" of step {self.step} of {self.steps}"
-        return f"attention ({self.problem}), {self.direction}, {self.what}{where}"
+from dtensor_ring.ops.steps import Call
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +51,11 @@ class Executor:
     origin: tuple[int, int] = (0, 0)
 
     @property
+    def exchange(self) -> Exchange:
+        """What moves keys and gradients."""
+        return Exchange(self.plan, self.wire, self.kernel.grad_dtype)
+
+    @property
     def forward_order(self) -> list[int]:
         """Steps as `forward` walks them."""
         return list(range(len(self.plan.steps)))
@@ -81,7 +66,7 @@ class Executor:
         return [*range(1, len(self.plan.steps)), 0] if self.plan.steps else []
 
     def forward(
-        self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, seed: int = 0, coming: Pending[_Pair] | None = None
+        self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, seed: int = 0, coming: Pending[Pair] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Out (B, Sq/W, H, Dv) in the dtype of q, and lse (B, H, Sq/W) in float32 (float64 for float64).
 
@@ -106,7 +91,7 @@ class Executor:
         out_BSHD: Tensor,
         lse_BHS: Tensor,
         seed: int = 0,
-        coming: Pending[_Pair] | None = None,
+        coming: Pending[Pair] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """dq, dk, dv of this rank's shares in the dtypes of q, k, v, and this rank's part of dsinks (H,)."""
         dq = GradSum(q_BSHD, self.plan.q_parts)
@@ -124,8 +109,7 @@ class Executor:
                     total.add(k_start, grad)
             if returning is not None:
                 returning.wait()
-            with self.wire.during(self._activity("backward", "gradients", index)):
-                returning = self._give_back(index, sums, own)
+            returning = self.exchange.give_back(index, (sums[0].result(), sums[1].result()), own)
         if returning is not None:
             returning.wait()
         dsinks = None if self.sinks is None else sink_gradient(dout_BSHD, out_BSHD, lse_BHS, self.sinks)
@@ -187,155 +171,15 @@ class Executor:
         dq, dk, dv = (grad.unflatten(0, x.shape[:2]) for grad, x in zip(grads, (q, k, v), strict=True))
         return 0, 0, (dq, dk, dv)
 
-    def _activity(self, direction: Direction, what: str, step: int) -> Activity:
-        return Activity(self.plan.problem, direction, what, step, len(self.plan.steps))
-
-    def _visits(self, kv: _Pair, direction: Direction, coming: Pending[_Pair] | None) -> Iterator[tuple[int, _Pair]]:
+    def _visits(self, kv: Pair, direction: Direction, coming: Pending[Pair] | None) -> Iterator[tuple[int, Pair]]:
         """Each step's keys in the order of the pass, the next step's transfer already under way."""
         order = self.forward_order if direction == "forward" else self.backward_order
-        pending = self.fetch(order[0], kv, direction) if order and coming is None else coming
+        pending = self.exchange.fetch(order[0], kv, direction) if order and coming is None else coming
         for place, index in enumerate(order):
             assert pending is not None, "every step but the first is fetched one step ahead"
-            ahead = self.fetch(order[place + 1], kv, direction) if place + 1 < len(order) else None
+            ahead = self.exchange.fetch(order[place + 1], kv, direction) if place + 1 < len(order) else None
             yield index, pending.wait()
             pending = ahead
-
-    def fetch(self, index: int, kv: _Pair, direction: Direction) -> Pending[_Pair]:
-        """Start to send what others need in this step and to receive what this rank needs."""
-        with self.wire.during(self._activity(direction, "keys", index)):
-            return self._fetch(index, kv)
-
-    def _fetch(self, index: int, kv: _Pair) -> Pending[_Pair]:
-        step, rank, wire = self.plan.steps[index], self.plan.rank, self.wire
-        if self.plan.problem.collective:
-            shards = [_padded(self.plan, x) for x in kv]
-            gathered = wire.all_gather(torch.cat([shard.flatten() for shard in shards]))
-            return Pending(lambda: _pair(_assemble(step, rank, x, y) for x, y in zip(kv, _apart(gathered, shards), strict=True)))
-        sends = [Message(send.rank, _take(x, send.rows)) for send in self.plan.sends[index] for x in kv]
-        counts: dict[int, int] = {}
-        for rows in step.keys:
-            counts[rows.source] = counts.get(rows.source, 0) + rows.size
-        arrived: list[dict[int, Tensor]] = [
-            {source: wire.empty((x.shape[0], n, *x.shape[2:]), x) for source, n in counts.items() if source != rank} for x in kv
-        ]
-        receives = [Message(source, buffers[source]) for source in arrived[0] for buffers in arrived]
-        pending = wire.exchange(sends, receives)
-
-        def finish() -> _Pair:
-            pending.wait()
-            return _pair(_assemble(step, rank, x, buffers) for x, buffers in zip(kv, arrived, strict=True))
-
-        return Pending(finish)
-
-    def _give_back(self, index: int, sums: Sequence[GradSum], own: Sequence[GradSum]) -> Pending[None]:
-        """Start to return the gradients of a step's keys; once it is over, `own` holds what this rank's keys got in the step."""
-        step, rank = self.plan.steps[index], self.plan.rank
-        grads = [total.result() for total in sums]
-        if self.plan.problem.collective:
-            return self._reduce(step, grads, own)
-        sends: list[Message] = []
-        starts = list(_offsets(step))
-        for source in dict.fromkeys(rows.source for rows in step.keys):
-            places = [(start, rows) for start, rows in starts if rows.source == source]
-            for grad, total in zip(grads, own, strict=True):
-                if source == rank:
-                    for start, rows in places:
-                        total.add(rows.start, grad[:, start : start + rows.size])
-                else:
-                    dtype = accumulate_dtype(grad.dtype) if step.sums else grad.dtype
-                    parts = [grad[:, start : start + rows.size] for start, rows in places]
-                    whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-                    sends.append(Message(source, whole.to(dtype).contiguous()))
-        receives: list[Message] = []
-        arrivals: list[tuple[GradSum, tuple[Rows, ...], Tensor]] = []
-        for send in self.plan.sends[index]:
-            for total in own:
-                like = total.like
-                dtype = accumulate_dtype(like.dtype) if send.sums else self.kernel.grad_dtype(like.dtype)
-                shape = like.shape[0], sum(rows.size for rows in send.rows), *like.shape[2:]
-                buffer = self.wire.empty(shape, like, dtype)
-                receives.append(Message(send.rank, buffer))
-                arrivals.append((total, send.rows, buffer))
-        pending = self.wire.exchange(sends, receives)
-
-        def finish() -> None:
-            pending.wait()
-            for total, places, buffer in arrivals:
-                start = 0
-                for rows in places:
-                    total.add(rows.start, buffer[:, start : start + rows.size])
-                    start += rows.size
-
-        return Pending(finish)
-
-    def _reduce(self, step: Step, grads: Sequence[Tensor], own: Sequence[GradSum]) -> Pending[None]:
-        """Sum the gradients of gathered keys over the ranks in float32, each rank keeping its shard."""
-        problem = self.plan.problem
-        largest = max(problem.k_rows(rank) for rank in range(problem.world))
-        shapes = [(grad.shape[0], largest, *grad.shape[2:]) for grad in grads]
-        sizes = [math.prod(shape) for shape in shapes]
-        shards = grads[0].new_zeros((problem.world, sum(sizes)), dtype=accumulate_dtype(grads[0].dtype))
-        for grad, shape, part in zip(grads, shapes, shards.split(sizes, 1), strict=True):
-            whole = part.view(problem.world, *shape)
-            for start, rows in _offsets(step):
-                whole[rows.source, :, rows.start : rows.stop] = grad[:, start : start + rows.size]
-        summed = self.wire.reduce_scatter(shards)
-
-        def finish() -> None:
-            for total, shape, part in zip(own, shapes, summed.wait().split(sizes), strict=True):
-                mine = part.view(shape)[:, : total.like.shape[1]]
-                total.add(0, mine.clone() if mine.dtype == total.like.dtype else mine)  # dK and dV must not share memory
-
-        return Pending(finish)
-
-
-def _pair(tensors: Iterator[Tensor]) -> _Pair:
-    first, second = tensors
-    return first, second
-
-
-def _apart(gathered: Pending[Tensor], shards: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Each rank's shard of keys, then of values, from the buffers that held both."""
-    parts = gathered.wait().split([shard.numel() for shard in shards], 1)
-    for part, shard in zip(parts, shards, strict=True):
-        yield [mine.view(shard.shape) for mine in part]
-
-
-def _padded(todo: Plan, x: Tensor) -> Tensor:
-    """The shard with rows added up to the largest rank's."""
-    largest = max(todo.problem.k_rows(rank) for rank in range(todo.problem.world))
-    if x.shape[1] == largest:
-        return x
-    return torch.cat([x, x.new_zeros((x.shape[0], largest - x.shape[1], *x.shape[2:]))], 1)
-
-
-def _take(x: Tensor, rows: Sequence[Rows]) -> Tensor:
-    parts = [x[:, part.start : part.stop] for part in rows]
-    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def _assemble(step: Step, rank: int, own: Tensor, arrived: dict[int, Tensor] | list[Tensor]) -> Tensor:
-    """The step's key buffer; gathered shards are addressed by stored row, exchanged ones hold their rows one after another."""
-    gathered = isinstance(arrived, list)
-    used: dict[int, int] = {}
-    parts = []
-    for rows in step.keys:
-        start = rows.start
-        if rows.source != rank and not gathered:
-            start = used.get(rows.source, 0)
-            used[rows.source] = start + rows.size
-        source = own if rows.source == rank else arrived[rows.source]
-        parts.append(source[:, start : start + rows.size])
-    if not parts:
-        return own[:, :0]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def _offsets(step: Step) -> Iterator[tuple[int, Rows]]:
-    start = 0
-    for rows in step.keys:
-        yield start, rows
-        start += rows.size
 
 
 def _box(call: Call) -> tuple[slice, slice]:
