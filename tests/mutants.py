@@ -67,6 +67,12 @@ TESTS = {
         "test_extras",
         "test_functional -k heads_k",
     ],
+    "ops/exchange.py": [
+        "test_exchange",
+        "test_execute -k 'packed or bytes or unwidened or two_lengths'",
+        "test_functional -k heads_k",
+    ],
+    "ops/routes.py": ["test_exchange"],
     "ops/ulysses.py": ["test_ulysses"],
     "ops/heads.py": ["test_heads", "test_functional -k heads_k", "test_adapter"],
     "ops/merge.py": ["test_merge", "test_execute -k 'packed or near'", "test_extras"],

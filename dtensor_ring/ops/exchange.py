@@ -15,11 +15,13 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 from typing_extensions import override
 
 from dtensor_ring.comm import Message, Pending, Transport
 from dtensor_ring.ops.merge import GradSum, accumulate_dtype
-from dtensor_ring.ops.schedule import Plan, Problem
+from dtensor_ring.ops.routes import Route, Slot, routes
+from dtensor_ring.ops.schedule import Plan, Problem, Send
 from dtensor_ring.ops.steps import Rows, Step
 
 Pair = tuple[Tensor, Tensor]
@@ -66,63 +68,92 @@ class Exchange:
             return self._reduce(index, grads, own) if self.plan.problem.collective else self._give_back(index, grads, own)
 
     def _fetch(self, index: int, kv: Pair) -> Pending[Pair]:
-        step, rank, wire = self.plan.steps[index], self.plan.rank, self.wire
+        step, sends, rank, wire = self.plan.steps[index], self.plan.sends[index], self.plan.rank, self.wire
         if self.plan.problem.collective:
             shards = [_padded(self.plan, x) for x in kv]
             gathered = wire.all_gather(torch.cat([shard.flatten() for shard in shards]))
-            return Pending(lambda: _pair(_assemble(step, rank, x, y) for x, y in zip(kv, _apart(gathered, shards), strict=True)))
-        sends = [Message(send.rank, _take(x, send.rows)) for send in self.plan.sends[index] for x in kv]
-        counts: dict[int, int] = {}
-        for rows in step.keys:
-            counts[rows.source] = counts.get(rows.source, 0) + rows.size
-        arrived: list[dict[int, Tensor]] = [
-            {source: wire.empty((x.shape[0], n, *x.shape[2:]), x) for source, n in counts.items() if source != rank} for x in kv
-        ]
-        receives = [Message(source, buffers[source]) for source in arrived[0] for buffers in arrived]
-        pending = wire.exchange(sends, receives)
+            return Pending(lambda: _pair(_assemble(step, x, y) for x, y in zip(kv, _apart(gathered, shards), strict=True)))
+        route = self._route(index, kv[0])
+        k_taken, v_taken = (_taken(sends, route, x) for x in kv)
+        (k_slots, k_keys), (v_slots, v_keys) = (_landing(wire, rank, route, x) for x in kv)
+        peers = [slot.source for slot in route.slots if slot.source != rank]
+        pending = wire.exchange(
+            _in_turn([send.rank for send in sends], k_taken, v_taken),
+            _in_turn(peers, [k_slots[peer] for peer in peers], [v_slots[peer] for peer in peers]),
+        )
 
         def finish() -> Pair:
             pending.wait()
-            return _pair(_assemble(step, rank, x, buffers) for x, buffers in zip(kv, arrived, strict=True))
+            return k_keys(), v_keys()
 
         return Pending(finish)
 
     def _give_back(self, index: int, grads: Pair, own: tuple[GradSum, GradSum]) -> Pending[None]:
-        step, rank = self.plan.steps[index], self.plan.rank
-        sends: list[Message] = []
-        starts = list(_offsets(step))
-        for source in dict.fromkeys(rows.source for rows in step.keys):
-            places = [(start, rows) for start, rows in starts if rows.source == source]
-            for grad, total in zip(grads, own, strict=True):
-                if source == rank:
-                    for start, rows in places:
-                        total.add(rows.start, grad[:, start : start + rows.size])
-                else:
-                    dtype = accumulate_dtype(grad.dtype) if step.sums else grad.dtype
-                    parts = [grad[:, start : start + rows.size] for start, rows in places]
-                    whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-                    sends.append(Message(source, whole.to(dtype).contiguous()))
-        receives: list[Message] = []
-        arrivals: list[tuple[GradSum, tuple[Rows, ...], Tensor]] = []
-        for send in self.plan.sends[index]:
-            for total in own:
-                like = total.like
-                dtype = accumulate_dtype(like.dtype) if send.sums else self.grad_dtype(like.dtype)
-                shape = like.shape[0], sum(rows.size for rows in send.rows), *like.shape[2:]
-                buffer = self.wire.empty(shape, like, dtype)
-                receives.append(Message(send.rank, buffer))
-                arrivals.append((total, send.rows, buffer))
-        pending = self.wire.exchange(sends, receives)
+        sends, rank = self.plan.sends[index], self.plan.rank
+        if self.plan.steps[index].sums:
+            grads = _pair(grad.to(accumulate_dtype(grad.dtype)) for grad in grads)
+        route = self._route(index, own[0].like)
+        peers = [slot for slot in route.slots if slot.source != rank]
+        k_leaving, v_leaving = (_leaving(peers, route, grad) for grad in grads)
+        (k_buffers, add_k), (v_buffers, add_v) = (
+            self._returns(sends, route, grad, total) for grad, total in zip(grads, own, strict=True)
+        )
+        pending = self.wire.exchange(
+            _in_turn([slot.source for slot in peers], k_leaving, v_leaving),
+            _in_turn([send.rank for send in sends], k_buffers, v_buffers),
+        )
 
         def finish() -> None:
             pending.wait()
-            for total, places, buffer in arrivals:
-                start = 0
-                for rows in places:
-                    total.add(rows.start, buffer[:, start : start + rows.size])
-                    start += rows.size
+            add_k()
+            add_v()
 
         return Pending(finish)
+
+    def _route(self, index: int, x_BSHD: Tensor) -> Route:
+        return routes(self.plan.problem, self.plan.rank, x_BSHD.shape[0], x_BSHD.device)[index]
+
+    def _returns(
+        self, sends: Sequence[Send], route: Route, grad: Tensor, total: GradSum
+    ) -> tuple[list[Tensor], Callable[[], None]]:
+        """Buffers for what comes back of each send, and what adds them and the own part of `grad` to the total."""
+        like, sums, own = total.like, route.sums, route.own
+        narrow, wide = self.grad_dtype(like.dtype), accumulate_dtype(like.dtype)
+        batch, _, *dims = like.shape
+        if sums is None:
+            if own is not None:
+                total.add(own.start, grad[:, own.at : own.at + own.rows])
+            ranges = [send.rows[0] for send in sends]
+            buffers = [
+                self.wire.empty((batch, rows.size, *dims), like, wide if send.sums else narrow)
+                for send, rows in zip(sends, ranges, strict=True)
+            ]
+
+            def add() -> None:
+                for rows, buffer in zip(ranges, buffers, strict=True):
+                    total.add(rows.start, buffer)
+
+            return buffers, add
+        mine, summed, others = (batch * rows for rows in sums.rows)
+        keeps_narrow = not sums.several and not summed and (own is None or grad.dtype == narrow)
+        parts = self.wire.empty((mine + summed + others, *dims), like, narrow if keeps_narrow else wide)
+        last = parts[mine + summed :]
+        landing = last if parts.dtype == narrow else self.wire.empty(last.shape, like, narrow)
+        if own is not None:
+            _own_part(own.at, own.rows, own.back, grad, parts[:mine])
+        buffers = []
+        for send, first in zip(sends, sums.firsts, strict=True):
+            rows = sum(piece.size for piece in send.rows)
+            start = batch * first if send.sums else batch * first - mine - summed
+            buffers.append((parts if send.sums else landing)[start : start + batch * rows].view(batch, rows, *dims))
+
+        def add_by_index() -> None:
+            if landing is not last and others:
+                last.copy_(landing)
+            rows = embedding_bag(sums.index, parts.flatten(1), sums.offsets, mode="sum", include_last_offset=True)
+            total.add(sums.low, rows.view(batch, sums.high - sums.low, *dims))
+
+        return buffers, add_by_index
 
     def _reduce(self, index: int, grads: Pair, own: tuple[GradSum, GradSum]) -> Pending[None]:
         """Sum the gradients of gathered keys over the ranks in float32, each rank keeping its shard."""
@@ -165,26 +196,80 @@ def _padded(todo: Plan, x: Tensor) -> Tensor:
     return torch.cat([x, x.new_zeros((x.shape[0], largest - x.shape[1], *x.shape[2:]))], 1)
 
 
-def _take(x: Tensor, rows: Sequence[Rows]) -> Tensor:
-    parts = [x[:, part.start : part.stop] for part in rows]
-    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def _assemble(step: Step, rank: int, own: Tensor, arrived: dict[int, Tensor] | list[Tensor]) -> Tensor:
-    """The step's key buffer; gathered shards are addressed by stored row, exchanged ones hold their rows one after another."""
-    gathered = isinstance(arrived, list)
-    used: dict[int, int] = {}
-    parts = []
-    for rows in step.keys:
-        start = rows.start
-        if rows.source != rank and not gathered:
-            start = used.get(rows.source, 0)
-            used[rows.source] = start + rows.size
-        source = own if rows.source == rank else arrived[rows.source]
-        parts.append(source[:, start : start + rows.size])
+def _assemble(step: Step, own: Tensor, gathered: list[Tensor]) -> Tensor:
+    """The step's key buffer from the shards of all ranks."""
+    parts = [gathered[rows.source][:, rows.start : rows.stop] for rows in step.keys]
     if not parts:
         return own[:, :0]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _in_turn(peers: Sequence[int], keys: Sequence[Tensor], values: Sequence[Tensor]) -> list[Message]:
+    """A message with keys and one with values for each peer."""
+    return [Message(peer, x) for peer, k, v in zip(peers, keys, values, strict=True) for x in (k, v)]
+
+
+def _taken(sends: Sequence[Send], route: Route, x_BSHD: Tensor) -> list[Tensor]:
+    """The rows that each send carries, contiguous: one copy for all of them where some have several ranges."""
+    if route.take is None:
+        return [x_BSHD[:, rows.start : rows.stop].contiguous() for send in sends for rows in send.rows]
+    return _split(x_BSHD, route.take, [sum(rows.size for rows in send.rows) for send in sends])
+
+
+def _leaving(peers: Sequence[Slot], route: Route, grad_BSHD: Tensor) -> list[Tensor]:
+    """The gradients of each peer's keys, contiguous: one copy for all of them where a peer's rows are scattered."""
+    if route.leave is None:
+        return [grad_BSHD[:, slot.first : slot.first + slot.rows].contiguous() for slot in peers]
+    return _split(grad_BSHD, route.leave, [slot.rows for slot in peers])
+
+
+def _split(x_BSHD: Tensor, index: Tensor, rows: Sequence[int]) -> list[Tensor]:
+    batch, _, *dims = x_BSHD.shape
+    parts = x_BSHD.flatten(0, 1).index_select(0, index).split([batch * n for n in rows])
+    return [part.view(batch, n, *dims) for part, n in zip(parts, rows, strict=True)]
+
+
+def _landing(wire: Transport, rank: int, route: Route, x_BSHD: Tensor) -> tuple[dict[int, Tensor], Callable[[], Tensor]]:
+    """Buffers for the rows of each peer, and what gives the step's key buffer once they are full.
+
+    Where the order of arrival is that of the key buffer, peers' rows land in their place and only this rank's own are copied.
+    """
+    batch, _, *dims = x_BSHD.shape
+    own, slots = route.own, route.slots
+    peers = [slot for slot in slots if slot.source != rank]
+    if not peers:
+        return {}, lambda: x_BSHD[:, :0] if own is None else _own_part(own.start, own.rows, own.take, x_BSHD)
+    if route.order is None and (batch > 1 or len(slots) == 1):
+        apart = {slot.source: wire.empty((batch, slot.rows, *dims), x_BSHD) for slot in peers}
+        if len(slots) == 1:
+            return apart, lambda: apart[slots[0].source]
+        mine = [] if own is None else [_own_part(own.start, own.rows, own.take, x_BSHD)]
+        return apart, lambda: torch.cat([mine[0] if slot.source == rank else apart[slot.source] for slot in slots], 1)
+    total = sum(slot.rows for slot in slots)
+    landed = wire.empty((batch * total, *dims), x_BSHD)
+    parts = {slot.source: landed[batch * slot.first : batch * (slot.first + slot.rows)] for slot in slots}
+    if own is not None:
+        _own_part(own.start, own.rows, own.take, x_BSHD, parts[rank])
+
+    def keys() -> Tensor:
+        flat = landed if route.order is None else landed.index_select(0, route.order)
+        return flat.view(batch, total, *dims)
+
+    return {slot.source: parts[slot.source].view(batch, slot.rows, *dims) for slot in peers}, keys
+
+
+def _own_part(start: int, rows: int, index: Tensor | None, x_BSHD: Tensor, target: Tensor | None = None) -> Tensor:
+    """Rows [start, start + rows), or those of an index, as (B, rows, H, D); copied to `target` (B * rows, H, D) if one is given."""
+    batch, _, *dims = x_BSHD.shape
+    if index is not None:
+        part = x_BSHD.flatten(0, 1)
+        if target is not None and target.dtype == part.dtype:
+            torch.index_select(part, 0, index, out=target)
+            return target.view(batch, rows, *dims)
+        part = part.index_select(0, index).view(batch, rows, *dims)
+    else:
+        part = x_BSHD[:, start : start + rows]
+    return part if target is None else target.view(batch, rows, *dims).copy_(part)
 
 
 def _offsets(step: Step) -> Iterator[tuple[int, Rows]]:
