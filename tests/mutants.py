@@ -63,6 +63,7 @@ TESTS = {
     "ops/steps.py": PLANNER,
     "ops/schedule.py": [*PLANNER[:3], "test_execute -k 'bytes or packed'", "test_extras -k 'blocks or alibi'", "test_windows"],
     "ops/execute.py": [
+        "test_one_call",
         "test_execute -k 'packed or bytes or unwidened or two_lengths'",
         "test_extras",
         "test_functional -k heads_k",
