@@ -135,9 +135,12 @@ class Exchange:
 
             return buffers, add
         mine, summed, others = (batch * rows for rows in sums.rows)
-        keeps_narrow = not sums.several and not summed and (own is None or grad.dtype == narrow)
-        parts = self.wire.empty((mine + summed + others, *dims), like, narrow if keeps_narrow else wide)
-        last = parts[mine + summed :]
+        keeps_narrow = sums.offsets is None and not summed and (own is None or grad.dtype == narrow)
+        count = mine + summed + others
+        parts = self.wire.empty((count + sums.gaps, *dims), like, narrow if keeps_narrow else wide)
+        if sums.gaps:
+            parts[count].zero_()
+        last = parts[mine + summed : count]
         landing = last if parts.dtype == narrow else self.wire.empty(last.shape, like, narrow)
         if own is not None:
             _own_part(own.at, own.rows, own.back, grad, parts[:mine])
@@ -150,7 +153,10 @@ class Exchange:
         def add_by_index() -> None:
             if landing is not last and others:
                 last.copy_(landing)
-            rows = embedding_bag(sums.index, parts.flatten(1), sums.offsets, mode="sum", include_last_offset=True)
+            if sums.offsets is None:
+                rows = parts.index_select(0, sums.index)
+            else:
+                rows = embedding_bag(sums.index, parts.flatten(1), sums.offsets, mode="sum", include_last_offset=True)
             total.add(sums.low, rows.view(batch, sums.high - sums.low, *dims))
 
         return buffers, add_by_index
@@ -247,7 +253,7 @@ def _landing(wire: Transport, rank: int, route: Route, x_BSHD: Tensor) -> tuple[
         return apart, lambda: torch.cat([mine[0] if slot.source == rank else apart[slot.source] for slot in slots], 1)
     total = sum(slot.rows for slot in slots)
     landed = wire.empty((batch * total, *dims), x_BSHD)
-    parts = {slot.source: landed[batch * slot.first : batch * (slot.first + slot.rows)] for slot in slots}
+    parts = dict(zip([slot.source for slot in slots], landed.split([batch * slot.rows for slot in slots]), strict=True))
     if own is not None:
         _own_part(own.start, own.rows, own.take, x_BSHD, parts[rank])
 

@@ -55,26 +55,28 @@ class Own:
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """What the gradients of own key rows [low, high) are summed from: a row (b, r) from `index[offsets[i] : offsets[i + 1]]`.
+    """What the gradients of own key rows [low, high) are summed from.
 
-    The index counts rows of one buffer that holds the own part, then what the peers send that is summed in float32 already,
-    then what is not. A row adds its own part first, then the peers' in ascending order.
+    Contributions stand in one buffer: the own part, then what peers send that is summed in float32 already, then what is not.
+    A row adds its own part first, then the peers' in ascending order. Where some row has several contributions, those of row i,
+    flattened, are the buffer's rows `index[offsets[i] : offsets[i + 1]]`. Where none has, `offsets` is None and row i is the
+    buffer's row `index[i]`, which is one past the buffer's end where nothing contributes.
 
     Attributes:
-        index: int32 rows of that buffer.
-        offsets: int32, one for each of the flattened rows [low, high) and one more.
+        index: int32.
+        offsets: int32, one for each row and one more; None where rows are not added up.
+        gaps: whether some `index[i]` is past the buffer's end.
         low: first own key row with a contribution.
         high: one past the last.
-        several: whether some row has more than one contribution.
         rows: rows of the buffer in one batch row: own, wide, others.
         firsts: first row in a batch row of each send's rows, counted from the first of all, in the order of the plan's sends.
     """
 
     index: Tensor
-    offsets: Tensor
+    offsets: Tensor | None
+    gaps: bool
     low: int
     high: int
-    several: bool
     rows: tuple[int, int, int]
     firsts: tuple[int, ...]
 
@@ -176,11 +178,14 @@ def _sums(mine: list[_Range], sends: Sequence[Send], batch: int, length: int | N
         rows.append(batch * first + torch.arange(len(target)))
     target = torch.cat(targets)
     counts = torch.bincount(target, minlength=batch * (high - low))
-    index = torch.cat(rows)[torch.argsort(target, stable=True)]  # stable: a row's contributions stay in the order above
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     sizes = _count(mine), wide, next_other - _count(mine) - wide
-    several = bool((counts > 1).any())
-    return Sums(_placed(index, device), _placed(offsets, device), low, high, several, sizes, tuple(firsts))
+    if (counts > 1).any():
+        index = torch.cat(rows)[torch.argsort(target, stable=True)]  # stable: a row's contributions stay in the order above
+        offsets = _placed(torch.cat([counts.new_zeros(1), counts.cumsum(0)]), device)
+        return Sums(_placed(index, device), offsets, False, low, high, sizes, tuple(firsts))
+    index = torch.full_like(counts, len(target))
+    index[target] = torch.cat(rows)
+    return Sums(_placed(index, device), None, bool((counts == 0).any()), low, high, sizes, tuple(firsts))
 
 
 def _count(ranges: Iterable[_Range]) -> int:
