@@ -133,9 +133,12 @@ def test_the_sweep_has_a_row_that_one_peer_needs_twice():
     assert any(a.start < b.stop and b.start < a.stop for send in sends for i, a in enumerate(send.rows) for b in send.rows[:i])
 
 
-def test_gradients_in_16_bits_are_summed_in_float32_own_part_first_then_by_peer():
-    documents = random_documents(40, 96, 3)
-    problem = problem_of("zigzag/documents", "gather", 4, "full", documents)
+SUMMED = [(layout, mask) for layout in (*PACKED, "stripe:3") for mask in MASKS]
+
+
+@pytest.mark.parametrize(("layout", "mask"), SUMMED)
+def test_gradients_in_16_bits_are_summed_in_float32_own_part_first_then_by_peer(layout, mask):
+    problem = problem_of(layout, "gather", 4, mask, random_documents(12, 96, 3))
     wanted = []
     for owner in range(4):
         total = torch.zeros(2, problem.k_rows(owner), HEADS, DIM)
@@ -186,6 +189,13 @@ def test_the_operators_of_a_transfer_grow_with_peers_and_not_with_documents(layo
             for fetched, returned, peers in counts:  # a peer's slice, view, and what the loopback transport does with a message
                 assert fetched <= 2 * (6 + 4 * peers)
                 assert returned <= 2 * (12 + 4 * peers)
+
+
+def test_some_rank_gets_sums_of_one_peer_and_single_gradients_of_another():
+    plans = [
+        plan(problem_of(layout, "gather", 4, mask, random_documents(12, 96, 3)), r) for layout, mask in SUMMED for r in range(4)
+    ]
+    assert any({send.sums for send in each.sends[0]} == {True, False} for each in plans)
 
 
 def test_one_range_of_own_keys_is_fetched_without_a_copy():
