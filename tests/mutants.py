@@ -63,10 +63,17 @@ TESTS = {
     "ops/steps.py": PLANNER,
     "ops/schedule.py": [*PLANNER[:3], "test_execute -k 'bytes or packed'", "test_extras -k 'blocks or alibi'", "test_windows"],
     "ops/execute.py": [
+        "test_one_call",
         "test_execute -k 'packed or bytes or unwidened or two_lengths'",
         "test_extras",
         "test_functional -k heads_k",
     ],
+    "ops/exchange.py": [
+        "test_exchange",
+        "test_execute -k 'packed or bytes or unwidened or two_lengths'",
+        "test_functional -k heads_k",
+    ],
+    "ops/routes.py": ["test_exchange"],
     "ops/ulysses.py": ["test_ulysses"],
     "ops/heads.py": ["test_heads", "test_functional -k heads_k", "test_adapter"],
     "ops/merge.py": ["test_merge", "test_execute -k 'packed or near'", "test_extras"],

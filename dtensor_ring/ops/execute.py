@@ -12,40 +12,21 @@ the rank's own keys; the backward pass ends with them, so that the last gradient
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from itertools import accumulate
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
-from dtensor_ring.comm import Message, Pending, Transport
+from dtensor_ring.comm import Pending, Transport
 from dtensor_ring.comm.rank_checks import number_of
+from dtensor_ring.ops.exchange import Direction, Exchange, Pair
 from dtensor_ring.ops.kernels import Extras, Kernel, Options, Packing, Result, Span
-from dtensor_ring.ops.merge import GradSum, OutputSum, accumulate_dtype, sink_gradient
+from dtensor_ring.ops.merge import GradSum, OutputSum, sink_gradient, with_sinks
 from dtensor_ring.ops.schedule import Plan, Problem, plan
-from dtensor_ring.ops.steps import Call, Rows, Step
-
-_Pair = tuple[Tensor, Tensor]
-Direction = Literal["forward", "backward"]
-
-
-class Activity(NamedTuple):
-    """What a transfer is part of: its text is made only for an error."""
-
-    problem: Problem
-    direction: Direction
-    what: str
-    step: int | None = None
-    steps: int = 0
-
-    @override
-    def __str__(self) -> str:
-        where = "" if self.step is None else f" of step {self.step} of {self.steps}"
-        return f"attention ({self.problem}), {self.direction}, {self.what}{where}"
+from dtensor_ring.ops.steps import Call
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +52,11 @@ class Executor:
     origin: tuple[int, int] = (0, 0)
 
     @property
+    def exchange(self) -> Exchange:
+        """What moves keys and gradients."""
+        return Exchange(self.plan, self.wire, self.kernel.grad_dtype)
+
+    @property
     def forward_order(self) -> list[int]:
         """Steps as `forward` walks them."""
         return list(range(len(self.plan.steps)))
@@ -81,19 +67,26 @@ class Executor:
         return [*range(1, len(self.plan.steps)), 0] if self.plan.steps else []
 
     def forward(
-        self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, seed: int = 0, coming: Pending[_Pair] | None = None
+        self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, seed: int = 0, coming: Pending[Pair] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Out (B, Sq/W, H, Dv) in the dtype of q, and lse (B, H, Sq/W) in float32 (float64 for float64).
 
         `seed` makes the dropout mask: the same seed the same mask, in `backward` too. `coming` is the first step's `fetch`, if it
         was started before.
         """
+        only = self._only_call(q_BSHD)
+        if only is not None:
+            k, v = self._only_keys((k_BSHD, v_BSHD), "forward", coming)
+            _, _, (out, lse) = self._forward_call(q_BSHD, k, v, *only, self._only_extras(q_BSHD.device, seed))
+            if self.sinks is not None:
+                out, lse = with_sinks(out, lse, self.sinks)
+            return out.to(q_BSHD.dtype).contiguous(), lse.contiguous()
         total = OutputSum(q_BSHD, v_BSHD.shape[-1], self.plan.q_parts, self.sinks)
-        first_call = self._first_calls()
-        for index, keys in self._visits((k_BSHD, v_BSHD), "forward", coming):
-            for number, (call, pack) in enumerate(self._calls(index, q_BSHD), first_call[index]):
-                extras = self._extras(index, q_BSHD.device, seed, number)
-                start, stop, block = self._forward_call(q_BSHD, *keys, call, pack, extras)
+        packs, extras = self._packs(q_BSHD), self._extras(q_BSHD.device, seed)
+        for index, keys in self._visits(self.exchange, (k_BSHD, v_BSHD), "forward", coming):
+            for number, call in enumerate(self.plan.steps[index].calls):
+                extra = None if extras is None else extras(index, number)
+                start, stop, block = self._forward_call(q_BSHD, *keys, call, packs[index][number], extra)
                 total.add(start, stop, block.out, block.lse)
         return total.result()
 
@@ -106,59 +99,116 @@ class Executor:
         out_BSHD: Tensor,
         lse_BHS: Tensor,
         seed: int = 0,
-        coming: Pending[_Pair] | None = None,
+        coming: Pending[Pair] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """dq, dk, dv of this rank's shares in the dtypes of q, k, v, and this rank's part of dsinks (H,)."""
-        dq = GradSum(q_BSHD, self.plan.q_parts)
-        own = GradSum(k_BSHD, self.plan.k_parts), GradSum(v_BSHD, self.plan.k_parts)
-        first_call = self._first_calls()
+        only = self._only_call(q_BSHD)
+        if only is not None:
+            extras = self._only_extras(q_BSHD.device, seed)
+            dq, dk, dv = self._backward_alone(dout_BSHD, q_BSHD, (k_BSHD, v_BSHD), out_BSHD, lse_BHS, only, extras, coming)
+        else:
+            dq, dk, dv = self._backward(dout_BSHD, q_BSHD, (k_BSHD, v_BSHD), out_BSHD, lse_BHS, seed, coming)
+        dsinks = None if self.sinks is None else sink_gradient(dout_BSHD, out_BSHD, lse_BHS, self.sinks)
+        return dq, dk, dv, dsinks
+
+    def _backward(
+        self, dout: Tensor, q: Tensor, kv: Pair, out: Tensor, lse: Tensor, seed: int, coming: Pending[Pair] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The sums over all steps and calls."""
+        dq = GradSum(q, self.plan.q_parts)
+        own = GradSum(kv[0], self.plan.k_parts), GradSum(kv[1], self.plan.k_parts)
+        packs, extras, exchange = self._packs(q), self._extras(q.device, seed), self.exchange
         returning: Pending[None] | None = None
-        for index, keys in self._visits((k_BSHD, v_BSHD), "backward", coming):
-            sums = tuple(GradSum(x, 1 + 2 * self.plan.steps[index].sums) for x in keys)
-            for number, (call, pack) in enumerate(self._calls(index, q_BSHD), first_call[index]):
-                extras = self._extras(index, q_BSHD.device, seed, number)
-                inputs = dout_BSHD, q_BSHD, *keys, out_BSHD, lse_BHS
-                q_start, k_start, grads = self._backward_call(*inputs, call, pack, extras)
+        for index, (k, v) in self._visits(exchange, kv, "backward", coming):
+            step = self.plan.steps[index]
+            dk, dv = GradSum(k, 1 + 2 * step.sums), GradSum(v, 1 + 2 * step.sums)
+            for number, call in enumerate(step.calls):
+                extra = None if extras is None else extras(index, number)
+                q_start, k_start, grads = self._backward_call(dout, q, k, v, out, lse, call, packs[index][number], extra)
                 dq.add(q_start, grads[0])
-                for total, grad in zip(sums, grads[1:], strict=True):
-                    total.add(k_start, grad)
+                dk.add(k_start, grads[1])
+                dv.add(k_start, grads[2])
             if returning is not None:
                 returning.wait()
-            with self.wire.during(self._activity("backward", "gradients", index)):
-                returning = self._give_back(index, sums, own)
+            returning = exchange.give_back(index, (dk.result(), dv.result()), own)
         if returning is not None:
             returning.wait()
-        dsinks = None if self.sinks is None else sink_gradient(dout_BSHD, out_BSHD, lse_BHS, self.sinks)
-        return dq.result(q_BSHD.dtype), own[0].result(k_BSHD.dtype), own[1].result(v_BSHD.dtype), dsinks
+        return dq.result(q.dtype), own[0].result(kv[0].dtype), own[1].result(kv[1].dtype)
 
-    def _calls(self, index: int, q_BSHD: Tensor) -> Iterator[tuple[Call, Packing | None]]:
-        packs = _packings(self.plan.problem, self.plan.rank, q_BSHD.shape[0], q_BSHD.device)
-        return zip(self.plan.steps[index].calls, packs[index], strict=True)
+    def _backward_alone(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        kv: Pair,
+        out: Tensor,
+        lse: Tensor,
+        only: tuple[Call, Packing | None],
+        extras: Extras | None,
+        coming: Pending[Pair] | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the only call gives; gradients of keys that came from other ranks go back to them."""
+        keys = self._only_keys(kv, "backward", coming)
+        _, _, (dq, dk, dv) = self._backward_call(dout, q, *keys, out, lse, *only, extras)
+        if keys is not kv:
+            own = GradSum(kv[0], self.plan.k_parts), GradSum(kv[1], self.plan.k_parts)
+            self.exchange.give_back(0, (dk, dv), own).wait()
+            dk, dv = own[0].result(), own[1].result()
+        return dq.to(q.dtype).contiguous(), dk.to(kv[0].dtype).contiguous(), dv.to(kv[1].dtype).contiguous()
 
-    def _first_calls(self) -> list[int]:
-        """The number of each step's first call, counted as the forward pass makes them."""
-        numbers = [0]
-        for step in self.plan.steps:
-            numbers.append(numbers[-1] + len(step.calls))
-        return numbers
+    def _only_call(self, q_BSHD: Tensor) -> tuple[Call, Packing | None] | None:
+        """The call of a plan that has no other, if it covers all queries and all keys of its step; what it returns is the result.
 
-    def _extras(self, index: int, device: torch.device, seed: int, number: int) -> Extras | None:
+        A packed call covers everything: it gives rows in no segment out 0 and lse -inf, and keys in none gradients 0.
+        """
+        steps = self.plan.steps
+        if len(steps) != 1 or len(steps[0].calls) != 1:
+            return None
+        call = steps[0].calls[0]
+        if len(call.segments) == 1 and len(self.plan.problem.bounds) == 1:
+            _, q0, q1, k0, k1 = call.segments[0]
+            return (call, None) if q1 - q0 == q_BSHD.shape[1] and k1 - k0 == steps[0].rows else None
+        return call, self._packs(q_BSHD)[0][0]
+
+    def _only_keys(self, kv: Pair, direction: Direction, coming: Pending[Pair] | None) -> Pair:
+        """The keys of the only step: `kv` itself where they are all of this rank's and no other rank takes part."""
+        if coming is None:
+            if self.plan.problem.world == 1 and self.plan.steps[0].keys == ((0, 0, kv[0].shape[1]),):
+                return kv
+            coming = self.exchange.fetch(0, kv, direction)
+        return coming.wait()
+
+    def _only_extras(self, device: torch.device, seed: int) -> Extras | None:
+        extras = self._extras(device, seed)
+        return None if extras is None else extras(0, 0)
+
+    def _packs(self, q_BSHD: Tensor) -> tuple[tuple[Packing | None, ...], ...]:
+        return _packings(self.plan.problem, self.plan.rank, q_BSHD.shape[0], q_BSHD.device)
+
+    def _extras(self, device: torch.device, seed: int) -> Callable[[int, int], Extras] | None:
+        """What makes the extras of a call from the numbers of its step and of the call in it; None where no call needs any."""
         if not self.options.dropout_p and self.alibi is None:
             return None
-        if not self.kernel.hashes_positions:  # equal seeds would give every call and rank the same mask
-            seed = number_of(repr((seed, self.plan.rank, number, self.origin)))
-        q_positions, k_positions = _positions(self.plan.problem, self.plan.rank, device)
-        return Extras(self.alibi, seed, q_positions, k_positions[index], self.origin)
+        rank = self.plan.rank
+        q_positions, k_positions = _positions(self.plan.problem, rank, device)
+        first_calls = [0, *accumulate(len(step.calls) for step in self.plan.steps)]
+
+        def of_call(index: int, number: int) -> Extras:
+            own_seed = seed
+            if not self.kernel.hashes_positions:  # equal seeds would give every call and rank the same mask
+                own_seed = number_of(repr((seed, rank, first_calls[index] + number, self.origin)))
+            return Extras(self.alibi, own_seed, q_positions, k_positions[index], self.origin)
+
+        return of_call
 
     def _forward_call(
         self, q: Tensor, k: Tensor, v: Tensor, call: Call, pack: Packing | None, extras: Extras | None
     ) -> tuple[int, int, Result]:
         """First and last row, out and lse of one call."""
         if pack is None:
-            rows, columns = _box(call)
-            part = None if extras is None else extras.part(rows, columns)
-            block = self.kernel.forward(q[:, rows], k[:, columns], v[:, columns], call.window, self.options, part)
-            return rows.start, rows.stop, block
+            _, q0, q1, k0, k1 = call.segments[0]
+            part = None if extras is None else extras.part(slice(q0, q1), slice(k0, k1))
+            blocks = _rows(q, q0, q1), _rows(k, k0, k1), _rows(v, k0, k1)
+            return q0, q1, self.kernel.forward(*blocks, call.window, self.options, part)
         flat = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
         out, lse = self.kernel.forward_packed(*flat, pack, call.window, self.options, extras)
         return 0, q.shape[1], Result(out.unflatten(0, q.shape[:2]), lse.unflatten(1, q.shape[:2]).transpose(0, 1))
@@ -177,171 +227,33 @@ class Executor:
     ) -> tuple[int, int, tuple[Tensor, Tensor, Tensor]]:
         """First query and key row, and the gradients of one call."""
         if pack is None:
-            r, c = _box(call)
-            part = None if extras is None else extras.part(r, c)
-            blocks = dout[:, r], q[:, r], k[:, c], v[:, c], out[:, r], lse[:, :, r]
-            return r.start, c.start, self.kernel.backward(*blocks, call.window, self.options, part)
+            _, q0, q1, k0, k1 = call.segments[0]
+            part = None if extras is None else extras.part(slice(q0, q1), slice(k0, k1))
+            blocks = _rows(dout, q0, q1), _rows(q, q0, q1), _rows(k, k0, k1), _rows(v, k0, k1), _rows(out, q0, q1)
+            lse = lse if q1 - q0 == q.shape[1] else lse[:, :, q0:q1]
+            return q0, k0, self.kernel.backward(*blocks, lse, call.window, self.options, part)
         flat_dout, flat_q, flat_k, flat_v, flat_out = (x.flatten(0, 1) for x in (dout, q, k, v, out))
         inputs = flat_dout, flat_q, flat_k, flat_v, flat_out, lse.transpose(0, 1).flatten(1)
         grads = self.kernel.backward_packed(*inputs, pack, call.window, self.options, extras)
         dq, dk, dv = (grad.unflatten(0, x.shape[:2]) for grad, x in zip(grads, (q, k, v), strict=True))
         return 0, 0, (dq, dk, dv)
 
-    def _activity(self, direction: Direction, what: str, step: int) -> Activity:
-        return Activity(self.plan.problem, direction, what, step, len(self.plan.steps))
-
-    def _visits(self, kv: _Pair, direction: Direction, coming: Pending[_Pair] | None) -> Iterator[tuple[int, _Pair]]:
+    def _visits(
+        self, exchange: Exchange, kv: Pair, direction: Direction, coming: Pending[Pair] | None
+    ) -> Iterator[tuple[int, Pair]]:
         """Each step's keys in the order of the pass, the next step's transfer already under way."""
         order = self.forward_order if direction == "forward" else self.backward_order
-        pending = self.fetch(order[0], kv, direction) if order and coming is None else coming
+        pending = exchange.fetch(order[0], kv, direction) if order and coming is None else coming
         for place, index in enumerate(order):
             assert pending is not None, "every step but the first is fetched one step ahead"
-            ahead = self.fetch(order[place + 1], kv, direction) if place + 1 < len(order) else None
+            ahead = exchange.fetch(order[place + 1], kv, direction) if place + 1 < len(order) else None
             yield index, pending.wait()
             pending = ahead
 
-    def fetch(self, index: int, kv: _Pair, direction: Direction) -> Pending[_Pair]:
-        """Start to send what others need in this step and to receive what this rank needs."""
-        with self.wire.during(self._activity(direction, "keys", index)):
-            return self._fetch(index, kv)
 
-    def _fetch(self, index: int, kv: _Pair) -> Pending[_Pair]:
-        step, rank, wire = self.plan.steps[index], self.plan.rank, self.wire
-        if self.plan.problem.collective:
-            shards = [_padded(self.plan, x) for x in kv]
-            gathered = wire.all_gather(torch.cat([shard.flatten() for shard in shards]))
-            return Pending(lambda: _pair(_assemble(step, rank, x, y) for x, y in zip(kv, _apart(gathered, shards), strict=True)))
-        sends = [Message(send.rank, _take(x, send.rows)) for send in self.plan.sends[index] for x in kv]
-        counts: dict[int, int] = {}
-        for rows in step.keys:
-            counts[rows.source] = counts.get(rows.source, 0) + rows.size
-        arrived: list[dict[int, Tensor]] = [
-            {source: wire.empty((x.shape[0], n, *x.shape[2:]), x) for source, n in counts.items() if source != rank} for x in kv
-        ]
-        receives = [Message(source, buffers[source]) for source in arrived[0] for buffers in arrived]
-        pending = wire.exchange(sends, receives)
-
-        def finish() -> _Pair:
-            pending.wait()
-            return _pair(_assemble(step, rank, x, buffers) for x, buffers in zip(kv, arrived, strict=True))
-
-        return Pending(finish)
-
-    def _give_back(self, index: int, sums: Sequence[GradSum], own: Sequence[GradSum]) -> Pending[None]:
-        """Start to return the gradients of a step's keys; once it is over, `own` holds what this rank's keys got in the step."""
-        step, rank = self.plan.steps[index], self.plan.rank
-        grads = [total.result() for total in sums]
-        if self.plan.problem.collective:
-            return self._reduce(step, grads, own)
-        sends: list[Message] = []
-        starts = list(_offsets(step))
-        for source in dict.fromkeys(rows.source for rows in step.keys):
-            places = [(start, rows) for start, rows in starts if rows.source == source]
-            for grad, total in zip(grads, own, strict=True):
-                if source == rank:
-                    for start, rows in places:
-                        total.add(rows.start, grad[:, start : start + rows.size])
-                else:
-                    dtype = accumulate_dtype(grad.dtype) if step.sums else grad.dtype
-                    parts = [grad[:, start : start + rows.size] for start, rows in places]
-                    whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-                    sends.append(Message(source, whole.to(dtype).contiguous()))
-        receives: list[Message] = []
-        arrivals: list[tuple[GradSum, tuple[Rows, ...], Tensor]] = []
-        for send in self.plan.sends[index]:
-            for total in own:
-                like = total.like
-                dtype = accumulate_dtype(like.dtype) if send.sums else self.kernel.grad_dtype(like.dtype)
-                shape = like.shape[0], sum(rows.size for rows in send.rows), *like.shape[2:]
-                buffer = self.wire.empty(shape, like, dtype)
-                receives.append(Message(send.rank, buffer))
-                arrivals.append((total, send.rows, buffer))
-        pending = self.wire.exchange(sends, receives)
-
-        def finish() -> None:
-            pending.wait()
-            for total, places, buffer in arrivals:
-                start = 0
-                for rows in places:
-                    total.add(rows.start, buffer[:, start : start + rows.size])
-                    start += rows.size
-
-        return Pending(finish)
-
-    def _reduce(self, step: Step, grads: Sequence[Tensor], own: Sequence[GradSum]) -> Pending[None]:
-        """Sum the gradients of gathered keys over the ranks in float32, each rank keeping its shard."""
-        problem = self.plan.problem
-        largest = max(problem.k_rows(rank) for rank in range(problem.world))
-        shapes = [(grad.shape[0], largest, *grad.shape[2:]) for grad in grads]
-        sizes = [math.prod(shape) for shape in shapes]
-        shards = grads[0].new_zeros((problem.world, sum(sizes)), dtype=accumulate_dtype(grads[0].dtype))
-        for grad, shape, part in zip(grads, shapes, shards.split(sizes, 1), strict=True):
-            whole = part.view(problem.world, *shape)
-            for start, rows in _offsets(step):
-                whole[rows.source, :, rows.start : rows.stop] = grad[:, start : start + rows.size]
-        summed = self.wire.reduce_scatter(shards)
-
-        def finish() -> None:
-            for total, shape, part in zip(own, shapes, summed.wait().split(sizes), strict=True):
-                mine = part.view(shape)[:, : total.like.shape[1]]
-                total.add(0, mine.clone() if mine.dtype == total.like.dtype else mine)  # dK and dV must not share memory
-
-        return Pending(finish)
-
-
-def _pair(tensors: Iterator[Tensor]) -> _Pair:
-    first, second = tensors
-    return first, second
-
-
-def _apart(gathered: Pending[Tensor], shards: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Each rank's shard of keys, then of values, from the buffers that held both."""
-    parts = gathered.wait().split([shard.numel() for shard in shards], 1)
-    for part, shard in zip(parts, shards, strict=True):
-        yield [mine.view(shard.shape) for mine in part]
-
-
-def _padded(todo: Plan, x: Tensor) -> Tensor:
-    """The shard with rows added up to the largest rank's."""
-    largest = max(todo.problem.k_rows(rank) for rank in range(todo.problem.world))
-    if x.shape[1] == largest:
-        return x
-    return torch.cat([x, x.new_zeros((x.shape[0], largest - x.shape[1], *x.shape[2:]))], 1)
-
-
-def _take(x: Tensor, rows: Sequence[Rows]) -> Tensor:
-    parts = [x[:, part.start : part.stop] for part in rows]
-    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def _assemble(step: Step, rank: int, own: Tensor, arrived: dict[int, Tensor] | list[Tensor]) -> Tensor:
-    """The step's key buffer; gathered shards are addressed by stored row, exchanged ones hold their rows one after another."""
-    gathered = isinstance(arrived, list)
-    used: dict[int, int] = {}
-    parts = []
-    for rows in step.keys:
-        start = rows.start
-        if rows.source != rank and not gathered:
-            start = used.get(rows.source, 0)
-            used[rows.source] = start + rows.size
-        source = own if rows.source == rank else arrived[rows.source]
-        parts.append(source[:, start : start + rows.size])
-    if not parts:
-        return own[:, :0]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def _offsets(step: Step) -> Iterator[tuple[int, Rows]]:
-    start = 0
-    for rows in step.keys:
-        yield start, rows
-        start += rows.size
-
-
-def _box(call: Call) -> tuple[slice, slice]:
-    """Rows and keys of a call of one segment."""
-    (_, q0, q1, k0, k1), *_ = call.segments
-    return slice(q0, q1), slice(k0, k1)
+def _rows(x_BSHD: Tensor, start: int, stop: int) -> Tensor:
+    """Rows [start, stop); the tensor itself where those are all, since a slice costs the host more than the question."""
+    return x_BSHD if stop - start == x_BSHD.shape[1] else x_BSHD[:, start:stop]
 
 
 @lru_cache(maxsize=64)

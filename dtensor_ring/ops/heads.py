@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from dtensor_ring.comm import Pending
-from dtensor_ring.ops.execute import Direction, Executor
+from dtensor_ring.ops.exchange import Direction, Pair
+from dtensor_ring.ops.execute import Executor
 from dtensor_ring.ops.ulysses import UlyssesExecutor
 
-_Visit = tuple[Executor, slice, Tensor, Tensor, Pending[tuple[Tensor, Tensor]] | None]
+_Visit = tuple[Executor, slice, Tensor, Tensor, Pending[Pair] | None]
 
 
 def forward(
@@ -66,8 +67,11 @@ def _visits(executor: Executor, q: Tensor, k: Tensor, v: Tensor, at_once: int, d
         part = replace(executor, sinks=sinks, alibi=alibi, origin=(row, head + heads.start))
         groups.append((part, heads, k[:, :, kv_heads], v[:, :, kv_heads]))
 
-    def begin(i: int) -> Pending[tuple[Tensor, Tensor]] | None:
-        return groups[i][0].fetch(order[0], (groups[i][2], groups[i][3]), direction) if i < len(groups) and order else None
+    def begin(i: int) -> Pending[Pair] | None:
+        if i == len(groups) or not order:
+            return None
+        part, _, k, v = groups[i]
+        return part.exchange.fetch(order[0], (k, v), direction)
 
     coming = begin(0)
     for i, group in enumerate(groups):

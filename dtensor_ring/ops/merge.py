@@ -85,11 +85,11 @@ class OutputSum:
         assert self._out is not None and self._lse is not None, "started above"
         out, lse = self._out, self._lse
         if self._sinks is not None:
-            out, lse = _with_sinks(out, lse, self._sinks)
+            out, lse = with_sinks(out, lse, self._sinks)
         return out.to(self._q.dtype).contiguous(), lse.contiguous()
 
 
-def _with_sinks(out_BSHD: Tensor, lse_BHS: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor]:
+def with_sinks(out_BSHD: Tensor, lse_BHS: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor]:
     """Out and lse after each query also saw the score of its head's sink (attention sinks as in gpt-oss)."""
     with_sink = torch.logaddexp(lse_BHS, sinks_H.to(lse_BHS.dtype)[:, None])
     share = torch.exp(lse_BHS - with_sink).transpose(1, 2)[..., None]

@@ -20,7 +20,8 @@ from torch import Tensor
 from dtensor_ring.comm import AloneTransport, Transport
 from dtensor_ring.documents import Documents
 from dtensor_ring.layout import PackedLayout
-from dtensor_ring.ops.execute import Activity, Executor
+from dtensor_ring.ops.exchange import Activity
+from dtensor_ring.ops.execute import Executor
 from dtensor_ring.ops.kernels import Kernel, Options
 from dtensor_ring.ops.merge import accumulate_dtype
 from dtensor_ring.ops.schedule import Problem, plan

@@ -1,0 +1,285 @@
+"""Move keys out to where they are needed, and gradients back to where the keys came from.
+
+per rank   k_BSHD and v_BSHD (B, Sk/W, Hk, D and Dv); Sk/W is this rank's share
+fetch      the keys of one step, in the order of `step.keys`; K and V travel in their own dtype
+give back  dK and dV of the step's keys, each row to its owner: in the dtype the kernel returned them in, where one call made
+           them, and summed in float32 where several did
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+from typing_extensions import override
+
+from dtensor_ring.comm import Message, Pending, Transport
+from dtensor_ring.ops.merge import GradSum, accumulate_dtype
+from dtensor_ring.ops.routes import Route, Slot, routes
+from dtensor_ring.ops.schedule import Plan, Problem, Send
+from dtensor_ring.ops.steps import Rows, Step
+
+Pair = tuple[Tensor, Tensor]
+Direction = Literal["forward", "backward"]
+
+
+class Activity(NamedTuple):
+    """What a transfer is part of: its text is made only for an error."""
+
+    problem: Problem
+    direction: Direction
+    what: str
+    step: int | None = None
+    steps: int = 0
+
+    @override
+    def __str__(self) -> str:
+        where = "" if self.step is None else f" of step {self.step} of {self.steps}"
+        return f"attention ({self.problem}), {self.direction}, {self.what}{where}"
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """The transfers of one attention, seen from one rank.
+
+    Attributes:
+        plan: which rows go where.
+        wire: how to exchange.
+        grad_dtype: the dtype of the kernel's gradients for keys of a dtype.
+    """
+
+    plan: Plan
+    wire: Transport
+    grad_dtype: Callable[[torch.dtype], torch.dtype]
+
+    def fetch(self, index: int, kv: Pair, direction: Direction) -> Pending[Pair]:
+        """Start to send what others need in this step and to receive what this rank needs."""
+        with self.wire.during(Activity(self.plan.problem, direction, "keys", index, len(self.plan.steps))):
+            return self._fetch(index, kv)
+
+    def give_back(self, index: int, grads: Pair, own: tuple[GradSum, GradSum]) -> Pending[None]:
+        """Start to return the gradients of a step's keys; once it is over, `own` holds what this rank's keys got in the step."""
+        with self.wire.during(Activity(self.plan.problem, "backward", "gradients", index, len(self.plan.steps))):
+            return self._reduce(index, grads, own) if self.plan.problem.collective else self._give_back(index, grads, own)
+
+    def _fetch(self, index: int, kv: Pair) -> Pending[Pair]:
+        step, sends, rank, wire = self.plan.steps[index], self.plan.sends[index], self.plan.rank, self.wire
+        if self.plan.problem.collective:
+            shards = [_padded(self.plan, x) for x in kv]
+            gathered = wire.all_gather(torch.cat([shard.flatten() for shard in shards]))
+            return Pending(lambda: _pair(_assemble(step, x, y) for x, y in zip(kv, _apart(gathered, shards), strict=True)))
+        route = self._route(index, kv[0])
+        k_taken, v_taken = (_taken(sends, route, x) for x in kv)
+        (k_slots, k_keys), (v_slots, v_keys) = (_landing(wire, rank, route, x) for x in kv)
+        peers = [slot.source for slot in route.slots if slot.source != rank]
+        pending = wire.exchange(
+            _in_turn([send.rank for send in sends], k_taken, v_taken),
+            _in_turn(peers, [k_slots[peer] for peer in peers], [v_slots[peer] for peer in peers]),
+        )
+
+        def finish() -> Pair:
+            pending.wait()
+            return k_keys(), v_keys()
+
+        return Pending(finish)
+
+    def _give_back(self, index: int, grads: Pair, own: tuple[GradSum, GradSum]) -> Pending[None]:
+        sends, rank = self.plan.sends[index], self.plan.rank
+        if self.plan.steps[index].sums:
+            grads = _pair(grad.to(accumulate_dtype(grad.dtype)) for grad in grads)
+        route = self._route(index, own[0].like)
+        peers = [slot for slot in route.slots if slot.source != rank]
+        k_leaving, v_leaving = (_leaving(peers, route, grad) for grad in grads)
+        (k_buffers, add_k), (v_buffers, add_v) = (
+            self._returns(sends, route, grad, total) for grad, total in zip(grads, own, strict=True)
+        )
+        pending = self.wire.exchange(
+            _in_turn([slot.source for slot in peers], k_leaving, v_leaving),
+            _in_turn([send.rank for send in sends], k_buffers, v_buffers),
+        )
+
+        def finish() -> None:
+            pending.wait()
+            add_k()
+            add_v()
+
+        return Pending(finish)
+
+    def _route(self, index: int, x_BSHD: Tensor) -> Route:
+        return routes(self.plan.problem, self.plan.rank, x_BSHD.shape[0], x_BSHD.device)[index]
+
+    def _returns(
+        self, sends: Sequence[Send], route: Route, grad: Tensor, total: GradSum
+    ) -> tuple[list[Tensor], Callable[[], None]]:
+        """Buffers for what comes back of each send, and what adds them and the own part of `grad` to the total."""
+        like, sums, own = total.like, route.sums, route.own
+        narrow, wide = self.grad_dtype(like.dtype), accumulate_dtype(like.dtype)
+        batch, _, *dims = like.shape
+        if sums is None:
+            if own is not None:
+                total.add(own.start, grad[:, own.at : own.at + own.rows])
+            ranges = [send.rows[0] for send in sends]
+            buffers = [
+                self.wire.empty((batch, rows.size, *dims), like, wide if send.sums else narrow)
+                for send, rows in zip(sends, ranges, strict=True)
+            ]
+
+            def add() -> None:
+                for rows, buffer in zip(ranges, buffers, strict=True):
+                    total.add(rows.start, buffer)
+
+            return buffers, add
+        mine, summed, others = (batch * rows for rows in sums.rows)
+        keeps_narrow = sums.offsets is None and not summed and (own is None or grad.dtype == narrow)
+        count = mine + summed + others
+        parts = self.wire.empty((count + sums.gaps, *dims), like, narrow if keeps_narrow else wide)
+        if sums.gaps:
+            parts[count].zero_()
+        last = parts[mine + summed : count]
+        landing = last if parts.dtype == narrow else self.wire.empty(last.shape, like, narrow)
+        if own is not None:
+            _own_part(own.at, own.rows, own.back, grad, parts[:mine])
+        buffers = []
+        for send, first in zip(sends, sums.firsts, strict=True):
+            rows = sum(piece.size for piece in send.rows)
+            start = batch * first if send.sums else batch * first - mine - summed
+            buffers.append((parts if send.sums else landing)[start : start + batch * rows].view(batch, rows, *dims))
+
+        def add_by_index() -> None:
+            if landing is not last and others:
+                last.copy_(landing)
+            if sums.offsets is None:
+                rows = parts.index_select(0, sums.index)
+            else:
+                rows = embedding_bag(sums.index, parts.flatten(1), sums.offsets, mode="sum", include_last_offset=True)
+            total.add(sums.low, rows.view(batch, sums.high - sums.low, *dims))
+
+        return buffers, add_by_index
+
+    def _reduce(self, index: int, grads: Pair, own: tuple[GradSum, GradSum]) -> Pending[None]:
+        """Sum the gradients of gathered keys over the ranks in float32, each rank keeping its shard."""
+        problem, step = self.plan.problem, self.plan.steps[index]
+        largest = max(problem.k_rows(rank) for rank in range(problem.world))
+        shapes = [(grad.shape[0], largest, *grad.shape[2:]) for grad in grads]
+        sizes = [math.prod(shape) for shape in shapes]
+        shards = grads[0].new_zeros((problem.world, sum(sizes)), dtype=accumulate_dtype(grads[0].dtype))
+        for grad, shape, part in zip(grads, shapes, shards.split(sizes, 1), strict=True):
+            whole = part.view(problem.world, *shape)
+            for start, rows in _offsets(step):
+                whole[rows.source, :, rows.start : rows.stop] = grad[:, start : start + rows.size]
+        summed = self.wire.reduce_scatter(shards)
+
+        def finish() -> None:
+            for total, shape, part in zip(own, shapes, summed.wait().split(sizes), strict=True):
+                mine = part.view(shape)[:, : total.like.shape[1]]
+                total.add(0, mine.clone() if mine.dtype == total.like.dtype else mine)  # dK and dV must not share memory
+
+        return Pending(finish)
+
+
+def _pair(tensors: Iterator[Tensor]) -> Pair:
+    first, second = tensors
+    return first, second
+
+
+def _apart(gathered: Pending[Tensor], shards: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Each rank's shard of keys, then of values, from the buffers that held both."""
+    parts = gathered.wait().split([shard.numel() for shard in shards], 1)
+    for part, shard in zip(parts, shards, strict=True):
+        yield [mine.view(shard.shape) for mine in part]
+
+
+def _padded(todo: Plan, x: Tensor) -> Tensor:
+    """The shard with rows added up to the largest rank's."""
+    largest = max(todo.problem.k_rows(rank) for rank in range(todo.problem.world))
+    if x.shape[1] == largest:
+        return x
+    return torch.cat([x, x.new_zeros((x.shape[0], largest - x.shape[1], *x.shape[2:]))], 1)
+
+
+def _assemble(step: Step, own: Tensor, gathered: list[Tensor]) -> Tensor:
+    """The step's key buffer from the shards of all ranks."""
+    parts = [gathered[rows.source][:, rows.start : rows.stop] for rows in step.keys]
+    if not parts:
+        return own[:, :0]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _in_turn(peers: Sequence[int], keys: Sequence[Tensor], values: Sequence[Tensor]) -> list[Message]:
+    """A message with keys and one with values for each peer."""
+    return [Message(peer, x) for peer, k, v in zip(peers, keys, values, strict=True) for x in (k, v)]
+
+
+def _taken(sends: Sequence[Send], route: Route, x_BSHD: Tensor) -> list[Tensor]:
+    """The rows that each send carries, contiguous: one copy for all of them where some have several ranges."""
+    if route.take is None:
+        return [x_BSHD[:, rows.start : rows.stop].contiguous() for send in sends for rows in send.rows]
+    return _split(x_BSHD, route.take, [sum(rows.size for rows in send.rows) for send in sends])
+
+
+def _leaving(peers: Sequence[Slot], route: Route, grad_BSHD: Tensor) -> list[Tensor]:
+    """The gradients of each peer's keys, contiguous: one copy for all of them where a peer's rows are scattered."""
+    if route.leave is None:
+        return [grad_BSHD[:, slot.first : slot.first + slot.rows].contiguous() for slot in peers]
+    return _split(grad_BSHD, route.leave, [slot.rows for slot in peers])
+
+
+def _split(x_BSHD: Tensor, index: Tensor, rows: Sequence[int]) -> list[Tensor]:
+    batch, _, *dims = x_BSHD.shape
+    parts = x_BSHD.flatten(0, 1).index_select(0, index).split([batch * n for n in rows])
+    return [part.view(batch, n, *dims) for part, n in zip(parts, rows, strict=True)]
+
+
+def _landing(wire: Transport, rank: int, route: Route, x_BSHD: Tensor) -> tuple[dict[int, Tensor], Callable[[], Tensor]]:
+    """Buffers for the rows of each peer, and what gives the step's key buffer once they are full.
+
+    Where the order of arrival is that of the key buffer, peers' rows land in their place and only this rank's own are copied.
+    """
+    batch, _, *dims = x_BSHD.shape
+    own, slots = route.own, route.slots
+    peers = [slot for slot in slots if slot.source != rank]
+    if not peers:
+        return {}, lambda: x_BSHD[:, :0] if own is None else _own_part(own.start, own.rows, own.take, x_BSHD)
+    if route.order is None and (batch > 1 or len(slots) == 1):
+        apart = {slot.source: wire.empty((batch, slot.rows, *dims), x_BSHD) for slot in peers}
+        if len(slots) == 1:
+            return apart, lambda: apart[slots[0].source]
+        mine = [] if own is None else [_own_part(own.start, own.rows, own.take, x_BSHD)]
+        return apart, lambda: torch.cat([mine[0] if slot.source == rank else apart[slot.source] for slot in slots], 1)
+    total = sum(slot.rows for slot in slots)
+    landed = wire.empty((batch * total, *dims), x_BSHD)
+    parts = dict(zip([slot.source for slot in slots], landed.split([batch * slot.rows for slot in slots]), strict=True))
+    if own is not None:
+        _own_part(own.start, own.rows, own.take, x_BSHD, parts[rank])
+
+    def keys() -> Tensor:
+        flat = landed if route.order is None else landed.index_select(0, route.order)
+        return flat.view(batch, total, *dims)
+
+    return {slot.source: parts[slot.source].view(batch, slot.rows, *dims) for slot in peers}, keys
+
+
+def _own_part(start: int, rows: int, index: Tensor | None, x_BSHD: Tensor, target: Tensor | None = None) -> Tensor:
+    """Rows [start, start + rows), or those of an index, as (B, rows, H, D); copied to `target` (B * rows, H, D) if one is given."""
+    batch, _, *dims = x_BSHD.shape
+    if index is not None:
+        part = x_BSHD.flatten(0, 1)
+        if target is not None and target.dtype == part.dtype:
+            torch.index_select(part, 0, index, out=target)
+            return target.view(batch, rows, *dims)
+        part = part.index_select(0, index).view(batch, rows, *dims)
+    else:
+        part = x_BSHD[:, start : start + rows]
+    return part if target is None else target.view(batch, rows, *dims).copy_(part)
+
+
+def _offsets(step: Step) -> Iterator[tuple[int, Rows]]:
+    start = 0
+    for rows in step.keys:
+        yield start, rows
+        start += rows.size

@@ -1,0 +1,229 @@
+"""Keys that travel and gradients that come back: the right rows, each row's sum, and no work that grows with the documents."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from helpers import LAYOUTS, SEED, make_case, share
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dtensor_ring.comm import LoopbackTransport
+from dtensor_ring.documents import Documents
+from dtensor_ring.layout import Layout
+from dtensor_ring.ops.exchange import Exchange
+from dtensor_ring.ops.execute import Executor
+from dtensor_ring.ops.kernels import KERNELS, Options
+from dtensor_ring.ops.mask import Band, mask_text
+from dtensor_ring.ops.merge import GradSum
+from dtensor_ring.ops.schedule import Plan, Problem, plan
+
+HEADS, DIM = 2, 3
+PACKED = ("contiguous", "zigzag", "zigzag/documents")
+MASKS = {"causal": (True, (-1, -1)), "window": (True, (9, 0)), "both sides": (False, (4, 3)), "full": (False, (-1, -1))}
+
+
+class CountedOps(TorchDispatchMode):
+    """How many operators ran inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def random_documents(count: int, length: int, seed: int = 0) -> Documents:
+    return Documents(((0, *sorted(random.Random(seed).sample(range(1, length), count - 1)), length),))
+
+
+def problem_of(layout: str, strategy: str, world: int, mask: str, documents: Documents | None, length: int = 64) -> Problem:
+    length = documents.length if documents else length
+    return Problem(Layout.parse(layout), Band.parse(mask_text(*MASKS[mask])), length, length, world, strategy, documents)
+
+
+def same_dtype(dtype: torch.dtype) -> torch.dtype:
+    return dtype
+
+
+def peers_of(each: Plan, index: int) -> int:
+    """Ranks that a rank sends to or gets keys from in a step."""
+    return len(each.sends[index]) + len({rows.source for rows in each.steps[index].keys} - {each.rank})
+
+
+def sweep():
+    for world, strategy in ((2, "ring"), (3, "ring"), (3, "gather"), (4, "gather")):
+        for mask in MASKS:
+            for layout in LAYOUTS:
+                yield problem_of(layout, strategy, world, mask, None)
+            for count, seed in ((2, 1), (9, 2), (40, 3)):
+                for layout in (*PACKED, "stripe:3"):
+                    yield problem_of(layout, strategy, world, mask, random_documents(count, 64, seed))
+            rows = Documents(tuple(random_documents(n, 64, n).bounds[0] for n in (3, 11)))
+            yield problem_of("zigzag", strategy, world, mask, rows)
+
+
+def shard(problem: Problem, rank: int, batch: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Keys whose elements tell rank, batch row and stored row."""
+    rows = torch.arange(problem.k_rows(rank), dtype=torch.float64)[None, :, None, None] + 1000 * rank
+    whole = rows + 100_000 * torch.arange(batch)[:, None, None, None] + 0.25 * torch.arange(HEADS)[:, None]
+    return whole.repeat(1, 1, 1, DIM).to(dtype)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_step_gets_its_rows_in_order_and_the_plan_says_what_travels(batch):
+    for problem in sweep():
+        shards = [shard(problem, rank, batch) for rank in range(problem.world)]
+
+        def rank_body(wire, problem=problem, shards=shards):
+            each = plan(problem, wire.rank)
+            exchange = Exchange(each, wire, same_dtype)
+            k = shards[wire.rank]
+            for index, step in enumerate(each.steps):
+                before = wire.traffic.copy()
+                keys, values = exchange.fetch(index, (k, k[..., :2] + 0.5), "forward").wait()
+                wanted = [shards[rows.source][:, rows.start : rows.stop] for rows in step.keys] or [k[:, :0]]
+                assert torch.equal(keys, torch.cat(wanted, 1))
+                assert torch.equal(values, torch.cat(wanted, 1)[..., :2] + 0.5)
+                if not problem.collective:
+                    sent, rows = wire.traffic.since(before), sum(rows.size for send in each.sends[index] for rows in send.rows)
+                    assert (sent.messages, sent.bytes) == (2 * len(each.sends[index]), batch * rows * HEADS * (DIM + 2) * 8)
+
+        LoopbackTransport.run(problem.world, rank_body)
+
+
+def gradients(problem: Problem, rank: int, index: int, batch: int, dtype: torch.dtype) -> torch.Tensor:
+    """The gradients that a rank's step finds for its key buffer."""
+    generator = torch.Generator().manual_seed(100 * rank + index)
+    return torch.randn((batch, plan(problem, rank).steps[index].rows, HEADS, DIM), generator=generator, dtype=torch.float64).to(
+        dtype
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_an_own_row_gets_the_sum_of_what_all_steps_found_for_it(batch):
+    for problem in sweep():
+        sums = [torch.zeros(batch, problem.k_rows(rank), HEADS, DIM, dtype=torch.float64) for rank in range(problem.world)]
+        for rank in range(problem.world):
+            for index, step in enumerate(plan(problem, rank).steps):
+                grad, offset = gradients(problem, rank, index, batch, torch.float64), 0
+                for rows in step.keys:
+                    sums[rows.source][:, rows.start : rows.stop] += grad[:, offset : offset + rows.size]
+                    offset += rows.size
+
+        def rank_body(wire, problem=problem, sums=sums):
+            each = plan(problem, wire.rank)
+            exchange = Exchange(each, wire, same_dtype)
+            like = shard(problem, wire.rank, batch)
+            own = GradSum(like, each.k_parts), GradSum(like[..., :2], each.k_parts)
+            for index in range(len(each.steps)):
+                grad = gradients(problem, wire.rank, index, batch, torch.float64)
+                exchange.give_back(index, (grad, grad[..., :2].contiguous()), own).wait()
+            for total, wanted in zip(own, (sums[wire.rank], sums[wire.rank][..., :2]), strict=True):
+                torch.testing.assert_close(total.result(), wanted, rtol=0, atol=1e-12)
+
+        LoopbackTransport.run(problem.world, rank_body)
+
+
+def test_the_sweep_has_a_row_that_one_peer_needs_twice():
+    sends = [send for problem in sweep() for r in range(problem.world) for sent in plan(problem, r).sends for send in sent]
+    assert any(a.start < b.stop and b.start < a.stop for send in sends for i, a in enumerate(send.rows) for b in send.rows[:i])
+
+
+SUMMED = [(layout, mask) for layout in (*PACKED, "stripe:3") for mask in MASKS]
+
+
+@pytest.mark.parametrize(("layout", "mask"), SUMMED)
+def test_gradients_in_16_bits_are_summed_in_float32_own_part_first_then_by_peer(layout, mask):
+    problem = problem_of(layout, "gather", 4, mask, random_documents(12, 96, 3))
+    wanted = []
+    for owner in range(4):
+        total = torch.zeros(2, problem.k_rows(owner), HEADS, DIM)
+        for rank in (owner, *(r for r in range(4) if r != owner)):
+            grad, offset = gradients(problem, rank, 0, 2, torch.bfloat16).float(), 0
+            for rows in plan(problem, rank).steps[0].keys:
+                if rows.source == owner:
+                    total[:, rows.start : rows.stop] += grad[:, offset : offset + rows.size]
+                offset += rows.size
+        wanted.append(total)
+
+    def rank_body(wire):
+        like = shard(problem, wire.rank, 2, torch.bfloat16)
+        own = GradSum(like, 4), GradSum(like, 4)
+        grad = gradients(problem, wire.rank, 0, 2, torch.bfloat16)
+        Exchange(plan(problem, wire.rank), wire, same_dtype).give_back(0, (grad, grad.clone()), own).wait()
+        assert own[0].result().dtype == torch.float32
+        assert all(torch.equal(total.result(), wanted[wire.rank]) for total in own)
+
+    LoopbackTransport.run(4, rank_body)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("strategy", ["ring", "gather"])
+@pytest.mark.parametrize("layout", PACKED)
+def test_the_operators_of_a_transfer_grow_with_peers_and_not_with_documents(layout, strategy, batch):
+    world = 4
+    for count in (2, 200):
+        problem = problem_of(layout, strategy, world, "causal", random_documents(count, 1600))
+
+        def rank_body(wire, problem=problem):
+            each = plan(problem, wire.rank)
+            exchange = Exchange(each, wire, same_dtype)
+            k = shard(problem, wire.rank, batch)
+            for _ in range(2):  # index tensors are made the first time
+                counts = []
+                own = GradSum(k, each.k_parts), GradSum(k, each.k_parts)
+                for index in range(len(each.steps)):
+                    with CountedOps() as fetched:
+                        keys = exchange.fetch(index, (k, k), "forward").wait()
+                    grads = keys[0].clone(), keys[1].clone()
+                    with CountedOps() as returned:
+                        exchange.give_back(index, grads, own).wait()
+                    counts.append((fetched.count, returned.count, peers_of(each, index)))
+            return counts
+
+        for counts in LoopbackTransport.run(world, rank_body):
+            for fetched, returned, peers in counts:  # a peer's slice, view, and what the loopback transport does with a message
+                assert fetched <= 2 * (6 + 4 * peers)
+                assert returned <= 2 * (12 + 4 * peers)
+
+
+def test_some_rank_gets_sums_of_one_peer_and_single_gradients_of_another():
+    plans = [
+        plan(problem_of(layout, "gather", 4, mask, random_documents(12, 96, 3)), r) for layout, mask in SUMMED for r in range(4)
+    ]
+    assert any({send.sums for send in each.sends[0]} == {True, False} for each in plans)
+
+
+def test_one_range_of_own_keys_is_fetched_without_a_copy():
+    problem = problem_of("zigzag", "ring", 2, "causal", random_documents(5, 64))
+
+    def rank_body(wire):
+        k, v = shard(problem, wire.rank, 2), shard(problem, wire.rank, 2)
+        keys, values = Exchange(plan(problem, wire.rank), wire, same_dtype).fetch(0, (k, v), "forward").wait()
+        assert (keys.data_ptr(), values.data_ptr()) == (k.data_ptr(), v.data_ptr())
+
+    LoopbackTransport.run(2, rank_body)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "gather"])
+@pytest.mark.parametrize("layout", PACKED)
+def test_packed_results_are_bitwise_the_same_in_twenty_runs(layout, strategy):
+    documents = random_documents(7, 60, 4)
+    case = make_case(60, documents=documents, dtype=torch.bfloat16)
+    problem = case.problem(layout, 3, strategy)
+
+    def rank_body(wire):
+        q, k, v, dout = (share(x, layout, 3, wire.rank, documents=documents).contiguous() for x in (*case.inputs, case.dout))
+        executor = Executor(plan(problem, wire.rank), wire, KERNELS["torch_cpu"], Options(0.3, deterministic=True))
+        runs = []
+        for _ in range(20):
+            out, lse = executor.forward(q, k, v, SEED)
+            runs.append((out, lse, *executor.backward(dout, q, k, v, out, lse, SEED)[:3]))
+        return runs
+
+    for first, *others in LoopbackTransport.run(3, rank_body):
+        assert all(torch.equal(a, b) for run in others for a, b in zip(first, run, strict=True))
