@@ -39,6 +39,7 @@ __all__ = [
     "below_autograd",
     "complete_cache_keys",
     "dtensor_of",
+    "dtensor_with",
     "install_rule",
     "is_tracing",
     "lasting",
@@ -47,6 +48,7 @@ __all__ = [
     "register_attention_rule",
     "replicated",
     "resolve_group",
+    "spec_of",
 ]
 
 T = TypeVar("T")
@@ -233,6 +235,19 @@ def dtensor_of(
     """
     meta = TensorMeta(torch.Size(shape), stride, local.dtype)
     return DTensor(local.detach(), DTensorSpec(mesh, placements, tensor_meta=meta), requires_grad=local.requires_grad)
+
+
+def spec_of(tensor: DTensor) -> DTensorSpec:
+    """Mesh, placements, global shape, strides and dtype of a DTensor."""
+    return tensor._spec
+
+
+def dtensor_with(local: Tensor, spec: DTensorSpec) -> DTensor:
+    """As `dtensor_of`, sharing the spec of a DTensor that is alike in all that it says, as DTensor's dispatch shares them.
+
+    Making a spec costs the host more than all else about a DTensor.
+    """
+    return DTensor(local, spec, requires_grad=False)
 
 
 def below_autograd() -> AbstractContextManager[None]:

@@ -47,7 +47,7 @@ def install(monkeypatch):
         flash_attn_3._has_backward.cache_clear()
 
     monkeypatch.setattr(flash_attn_3, "lacks_gpu", lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(flash_attn_3, "capability", lambda: (9, 0))
     yield put
     flash_attn_3._has_backward.cache_clear()
 

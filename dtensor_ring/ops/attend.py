@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Placement
 from typing_extensions import override
 
-from dtensor_ring._torch import below_autograd, local_of, replicated
+from dtensor_ring._torch import DTensorSpec, below_autograd, dtensor_with, local_of, replicated, spec_of
 from dtensor_ring.ops.operator import attention, attention_backward, placed_as
 from dtensor_ring.ops.prepare import Prepared
 from dtensor_ring.ops.sharding import lse_placements, sink_gradient_placements, sink_placements
@@ -57,10 +56,12 @@ class _Attention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*local, alibi, out, lse, seed, documents)
         ctx.rest, ctx.wrappers = rest, [_Wrapper.of(x) for x in inputs]
+        like_q = ctx.wrappers[0]
         if not isinstance(q, DTensor):
             return out, lse if return_lse else None
-        batch, length, heads, _ = q.shape
-        out = wrap(out, q.device_mesh, q.placements, (batch, length, heads, v.shape[3]))
+        batch, length, heads, head_dim = q.shape
+        shape = batch, length, heads, v.shape[3]
+        out = like_q.wrapped(out) if shape[3] == head_dim else wrap(out, q.device_mesh, q.placements, shape)
         if not return_lse:
             return out, None
         return out, wrap(lse, q.device_mesh, lse_placements(q.placements), (batch, heads, length))
@@ -80,32 +81,34 @@ class _Attention(torch.autograd.Function):
         *local, alibi, out, lse, seed, documents = ctx.saved_tensors
         q, k, v, sinks = ctx.wrappers
         if isinstance(dout, DTensor):
-            dout = local_of(placed_as(dout, q.placements, documents))
+            dout = local_of(placed_as(dout, q.spec.placements, documents))
         with below_autograd():
             dq, dk, dv, dsinks = attention_backward(dout, *local, alibi, out, lse, seed, documents, *ctx.rest)
         if q is not None:
             dq, dk, dv = q.wrapped(dq), k.wrapped(dk), v.wrapped(dv)
         if sinks is not None:  # each rank has the part of its own queries
-            part = wrap(dsinks, sinks.mesh, sink_gradient_placements(q.placements), sinks.shape)
-            return dq, dk, dv, redistribute(part, sinks.placements), None, None
+            part = wrap(dsinks, sinks.spec.mesh, sink_gradient_placements(q.spec.placements), sinks.shape)
+            return dq, dk, dv, redistribute(part, sinks.spec.placements), None, None
         return dq, dk, dv, None if local[3] is None else dsinks, None, None
 
 
 class _Wrapper(NamedTuple):
-    """What makes a DTensor of a local tensor."""
+    """What makes DTensors like one that was given."""
 
-    mesh: DeviceMesh
-    placements: tuple[Placement, ...]
+    spec: DTensorSpec
+    stride: tuple[int, ...]
     shape: torch.Size
 
     @classmethod
     def of(cls, x: Tensor | None) -> _Wrapper | None:
         """That of a DTensor; None for another tensor."""
-        return cls(x.device_mesh, x.placements, x.shape) if isinstance(x, DTensor) else None
+        return cls(spec_of(x), local_of(x).stride(), x.shape) if isinstance(x, DTensor) else None
 
     def wrapped(self, local: Tensor) -> DTensor:
-        """The local tensor as a DTensor like the one that this was made of."""
-        return wrap(local, self.mesh, self.placements, self.shape)
+        """A local tensor of the same shape and dtype as a DTensor of the same placements."""
+        if local.stride() == self.stride:
+            return dtensor_with(local, self.spec)
+        return wrap(local, self.spec.mesh, self.spec.placements, self.shape)
 
 
 def _traced(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared) -> tuple[Tensor, Tensor]:

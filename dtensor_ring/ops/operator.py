@@ -26,10 +26,10 @@ from dtensor_ring._torch import local_of, resolve_group
 from dtensor_ring.comm import AloneTransport, Transport, transport_of
 from dtensor_ring.documents import Documents, Slices
 from dtensor_ring.ops import heads
-from dtensor_ring.ops.call import AttentionCall
+from dtensor_ring.ops.call import AttentionCall, Choice
 from dtensor_ring.ops.execute import Executor
 from dtensor_ring.ops.merge import accumulate_dtype
-from dtensor_ring.ops.schedule import plan
+from dtensor_ring.ops.schedule import Problem, plan
 from dtensor_ring.ops.ulysses import UlyssesExecutor
 from dtensor_ring.placements import SequencePlacement, redistribute
 
@@ -49,7 +49,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl("dtensor_ring::attention", "CompositeExplicitAutograd")
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -79,7 +78,6 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tens
     return q.new_empty((*q.shape[:3], v.shape[3])), lse, torch.empty(int(dropout_p > 0), dtype=torch.int64)
 
 
-@torch.library.impl("dtensor_ring::attention_backward", "CompositeExplicitAutograd")
 def _attention_backward(
     dout: Tensor,
     q: Tensor,
@@ -114,6 +112,9 @@ def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *_res
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
+# every backend: the implementation asks the tensors for their device
+torch.library.impl("dtensor_ring::attention", "CompositeExplicitAutograd", _attention)
+torch.library.impl("dtensor_ring::attention_backward", "CompositeExplicitAutograd", _attention_backward)
 attention = torch.ops.dtensor_ring.attention.default
 attention_backward = torch.ops.dtensor_ring.attention_backward.default
 
@@ -166,13 +167,26 @@ def _executor(
     group: str,
 ) -> Executor | UlyssesExecutor:
     transport: Transport = transport_of(resolve_group(group)) if group else AloneTransport()
-    problem = call.problem(lengths, transport.world, Documents.unpack(documents))
-    need = call.need(q.device.type, q.dtype, q.shape[3], v.shape[3])
-    strategy, kernel = call.choose(need, extras[1] is not None, problem)
+    facts = q.device.type, q.dtype, q.shape[3], v.shape[3]
+    bounds = Documents.unpack(documents)
+    q_length, k_length = lengths
+    problem, choice = _settled(call, facts, (q_length, k_length), transport.world, bounds, extras[1] is not None)
     row, head = origin
-    rest = kernel, call.options, *extras, (row, head)
-    if strategy == "ulysses":
-        return UlyssesExecutor(replace(problem, strategy=strategy), transport, *rest)
-    if strategy != problem.strategy:
-        problem = replace(problem, strategy=strategy)
+    rest = choice.kernel, call.options, *extras, (row, head)
+    if choice.strategy == "ulysses":
+        return UlyssesExecutor(problem, transport, *rest)
     return Executor(plan(problem, transport.rank), transport, *rest)
+
+
+def _settled(
+    call: AttentionCall,
+    facts: tuple[str, torch.dtype, int, int],
+    lengths: tuple[int, int],
+    world: int,
+    documents: Documents | Slices | None,
+    has_alibi: bool,
+) -> tuple[Problem, Choice]:
+    """What is planned for, and what carries it out."""
+    problem = call.problem(lengths, world, documents)
+    choice = call.choose(call.need(*facts), has_alibi, problem)
+    return replace(problem, strategy=choice.strategy) if choice.strategy != problem.strategy else problem, choice

@@ -33,6 +33,9 @@ from dtensor_ring.placements.placement import SequencePlacement, dim_of, split_o
 Placements = tuple[Placement, ...]
 DocumentsLike = Documents | Tensor | Sequence[int]
 
+_KEPT = 128
+_sequences: dict[tuple[object, ...], tuple[int, SequencePlacement, Placements]] = {}
+
 
 def from_local(
     local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], *, length: int | None = None, check: bool = True
@@ -61,8 +64,7 @@ def from_local(
             )
         if not isinstance(length, (int, torch.SymInt)):
             raise TypeError(f"from_local: length is the number of tokens of the whole sequence, found {length!r}")
-        targets = normalized(mesh, placements, local.ndim)
-        axis, placement = sequence_axis(mesh, targets)
+        axis, placement, targets = _sequence_of(mesh, placements, local.ndim)
     if check and not torch.compiler.is_compiling():
         check_shares(local, mesh, axis, placement, length)
     shape = list(local.shape)
@@ -206,6 +208,21 @@ class _Wrap(torch.autograd.Function):
 def _listed(placements: Sequence[Placement]) -> Sequence[Placement]:
     """What a caller passed as placements, as far as it can be looked through: `normalized` refuses the rest."""
     return placements if isinstance(placements, Sequence) else ()
+
+
+def _sequence_of(mesh: DeviceMesh, placements: Sequence[Placement], ndim: int) -> tuple[int, SequencePlacement, Placements]:
+    """The axis that holds the sequence, its placement, and all placements normalized; remembered for the next call."""
+    key = (mesh.ndim, ndim, *placements) if isinstance(placements, (list, tuple)) else ()
+    remembers = bool(key) and not torch.compiler.is_compiling()
+    if remembers and key in _sequences:
+        return _sequences[key]
+    targets = normalized(mesh, placements, ndim)
+    sequence = *sequence_axis(mesh, targets), targets
+    if remembers:
+        if len(_sequences) >= _KEPT:
+            _sequences.pop(next(iter(_sequences)), None)
+        _sequences[key] = sequence
+    return sequence
 
 
 def _sequence_axis_or_all(mesh: DeviceMesh, placements: Sequence[Placement]) -> list[Transport]:

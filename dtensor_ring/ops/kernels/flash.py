@@ -61,11 +61,22 @@ def lacks_gpu(need: Need, smallest_capability: tuple[int, int] = (8, 0)) -> str 
     """Why kernels for GPUs of a compute capability cannot run here, or None."""
     if need.device != "cuda":
         return f"runs on CUDA tensors, found {need.device}"
-    capability = torch.cuda.get_device_capability()
-    if capability < smallest_capability:
+    of_gpu = capability()
+    if of_gpu < smallest_capability:
         needed = ".".join(map(str, smallest_capability))
-        return f"needs compute capability {needed}, this GPU has {'.'.join(map(str, capability))}"
+        return f"needs compute capability {needed}, this GPU has {'.'.join(map(str, of_gpu))}"
     return None
+
+
+def capability() -> tuple[int, int]:
+    """The compute capability of the current GPU."""
+    return _capability(torch.cuda.current_device())
+
+
+@cache
+def _capability(device: int) -> tuple[int, int]:
+    # asked for on every call of attention: PyTorch works it out anew each time, which takes longer than launching a kernel
+    return torch.cuda.get_device_capability(device)
 
 
 def lacks_tensors(need: Need, largest_head_dim: int = 256) -> str | None:

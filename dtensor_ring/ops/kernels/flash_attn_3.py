@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dtensor_ring.ops.kernels.base import Extras, Need, Options, Result
-from dtensor_ring.ops.kernels.flash import Bounds, FlashKernel, Side, lacks_gpu, lacks_tensors, load
+from dtensor_ring.ops.kernels.flash import Bounds, FlashKernel, Side, capability, lacks_gpu, lacks_tensors, load
 
 
 class FlashAttn3Kernel(FlashKernel):
@@ -29,7 +29,7 @@ class FlashAttn3Kernel(FlashKernel):
         reason = lacks_gpu(need, (9, 0))
         if reason is not None:
             return reason
-        if torch.cuda.get_device_capability()[0] != 9:
+        if capability()[0] != 9:
             return "is for Hopper GPUs (compute capability 9)"
         module = _module()
         if isinstance(module, str):
