@@ -57,7 +57,7 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(*local, alibi, out, lse, seed, documents)
         ctx.rest, ctx.wrappers = rest, [_Wrapper.of(x) for x in inputs]
         like_q = ctx.wrappers[0]
-        if not isinstance(q, DTensor):
+        if like_q is None or not isinstance(q, DTensor):
             return out, lse if return_lse else None
         batch, length, heads, head_dim = q.shape
         shape = batch, length, heads, v.shape[3]
