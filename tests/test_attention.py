@@ -160,7 +160,7 @@ def test_plain_tensors_run_the_kernel_of_one_device():
 
 def test_the_operators_pass_torch_s_own_checks():
     case = make_case(6, batch=1)
-    documents = Documents.from_lengths([2, 4]).packed
+    documents = Documents.from_lengths([2, 4]).encoded
     leaves = [x.clone().requires_grad_() for x in case.inputs]
     rest = 6, 6, 0, 0, 8**-0.5, 0.0, 0.0, False, "causal", "contiguous", "ring", "math", 0, ""
     sinks, slopes = torch.randn(4, dtype=torch.float64, requires_grad=True), torch.rand(4)
