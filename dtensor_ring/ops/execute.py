@@ -147,6 +147,8 @@ class Executor:
             return None
         if not self.kernel.hashes_positions:  # equal seeds would give every call and rank the same mask
             seed = number_of(repr((seed, self.plan.rank, number, self.origin)))
+        if self.alibi is None and not self.kernel.hashes_positions:
+            return Extras(None, seed, None, None, self.origin)
         q_positions, k_positions = _positions(self.plan.problem, self.plan.rank, device)
         return Extras(self.alibi, seed, q_positions, k_positions[index], self.origin)
 
