@@ -15,10 +15,11 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import pairwise
 from operator import index
 from typing import TYPE_CHECKING
+
+from dtensor_ring.cache import cached
 
 # Plans are integers: this file and those above it that make plans load torch only where a tensor is made.
 if TYPE_CHECKING:
@@ -299,7 +300,11 @@ def _tensor(flat: bytes) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.int64)
 
 
-@lru_cache(maxsize=256)
+def _unpacked_bytes(documents: Documents | Slices, encoded: bytes) -> int:
+    return documents.nbytes + len(encoded)
+
+
+@cached("documents of operators", most_bytes=8 << 20, most_entries=32, size=_unpacked_bytes)
 def _unpack(encoded: bytes) -> Documents | Slices:
     flat = array("q")
     flat.frombytes(encoded)

@@ -15,13 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from dtensor_ring.cache import cached
 from dtensor_ring.comm import Message, Pending, Transport
 from dtensor_ring.comm.rank_checks import number_of
 from dtensor_ring.ops.kernels import Extras, Kernel, Options, Packing, Result, Span
@@ -346,8 +346,24 @@ def _box(call: Call) -> tuple[slice, slice]:
     return slice(q0, q1), slice(k0, k1)
 
 
-@lru_cache(maxsize=64)
-def _packings(problem: Problem, rank: int, batch: int, device: torch.device) -> tuple[tuple[Packing | None, ...], ...]:
+_Packings = tuple[tuple[Packing | None, ...], ...]
+_Positions = tuple[Tensor, tuple[Tensor, ...]]
+
+
+def _packed_bytes(packings: _Packings, problem: Problem, *_others: object) -> int:
+    """Spans are four integers in a tuple each; the cumulative lengths lie on the device."""
+    packs = [pack for step in packings for pack in step if pack is not None]
+    spans = sum(len(pack.spans) for pack in packs)
+    return problem.nbytes + 500 * len(packs) + 224 * spans + sum(pack.cu_q.nbytes + pack.cu_k.nbytes for pack in packs)
+
+
+def _position_bytes(positions: _Positions, problem: Problem, *_others: object) -> int:
+    queries, keys = positions
+    return problem.nbytes + queries.nbytes + sum(each.nbytes for each in keys)
+
+
+@cached("segments of packed calls", most_bytes=16 << 20, most_entries=32, size=_packed_bytes)
+def _packings(problem: Problem, rank: int, batch: int, device: torch.device) -> _Packings:
     """For each call of each step the packing of a batch, None where one segment goes to the kernel as a dense block."""
     q_rows, steps = problem.q_rows(rank), plan(problem, rank).steps
     return tuple(
@@ -367,8 +383,8 @@ def _packing(call: Call, doc_rows: int, batch: int, q_rows: int, k_rows: int, de
     return Packing.of(spans, batch * q_rows, batch * k_rows, device)
 
 
-@lru_cache(maxsize=64)
-def _positions(problem: Problem, rank: int, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
+@cached("positions for dropout and ALiBi", most_bytes=24 << 20, most_entries=32, size=_position_bytes)
+def _positions(problem: Problem, rank: int, device: torch.device) -> _Positions:
     """Positions of this rank's queries, and of the keys in each step's buffer."""
     q_positions, k_positions = plan(problem, rank).positions
     keys = tuple(torch.tensor(positions, dtype=torch.int64, device=device) for positions in k_positions)
