@@ -11,15 +11,21 @@ sequence gives it: what whole documents leave over is filled with larger or smal
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import pairwise
+
+from dtensor_ring.cache import cached
 
 Chunks = tuple[tuple[int, int], ...]  # (start, count) of neighbouring tokens, in the order a rank stores them
 
 _GOOD_WORK = 0.985
 
 
-@lru_cache(maxsize=64)
+def _held(shared: tuple[Chunks, ...], bounds: tuple[int, ...], totals: tuple[int, ...]) -> int:
+    """Bytes of chunks, two integers in a tuple each, and of the bounds they were made for."""
+    return 144 * sum(map(len, shared)) + 40 * len(bounds) + 200 * len(totals)
+
+
+@cached("documents shared out", most_bytes=8 << 20, most_entries=32, size=_held)
 def share_documents(bounds: tuple[int, ...], totals: tuple[int, ...]) -> tuple[Chunks, ...]:
     """The chunks of each rank.
 

@@ -1,9 +1,10 @@
-"""Look at plans, count what was sent, and let ranks compare every call.
+"""Look at plans, count what was sent and what is kept, and let ranks compare every call.
 
 print(draw(Problem(Layout("zigzag"), Band(0), 64, 64, world=4)))       # as `python -m dtensor_ring plan`
 before = traffic(mesh["cp"])
 ...
 print(traffic(mesh["cp"]).since(before).bytes)
+print(sum(cache.bytes for cache in caches()))                          # what is kept between calls
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtensor_ring.balance import balance_of
+from dtensor_ring.cache import CacheUse, caches
 from dtensor_ring.comm import Traffic, transport_of
 from dtensor_ring.comm.rank_checks import check_every_call
 from dtensor_ring.ops.kernels import KERNELS, Need
 from dtensor_ring.ops.schedule import Plan
 from dtensor_ring.report.drawing import draw
 
-__all__ = ["balance", "check_every_call", "draw", "kernel_table", "traffic"]
+__all__ = ["CacheUse", "balance", "caches", "check_every_call", "draw", "kernel_table", "traffic"]
 
 
 def traffic(mesh: DeviceMesh) -> Traffic:

@@ -15,14 +15,17 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import pairwise
 from operator import index
 from typing import TYPE_CHECKING
 
+from dtensor_ring.cache import cached
+
 # Plans are integers: this file and those above it that make plans load torch only where a tensor is made.
 if TYPE_CHECKING:
     from torch import Tensor
+
+_LEAST_NUMBERS = 64  # of an encoded tensor: longer ones are powers of two
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,13 +38,21 @@ class Documents:
     Args:
         bounds: the rows; a `Documents` of one row counts for every row of a batch.
 
+    Attributes:
+        digest: a hash of the bounds, in hexadecimal digits.
+        length: tokens in a row.
+        rows: rows of bounds: 1, or the batch size.
+
     Raises:
         ValueError: a row does not start at 0, decreases, or ends elsewhere than the others.
     """
 
     bounds: tuple[tuple[int, ...], ...]
     digest: str = field(init=False, repr=False)
-    _packed: Tensor = field(init=False, repr=False)  # never handed out: what is written into it would belong to another value
+    # Fields, not properties: compiled code that reads them must not depend on how many bounds there are.
+    length: int = field(init=False, repr=False)
+    rows: int = field(init=False, repr=False)
+    _encoded: Tensor = field(init=False, repr=False)  # never handed out: what is written into it would belong to another value
 
     def __post_init__(self) -> None:
         rows = tuple(tuple(index(bound) for bound in row) for row in self.bounds)
@@ -52,18 +63,20 @@ class Documents:
         flat = _pack(rows)
         object.__setattr__(self, "bounds", rows)
         object.__setattr__(self, "digest", hashlib.blake2b(flat, digest_size=16).hexdigest())
+        object.__setattr__(self, "length", rows[0][-1])
+        object.__setattr__(self, "rows", len(rows))
         # Where torch is loaded the tensor is made at once: asked for later, inside a compiled function or under a fake mode, it
         # would be a tensor of theirs. Without torch `__getattr__` makes it, when it is first asked for.
         if "torch" in sys.modules:
-            object.__setattr__(self, "_packed", _tensor(flat))
+            object.__setattr__(self, "_encoded", _tensor(flat))
 
     if not TYPE_CHECKING:  # a checker would take every misspelt attribute for one that this makes
 
         def __getattr__(self, name: str) -> object:
-            if name != "_packed":
+            if name != "_encoded":
                 raise AttributeError(f"'Documents' object has no attribute {name!r}")
-            object.__setattr__(self, "_packed", _tensor(_pack(self.bounds)))
-            return self._packed
+            object.__setattr__(self, "_encoded", _tensor(_pack(self.bounds)))
+            return self._encoded
 
     @classmethod
     def from_lengths(cls, lengths: Iterable[int]) -> Documents:
@@ -120,22 +133,24 @@ class Documents:
         return documents
 
     @property
-    def packed(self) -> Tensor:
-        """The bounds as one int64 CPU tensor, made anew: per row, how many, then the bounds.
+    def encoded(self) -> Tensor:
+        """The bounds as one int64 CPU tensor, made anew: for each row, how many bounds it has, then the bounds; then zeros.
 
-        This is what operators take, so that compiled graphs and caches do not depend on the values.
+        This is what operators take, so that compiled graphs and caches do not depend on the values. They do depend on the number
+        of elements, which is therefore a power of two, at least 64.
         """
-        return self._packed.clone()
+        return self._encoded.clone()
 
     @property
-    def length(self) -> int:
-        """Tokens in a row."""
-        return self.bounds[0][-1]
+    def packed(self) -> Tensor:
+        """Another name of `encoded`."""
+        return self.encoded
 
     @property
-    def rows(self) -> int:
-        """Rows of bounds: 1, or the batch size."""
-        return len(self.bounds)
+    def nbytes(self) -> int:
+        """Host memory that the bounds take, as Python integers and as a tensor, estimated."""
+        bounds = sum(map(len, self.bounds))
+        return 500 + 40 * bounds + 8 * _padded(bounds + self.rows)
 
     def select(self, start: int, stop: int) -> Documents:
         """Rows [start, stop) of a batch; one row for the whole batch stays as it is."""
@@ -153,14 +168,14 @@ class Documents:
         return torch.stack([_positions(row) for row in self.bounds])
 
     @staticmethod
-    def unpack(packed: Tensor) -> Documents | Slices | None:
-        """The documents, or slices, with this `packed` tensor; an empty one stands for no documents."""
-        if not packed.numel():
+    def unpack(encoded: Tensor) -> Documents | Slices | None:
+        """The documents, or slices, with this `encoded` tensor; an empty one stands for no documents."""
+        if not encoded.numel():
             return None
         import torch
 
-        memory = bytearray(packed.nbytes)  # PyTorch copies into it: no NumPy, and no Python integer for each bound
-        torch.frombuffer(memory, dtype=torch.int64).copy_(packed)
+        memory = bytearray(encoded.nbytes)  # PyTorch copies into it: no NumPy, and no Python integer for each bound
+        torch.frombuffer(memory, dtype=torch.int64).copy_(encoded)
         return _unpack(bytes(memory))
 
     @staticmethod
@@ -206,20 +221,31 @@ class Slices:
             _check_row(0, row, row)
 
     @property
+    def encoded(self) -> Tensor:
+        """As `Documents.encoded`, told apart by a negative first value: -1, `k_start`, the number of bounds, `cu_q`, `cu_k`."""
+        return _tensor(array("q", (-1, self.k_start, len(self.cu_q), *self.cu_q, *self.cu_k)).tobytes())
+
+    @property
     def packed(self) -> Tensor:
-        """As `Documents.packed`, told apart by a negative first value."""
-        import torch
+        """Another name of `encoded`."""
+        return self.encoded
 
-        return torch.tensor([-1, self.k_start, *self.cu_q, *self.cu_k], dtype=torch.int64)
+    @property
+    def nbytes(self) -> int:
+        """Host memory that the bounds take, estimated."""
+        return 300 + 80 * len(self.cu_q)
 
 
-def packed_of(documents: Documents | Slices | None) -> Tensor:
+def encoded_of(documents: Documents | Slices | None) -> Tensor:
     """What operators take and only read: the bounds as one tensor, empty for no documents."""
     import torch
 
     if isinstance(documents, Documents):
-        return documents._packed
-    return torch.empty(0, dtype=torch.int64) if documents is None else documents.packed
+        return documents._encoded
+    return torch.empty(0, dtype=torch.int64) if documents is None else documents.encoded
+
+
+packed_of = encoded_of
 
 
 def _check_row(i: int, row: tuple[int, ...], first: tuple[int, ...]) -> None:
@@ -261,22 +287,33 @@ def _pack(rows: tuple[tuple[int, ...], ...]) -> bytes:
     return flat.tobytes()
 
 
+def _padded(numbers: int) -> int:
+    """How many numbers an encoded tensor has that holds so many."""
+    return max(_LEAST_NUMBERS, 1 << (numbers - 1).bit_length())
+
+
 def _tensor(flat: bytes) -> Tensor:
     import torch
 
-    return torch.frombuffer(bytearray(flat), dtype=torch.int64)
+    memory = bytearray(8 * _padded(len(flat) // 8))
+    memory[: len(flat)] = flat
+    return torch.frombuffer(memory, dtype=torch.int64)
 
 
-@lru_cache(maxsize=256)
-def _unpack(packed: bytes) -> Documents | Slices:
+def _unpacked_bytes(documents: Documents | Slices, encoded: bytes) -> int:
+    return documents.nbytes + len(encoded)
+
+
+@cached("documents of operators", most_bytes=8 << 20, most_entries=32, size=_unpacked_bytes)
+def _unpack(encoded: bytes) -> Documents | Slices:
     flat = array("q")
-    flat.frombytes(packed)
+    flat.frombytes(encoded)
     if flat[0] < 0:
-        half = len(flat) // 2 + 1
-        return Slices(tuple(flat[2:half]), tuple(flat[half:]), flat[1])
+        _, k_start, count = flat[:3]
+        return Slices(tuple(flat[3 : 3 + count]), tuple(flat[3 + count : 3 + 2 * count]), k_start)
     rows: list[tuple[int, ...]] = []
     at = 0
-    while at < len(flat):
+    while at < len(flat) and flat[at]:  # every row has a bound: a row of none ends them
         rows.append(tuple(flat[at + 1 : at + 1 + flat[at]]))
         at += 1 + flat[at]
     return Documents(tuple(rows))

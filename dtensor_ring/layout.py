@@ -184,6 +184,10 @@ class PackedLayout:
                 f"{self.layout} needs one row of documents for the whole batch, found {self.documents.rows}: pack the rows into one"
             )
 
+    def runs(self, length: int, world: int, rank: int) -> tuple[Run, ...]:
+        """As `Layout.runs`."""
+        return self.layout.runs(length, world, rank, self.documents.bounds[0])
+
     def tokens(self, length: int, world: int, rank: int) -> list[int]:
         """As `Layout.tokens`."""
         return self.layout.tokens(length, world, rank, self.documents.bounds[0])

@@ -163,7 +163,7 @@ def test_plain_tensors_run_the_kernel_of_one_device():
 
 def test_the_operators_pass_torch_s_own_checks():
     case = make_case(6, batch=1)
-    documents = Documents.from_lengths([2, 4]).packed
+    documents = Documents.from_lengths([2, 4]).encoded
     leaves = [x.clone().requires_grad_() for x in case.inputs]
     call = AttentionCall(Band.parse("causal"), 8**-0.5, Layout("contiguous"), kernel="math")
     rest = (6, 6), (0, 0), str(call), ""

@@ -96,20 +96,21 @@ def test_what_is_remembered_of_calls_is_bounded():
     for length in range(1, 300):
         x = torch.empty(1, length, 1, 8)
         prepare(Inputs(x, x, x), Arguments(), place_alone(x, x, x), "a test")
-    assert len(prepare_module._checked) <= 128
+    use = prepare_module._CALLS.use()
+    assert use.entries <= use.most_entries == 128
 
 
 def test_a_setting_of_pytorch_that_kernels_read_is_part_of_what_is_remembered():
     x = torch.randn(1, 4, 2, 8)
     asked, place = Arguments(deterministic=True), place_alone(x, x, x)
+    prepare_module._CALLS.clear()
     prepare(Inputs(x, x, x), asked, place, "a test")
-    before = len(prepare_module._checked)
     torch.use_deterministic_algorithms(True)
     try:
         prepare(Inputs(x, x, x), asked, place, "a test")
     finally:
         torch.use_deterministic_algorithms(False)
-    assert len(prepare_module._checked) == min(before + 1, 128)
+    assert prepare_module._CALLS.use().entries == 2
 
 
 def both_ways():
@@ -183,6 +184,6 @@ def graphs_of_calls(change: str) -> int:
     return counter.frame_count
 
 
-@pytest.mark.parametrize(("change", "most"), [("masks", 4), ("numbers", 3), ("documents", 2)])
+@pytest.mark.parametrize(("change", "most"), [("masks", 4), ("numbers", 4), ("documents", 2)])
 def test_compiled_calls_make_a_bounded_number_of_graphs(pools, change, most):
     assert max(pools.run(2, graphs_of_calls, change, timeout=250)) <= most

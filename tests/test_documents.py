@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import math
 import pickle
 import subprocess
 import sys
+from array import array
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,8 +17,17 @@ from hypothesis import strategies as st
 
 import dtensor_ring
 from dtensor_ring import Documents, ring_attention
+from dtensor_ring.documents import Slices
 
 lengths = st.lists(st.integers(0, 9), max_size=8)
+
+
+@st.composite
+def rows_of_bounds(draw):
+    """One to three rows of up to 200 documents each, of one length."""
+    rows = draw(st.lists(st.lists(st.integers(0, 9), max_size=200), min_size=1, max_size=3))
+    longest = max(sum(row) for row in rows)
+    return Documents(tuple(Documents.from_lengths([*row, longest - sum(row)]).bounds[0] for row in rows))
 
 
 def test_lengths_cu_seqlens_and_position_ids_tell_the_same_documents():
@@ -42,19 +55,59 @@ def test_rows_that_differ_keep_their_own_bounds():
     assert documents.select(1, 2).bounds == ((0, 2, 4),)
 
 
-@given(st.lists(lengths, min_size=1, max_size=3))
-def test_packing_equality_hash_pickle_and_repr_round_trip(rows):
-    longest = max(sum(row) for row in rows)
-    documents = Documents(tuple(Documents.from_lengths([*row, longest - sum(row)]).bounds[0] for row in rows))
-    assert Documents.unpack(documents.packed) == documents
+@given(rows_of_bounds())
+def test_encoding_equality_hash_pickle_and_repr_round_trip(documents):
+    assert Documents.unpack(documents.encoded) == documents
     assert eval(repr(documents)) == documents
     for other in (pickle.loads(pickle.dumps(documents)), copy.deepcopy(documents)):
         assert other == documents
         assert hash(other) == hash(documents)
-    assert documents != Documents.from_lengths([longest + 1])
+    assert documents != Documents.from_lengths([documents.length + 1])
 
 
-def test_documents_of_a_process_without_torch_are_packed_when_asked():
+@given(rows_of_bounds())
+def test_the_encoded_length_is_a_power_of_two_that_just_holds_the_bounds(documents):
+    numbers = sum(1 + len(row) for row in documents.bounds)
+    encoded = documents.encoded
+    assert Documents.unpack(encoded) == documents
+    assert Documents.unpack(encoded).bounds == documents.bounds
+    assert len(encoded) == max(64, 2 ** math.ceil(math.log2(numbers)))
+    assert not encoded[numbers:].any()
+
+
+@given(rows_of_bounds(), st.integers(0, 1000))
+def test_slices_are_told_from_documents_and_encoded_alike(documents, k_start):
+    q_bounds = documents.bounds[0]
+    slices = Slices(q_bounds, tuple(2 * bound for bound in q_bounds), k_start)
+    assert Documents.unpack(slices.encoded) == slices
+    assert len(slices.encoded) == max(64, 2 ** math.ceil(math.log2(3 + 2 * len(q_bounds))))
+
+
+def test_as_many_lengths_as_powers_of_two_for_all_numbers_of_documents():
+    lengths = {len(Documents.from_lengths([1] * count).encoded) for count in range(3000)}
+    assert lengths == {64, 128, 256, 512, 1024, 2048, 4096}
+
+
+@given(rows_of_bounds(), st.integers(0, 200))
+def test_zeros_after_the_bounds_change_nothing(documents, zeros):
+    numbers = sum(1 + len(row) for row in documents.bounds)
+    bare = documents.encoded[:numbers]
+    assert Documents.unpack(torch.cat([bare, bare.new_zeros(zeros)])) == documents
+
+
+@given(rows_of_bounds())
+def test_length_and_rows_are_those_of_the_bounds(documents):
+    for value in (documents, pickle.loads(pickle.dumps(documents)), copy.copy(documents)):
+        assert (value.length, value.rows) == (documents.bounds[0][-1], len(documents.bounds))
+    assert {each.name for each in fields(Documents)} >= {"length", "rows"}
+
+
+def test_the_digest_is_that_of_the_bounds_alone():
+    bounds = array("q", [4, 0, 3, 7, 9])
+    assert Documents.from_lengths([3, 4, 2]).digest == hashlib.blake2b(bounds.tobytes(), digest_size=16).hexdigest()
+
+
+def test_documents_of_a_process_without_torch_are_encoded_when_asked():
     """The module alone, as the command line loads it; the tensor is the same."""
     code = """
 import copy, pickle, sys, types
@@ -66,20 +119,21 @@ documents = Documents.from_lengths([3, 4, 2])
 assert copy.deepcopy(documents) == documents == pickle.loads(pickle.dumps(documents))
 assert not hasattr(documents, "unpacked")
 assert "torch" not in sys.modules
-assert documents.packed.tolist() == [4, 0, 3, 7, 9]
-assert documents._packed is documents._packed
-assert Documents.unpack(documents.packed) == documents
+assert documents.encoded.tolist() == [4, 0, 3, 7, 9] + [0] * 59
+assert (documents.length, documents.rows) == (9, 1)
+assert documents._encoded is documents._encoded
+assert Documents.unpack(documents.encoded) == documents
 later = Documents.from_lengths([3, 4, 2])
-assert later == documents and hash(later) == hash(documents) and later.packed.equal(documents.packed)
+assert later == documents and hash(later) == hash(documents) and later.encoded.equal(documents.encoded)
 """
     subprocess.run([sys.executable, "-c", code, str(Path(dtensor_ring.__file__).parent)], check=True)
 
 
-def test_writing_into_packed_changes_no_documents():
+def test_writing_into_an_encoded_tensor_changes_no_documents():
     documents = Documents.from_lengths([3, 4])
-    documents.packed.zero_()
-    assert documents.packed.tolist() == [3, 0, 3, 7]
-    assert Documents.unpack(documents.packed) == documents
+    documents.encoded.zero_()
+    assert documents.encoded[:4].tolist() == [3, 0, 3, 7]
+    assert Documents.unpack(documents.encoded) == documents
     x = torch.randn(1, 7, 1, 8)
     apart = torch.cat([ring_attention(part, part, part) for part in x.split([3, 4], dim=1)], dim=1)
     torch.testing.assert_close(ring_attention(x, x, x, documents=documents), apart)
@@ -87,12 +141,12 @@ def test_writing_into_packed_changes_no_documents():
 
 def test_unpacking_reads_any_memory_order():
     documents = Documents.from_lengths([3, 4])
-    spread = torch.stack([documents.packed, documents.packed], dim=1)[:, 0]
+    spread = torch.stack([documents.encoded, documents.encoded], dim=1)[:, 0]
     assert not spread.is_contiguous()
     assert Documents.unpack(spread) == documents
 
 
-def test_no_documents_pack_to_none():
+def test_no_documents_are_an_empty_tensor():
     assert Documents.unpack(torch.empty(0, dtype=torch.int64)) is None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from dtensor_ring import Contiguous, Documents, Stripe, Zigzag, distribute_tensor, from_local, full_tensor, ring_attention
 from dtensor_ring.layout import Layout
+from dtensor_ring.ops import execute
 from dtensor_ring.ops.call import _choose_for_alibi
+from dtensor_ring.ops.execute import _positions
 from dtensor_ring.ops.kernels import Need, choose_kernel
-from dtensor_ring.ops.kernels.math import keep_mask
+from dtensor_ring.ops.kernels.math import MathKernel, keep_mask
 from dtensor_ring.ops.mask import Band
 from dtensor_ring.ops.reference import reference_attention
 from dtensor_ring.ops.schedule import Problem
@@ -64,6 +67,47 @@ def test_dropout_keeps_the_share_it_says_in_every_direction(p):
     assert (mask * again).mean().item() == pytest.approx((1 - p) ** 2, abs=0.01)
     for shifted in (mask[:, :, 1:] * mask[:, :, :-1], mask[..., 1:] * mask[..., :-1], mask[:, 1:] * mask[:, :-1]):
         assert shifted.mean().item() == pytest.approx((1 - p) ** 2, abs=0.01)
+
+
+class Drawing(MathKernel):
+    """Drops by a seed for each call, as flash kernels do; here nothing, and it keeps what it gets."""
+
+    name = "drawing"
+    hashes_positions = False
+
+    def __init__(self) -> None:
+        self.kept = []
+
+    def forward(self, q, k, v, window, options, extras=None):
+        self.kept.append(extras)
+        plain = None if extras.alibi is None else extras
+        return super().forward(q, k, v, window, replace(options, dropout_p=0.0), plain)
+
+    def backward(self, dout, q, k, v, out, lse, window, options, extras=None):
+        self.kept.append(extras)
+        plain = None if extras.alibi is None else extras
+        return super().backward(dout, q, k, v, out, lse, window, replace(options, dropout_p=0.0), plain)
+
+
+@pytest.mark.parametrize("documents", [None, Documents.from_lengths([9, 20, 4]), Documents(((0, 9, 33), (0, 20, 33)))])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_positions_are_made_only_for_kernels_and_slopes_that_read_them(documents, strategy, monkeypatch):
+    case, made = make_case(33, documents=documents), []
+    exact = case.exact()
+    monkeypatch.setattr(execute, "_positions", lambda *key: made.append(key) or _positions(*key))
+    case.dropout_p = 0.3
+    kernel = Drawing()
+    assert_exact(run_loopback(case, "zigzag", 3, strategy, kernel)[0], exact)
+    assert not made
+    assert all(part.q_positions is None and part.k_positions is None for part in kernel.kept)
+    assert len({part.seed for part in kernel.kept}) > 3
+    run_loopback(case, "zigzag", 3, strategy, "math")
+    assert made
+    made.clear()
+    case.alibi, kernel = torch.rand(4), Drawing()
+    run_loopback(case, "zigzag", 3, strategy, kernel)
+    assert made
+    assert all(len(part.q_positions) and len(part.k_positions) for part in kernel.kept)
 
 
 def test_zero_dropout_keeps_everything():

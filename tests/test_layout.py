@@ -125,6 +125,7 @@ def test_a_packed_layout_is_its_layout_under_one_row_of_documents():
     packed = PackedLayout(layout, Documents((bounds,)))
     for rank in range(3):
         assert packed.tokens(40, 3, rank) == layout.tokens(40, 3, rank, bounds)
+        assert packed.runs(40, 3, rank) == layout.runs(40, 3, rank, bounds)
         assert packed.local_length(40, 3, rank) == len(packed.tokens(40, 3, rank))
     with pytest.raises(ValueError, match="needs one row of documents for the whole batch, found 2: pack the rows into one"):
         PackedLayout(layout, Documents((bounds, (0, 40))))

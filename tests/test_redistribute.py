@@ -8,10 +8,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from dtensor_ring import Contiguous, Stripe, Zigzag, distribute_tensor, from_local, full_tensor, redistribute
+from dtensor_ring import Contiguous, Documents, Stripe, Zigzag, distribute_tensor, from_local, full_tensor, redistribute
 from dtensor_ring.comm import LoopbackTransport
 from dtensor_ring.debug import traffic
-from dtensor_ring.layout import Layout
+from dtensor_ring.layout import Layout, PackedLayout
 from dtensor_ring.placements import moves
 
 PLACEMENTS = [Replicate(), Shard(0), Shard(1), Shard(2), Contiguous(1), Zigzag(1), Stripe(1), Stripe(1, block=2), Zigzag(2)]
@@ -238,3 +238,16 @@ def test_moves_are_permutations_without_processes(world, length):
             assert torch.equal(heads, moves.take_shard(x, 2, new, wire.world, wire.rank))
 
         LoopbackTransport.run(world, body)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag", "stripe", "stripe:3", "zigzag/documents", "chunks"])
+def test_index_tensors_list_the_tokens_of_the_split(kind):
+    for length, world in itertools.product((0, 1, 7, 13, 40, 59), (1, 2, 3, 5)):
+        layout = moves.Chunks() if kind == "chunks" else Layout.parse(kind)
+        documents = Documents.from_lengths([length // 3, 0, length - length // 3])
+        split = PackedLayout(layout, documents) if kind == "zigzag/documents" else layout
+        order, counts = moves._orders(split, length, world)
+        for rank, part in enumerate(order.split(counts)):
+            tokens = moves._tokens(split, length, world, rank)
+            assert tokens.dtype == torch.int64
+            assert tokens.tolist() == part.tolist() == list(split.tokens(length, world, rank))

@@ -13,13 +13,13 @@ for zigzag, and nothing is merged. `heads_k_stride` key heads are gathered at a 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dtensor_ring.cache import cached
 from dtensor_ring.documents import Documents, Slices
 from dtensor_ring.functional.call import Output, Settings, answer, attend
 from dtensor_ring.functional.lengths import check_tokens, host_lengths, remember
@@ -204,7 +204,11 @@ def attend_by_heads(
     return out[0], lse[0]
 
 
-@lru_cache(maxsize=64)
+def _held(slices: Slices, *_bounds: object) -> int:
+    return slices.nbytes  # the arguments are parts of the value
+
+
+@cached("slices of llama3 functions", most_bytes=2 << 20, most_entries=32, size=_held)
 def _slices(bounds_q: tuple[int, ...], bounds_k: tuple[int, ...], k_start: int) -> Slices:
     return Slices(bounds_q, bounds_k, k_start)
 

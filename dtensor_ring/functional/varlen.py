@@ -7,12 +7,12 @@ returns     out (T/W, H, D), lse (H, T/W) float32
 
 from __future__ import annotations
 
-from functools import lru_cache
 from itertools import pairwise
 
 import torch.distributed as dist
 from torch import Tensor
 
+from dtensor_ring.cache import cached
 from dtensor_ring.documents import Documents
 from dtensor_ring.functional.call import Output, Settings, answer, attend
 from dtensor_ring.functional.lengths import check_tokens, host_lengths
@@ -20,7 +20,11 @@ from dtensor_ring.functional.variants import Function, packed_variants, refusing
 from dtensor_ring.layout import Layout
 
 
-@lru_cache(maxsize=64)
+def _held(documents: Documents, local_bounds: tuple[int, ...], world: int) -> int:
+    return documents.nbytes + 40 * len(local_bounds)
+
+
+@cached("documents of varlen functions", most_bytes=4 << 20, most_entries=32, size=_held)
 def _whole_documents(local_bounds: tuple[int, ...], world: int) -> Documents:
     return Documents((tuple(world * bound for bound in local_bounds),))
 

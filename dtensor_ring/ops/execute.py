@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from dtensor_ring.cache import cached
 from dtensor_ring.comm import Pending, Transport
 from dtensor_ring.comm.rank_checks import number_of
 from dtensor_ring.ops.exchange import Direction, Exchange, Pair
@@ -188,15 +188,16 @@ class Executor:
         """What makes the extras of a call from the numbers of its step and of the call in it; None where no call needs any."""
         if not self.options.dropout_p and self.alibi is None:
             return None
-        rank = self.plan.rank
-        q_positions, k_positions = _positions(self.plan.problem, rank, device)
+        rank, kernel = self.plan.rank, self.kernel
         first_calls = [0, *accumulate(len(step.calls) for step in self.plan.steps)]
+        reads_positions = self.alibi is not None or kernel.hashes_positions
+        queries, keys = _positions(self.plan.problem, rank, device) if reads_positions else (None, None)
 
         def of_call(index: int, number: int) -> Extras:
             own_seed = seed
-            if not self.kernel.hashes_positions:  # equal seeds would give every call and rank the same mask
+            if not kernel.hashes_positions:  # equal seeds would give every call and rank the same mask
                 own_seed = number_of(repr((seed, rank, first_calls[index] + number, self.origin)))
-            return Extras(self.alibi, own_seed, q_positions, k_positions[index], self.origin)
+            return Extras(self.alibi, own_seed, queries, None if keys is None else keys[index], self.origin)
 
         return of_call
 
@@ -256,8 +257,24 @@ def _rows(x_BSHD: Tensor, start: int, stop: int) -> Tensor:
     return x_BSHD if stop - start == x_BSHD.shape[1] else x_BSHD[:, start:stop]
 
 
-@lru_cache(maxsize=64)
-def _packings(problem: Problem, rank: int, batch: int, device: torch.device) -> tuple[tuple[Packing | None, ...], ...]:
+_Packings = tuple[tuple[Packing | None, ...], ...]
+_Positions = tuple[Tensor, tuple[Tensor, ...]]
+
+
+def _packed_bytes(packings: _Packings, problem: Problem, *_others: object) -> int:
+    """Spans are four integers in a tuple each; the cumulative lengths lie on the device."""
+    packs = [pack for step in packings for pack in step if pack is not None]
+    spans = sum(len(pack.spans) for pack in packs)
+    return problem.nbytes + 500 * len(packs) + 224 * spans + sum(pack.cu_q.nbytes + pack.cu_k.nbytes for pack in packs)
+
+
+def _position_bytes(positions: _Positions, problem: Problem, *_others: object) -> int:
+    queries, keys = positions
+    return problem.nbytes + queries.nbytes + sum(each.nbytes for each in keys)
+
+
+@cached("segments of packed calls", most_bytes=8 << 20, most_entries=32, size=_packed_bytes)
+def _packings(problem: Problem, rank: int, batch: int, device: torch.device) -> _Packings:
     """For each call of each step the packing of a batch, None where one segment goes to the kernel as a dense block."""
     q_rows, steps = problem.q_rows(rank), plan(problem, rank).steps
     return tuple(
@@ -277,8 +294,8 @@ def _packing(call: Call, doc_rows: int, batch: int, q_rows: int, k_rows: int, de
     return Packing.of(spans, batch * q_rows, batch * k_rows, device)
 
 
-@lru_cache(maxsize=64)
-def _positions(problem: Problem, rank: int, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
+@cached("positions for dropout and ALiBi", most_bytes=16 << 20, most_entries=32, size=_position_bytes)
+def _positions(problem: Problem, rank: int, device: torch.device) -> _Positions:
     """Positions of this rank's queries, and of the keys in each step's buffer."""
     q_positions, k_positions = plan(problem, rank).positions
     keys = tuple(torch.tensor(positions, dtype=torch.int64, device=device) for positions in k_positions)

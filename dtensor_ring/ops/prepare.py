@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dtensor_ring._torch import constant_number, constant_when_compiled, is_tracing, local_of
+from dtensor_ring.cache import Cache
 from dtensor_ring.documents import Documents, Slices, packed_of
 from dtensor_ring.layout import Layout
 from dtensor_ring.ops.agree import Facts, check_agreement
@@ -31,7 +32,7 @@ from dtensor_ring.ops.place import Place
 from dtensor_ring.ops.sharding import sink_placements
 from dtensor_ring.ops.ulysses import refuses
 
-_KEPT = 128  # calls that are remembered, each of about 2 KiB
+_CALL_BYTES = 4 << 10  # of a call that is remembered: its text, what ranks compare, and what it is found by
 
 
 class Inputs(NamedTuple):
@@ -68,7 +69,7 @@ class _Checked(NamedTuple):
     facts: Facts
 
 
-_checked: dict[tuple[object, ...], _Checked] = {}
+_CALLS = Cache("calls that were checked", most_bytes=1 << 20, most_entries=128)
 
 
 def prepare(inputs: Inputs, asked: Arguments, place: Place, name: str, *, training: bool | None = None) -> Prepared:
@@ -119,14 +120,13 @@ def _remembered(
     settings = training, torch.are_deterministic_algorithms_enabled(), name
     key = asked, kinds, *place[1:7], q.shape, k.shape, v.shape, q.dtype, q.device.type, told, *beside, *settings
     try:
-        checked = _checked.get(key)
+        entry = _CALLS.find(key)
     except TypeError:  # an argument that is wrong, or a list where a tuple is meant
         return _check(inputs, asked, place, documents, name, training)
-    if checked is None:
-        checked = _check(inputs, asked, place, documents, name, training)
-        if len(_checked) >= _KEPT:
-            _checked.pop(next(iter(_checked)), None)
-        _checked[key] = checked
+    if entry is not None:
+        return entry[0]  # pyrefly: ignore[bad-return]  # nothing else is kept there
+    checked = _check(inputs, asked, place, documents, name, training)
+    _CALLS.keep(key, checked, _CALL_BYTES + (0 if told is None else told.nbytes))
     return checked
 
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dtensor_ring.cache import cached
 from dtensor_ring.ops.schedule import Plan, Problem, Send, plan
 from dtensor_ring.ops.steps import Step
 
@@ -101,8 +101,20 @@ class Route:
     leave: Tensor | None
     sums: Sums | None
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All index tensors."""
+        own = () if self.own is None else (self.own.take, self.own.back)
+        sums = () if self.sums is None else (self.sums.index, self.sums.offsets)
+        return [tensor for tensor in (self.take, self.order, self.leave, *own, *sums) if tensor is not None]
 
-@lru_cache(maxsize=64)
+
+def _route_bytes(kept: tuple[Route, ...], problem: Problem, *_others: object) -> int:
+    """Index tensors on the device, and a few objects a step."""
+    return problem.nbytes + sum(600 + sum(tensor.nbytes for tensor in route.tensors) for route in kept)
+
+
+@cached("rows of transfers", most_bytes=16 << 20, most_entries=32, size=_route_bytes)
 def routes(problem: Problem, rank: int, batch: int, device: torch.device) -> tuple[Route, ...]:
     """The routes of a plan's steps for a batch; plans whose exchange is collective have none."""
     whole = plan(problem, rank)

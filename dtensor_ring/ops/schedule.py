@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from threading import Lock
 from typing import NamedTuple
 
+from dtensor_ring.cache import cached
 from dtensor_ring.documents import Documents, Slices
 from dtensor_ring.layout import Layout, Piece, Run, cut
 from dtensor_ring.ops.mask import Band, Tile, whole_sequence
@@ -51,6 +52,11 @@ class Problem:
         lengths = f"{self.q_length}" if self.q_length == self.k_length else f"{self.q_length} queries and {self.k_length} keys"
         documents = f", {self.documents}" if isinstance(self.documents, Documents) else ", documents" if self.documents else ""
         return f"{self.strategy}, {self.layout}, {self.band}, {lengths} tokens over {self.world} ranks{documents}"
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory that the value takes, estimated: that of its documents."""
+        return 300 + (0 if self.documents is None else self.documents.nbytes)
 
     @property
     def position_band(self) -> Band:
@@ -111,7 +117,7 @@ class Problem:
         """Whether a window is served by fetching the keys just around each local run, at most twice the local keys."""
         if not self.band.bounded or not self.in_order or self.world == 1 or isinstance(self.documents, Slices):
             return False
-        return _halo_rows(self) * self.world <= 2 * self.k_length
+        return halo_rows(self) * self.world <= 2 * self.k_length
 
     @property
     def collective(self) -> bool:
@@ -182,11 +188,75 @@ class Plan:
         return self.problem.world - 1 if self.problem.collective else sum(len(sends) for sends in self.sends)
 
 
-@lru_cache(maxsize=128)
+@dataclass(slots=True, eq=False)
+class _Book:
+    """What is worked out of one problem, a part at a time: plans of the ranks that are asked for, and what they need.
+
+    A plan reads off the other ranks' steps what it must send. Of those `needs` keeps the keys alone: the calls on them, which are
+    most of a step, belong to the other ranks.
+    """
+
+    problem: Problem
+    plans: dict[int, Plan] = field(default_factory=dict)
+    needs: dict[tuple[int, int], Step] = field(default_factory=dict)  # (rank, step)
+    halo_rows: int | None = None
+    ends_together: bool | None = None
+    nbytes: int = 0
+    _lock: Lock = field(default_factory=Lock)
+
+    def add_plan(self, rank: int, made: Plan) -> Plan:
+        """Keep a rank's plan, and return the one kept."""
+        steps = sum(_step_bytes(step) for step in made.steps)
+        sends = sum(200 + 160 * len(send.rows) for sent in made.sends for send in sent)
+        with self._lock:
+            if rank not in self.plans:
+                self.plans[rank] = made
+                self.nbytes += 300 + steps + sends
+            return self.plans[rank]
+
+    def need(self, rank: int, index: int) -> Step:
+        """The keys of a rank's step, without its calls if its plan was not made here."""
+        made = self.plans.get(rank)
+        kept = self.needs.get((rank, index)) if made is None else made.steps[index]
+        if kept is not None:
+            return kept
+        step = replace(_step(self.problem, rank, index), calls=())
+        with self._lock:
+            if (rank, index) not in self.needs:
+                self.needs[rank, index] = step
+                self.nbytes += 200 + _step_bytes(step)
+        return step
+
+
+def _step_bytes(step: Step) -> int:
+    """Rows are three integers in a tuple, segments are five, of which one is small."""
+    segments = sum(len(call.segments) for call in step.calls)
+    return 250 + 250 * len(step.calls) + 160 * len(step.keys) + 232 * segments
+
+
+def _book_bytes(book: _Book, problem: Problem) -> int:
+    return 1000 + problem.nbytes + book.nbytes
+
+
+@cached("plans", most_bytes=32 << 20, most_entries=32, size=_book_bytes)
+def _book(problem: Problem) -> _Book:
+    return _Book(problem)
+
+
 def plan(problem: Problem, rank: int) -> Plan:
     """The plan of one rank."""
+    book = _book(problem)
+    made = book.plans.get(rank)
+    if made is None:
+        made = book.add_plan(rank, _plan(book, rank))
+        _book.resize(book, problem)
+    return made
+
+
+def _plan(book: _Book, rank: int) -> Plan:
+    problem = book.problem
     steps = tuple(_step(problem, rank, i) for i in range(_step_count(problem)))
-    sends = tuple(tuple(_sends(problem, rank, i)) for i in range(len(steps)))
+    sends = tuple(tuple(_sends(book, rank, i)) for i in range(len(steps)))
     segments = [segment for step in steps for call in step.calls for segment in call.segments]
     returned = [(rows.start, rows.stop) for sent in sends for send in sent for rows in send.rows]
     own = [(k0, k1) for step in steps for k0, k1 in _own_key_ranges(step, rank)]
@@ -195,30 +265,42 @@ def plan(problem: Problem, rank: int) -> Plan:
     return Plan(problem, rank, steps, sends, q_parts, deepest(returned + own))
 
 
-@lru_cache(maxsize=128)
 def ends_together(problem: Problem) -> bool:
     """Whether `Plan.ends_together` holds on every rank."""
-    return all(plan(problem, rank).ends_together for rank in range(problem.world))
+    book = _book(problem)
+    if book.ends_together is None:
+        book.ends_together = all(plan(problem, rank).ends_together for rank in range(problem.world))
+    return book.ends_together
+
+
+def halo_rows(problem: Problem) -> int:
+    """Key rows that the most loaded rank fetches for a window, at most."""
+    book = _book(problem)
+    if book.halo_rows is None:
+        book.halo_rows = _halo_rows(problem)
+    return book.halo_rows
 
 
 def _step_count(problem: Problem) -> int:
     return problem.world if problem.strategy == "ring" and not problem.is_halo else 1
 
 
-def _sends(problem: Problem, rank: int, index: int) -> Iterable[Send]:
+def _sends(book: _Book, rank: int, index: int) -> Iterable[Send]:
     """Who needs which of this rank's keys in a step, read off the other ranks' plans."""
+    problem = book.problem
     if problem.collective:
         return
     ring = _step_count(problem) > 1
     others = [(rank + index) % problem.world] if ring else [(rank + i) % problem.world for i in range(problem.world)]
     for other in others:
-        step = _step(problem, other, index)
+        if other == rank:
+            continue
+        step = book.need(other, index)
         rows = tuple(piece for piece in step.keys if piece.source == rank)
-        if other != rank and rows:
+        if rows:
             yield Send(other, rows, step.sums)
 
 
-@lru_cache(maxsize=1024)
 def _step(problem: Problem, rank: int, index: int) -> Step:
     if problem.is_halo:
         return _halo_step(problem, rank)
@@ -255,9 +337,7 @@ def _finish(problem: Problem, rank: int, keys: list[Rows], *shards: tuple[Run, .
     return step_of(*keep_needed(keys, tiles))
 
 
-@lru_cache(maxsize=128)
 def _halo_rows(problem: Problem) -> int:
-    """Key rows that the most loaded rank fetches for a window, at most."""
     band = problem.position_band
     assert band.lo is not None and band.hi is not None, "a halo needs a window"
     reach = max(0, band.hi - min(band.lo, 0))

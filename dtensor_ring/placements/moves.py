@@ -10,13 +10,13 @@ reduce      partial sums to shards            as a reduce-scatter of shards padd
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dtensor_ring._torch import lasting
+from dtensor_ring.cache import Cache
 from dtensor_ring.comm import Message, Transport
 from dtensor_ring.layout import Layout, PackedLayout
 
@@ -33,28 +33,57 @@ class Chunks(NamedTuple):
 Split = Layout | PackedLayout | Chunks
 
 
-@lru_cache(maxsize=256)
+# Of one problem at a time there are a handful: a rank's tokens, how they move, and where they lie when all are gathered.
+_INDICES = Cache("index tensors of moves", most_bytes=32 << 20, most_entries=64)
+
+
+def _index_bytes(value: Tensor | tuple[Tensor | tuple[int, ...], ...], *key: object) -> int:
+    """Bytes of index tensors, of counts for each rank, and of the documents that they were made for."""
+    parts = value if isinstance(value, tuple) else (value,)
+    documents = sum(split.documents.nbytes for split in key if isinstance(split, PackedLayout))
+    return 500 + documents + sum(part.nbytes if isinstance(part, Tensor) else 40 * len(part) for part in parts)
+
+
+def _make_tokens(split: Split, length: int, world: int, rank: int) -> Tensor:
+    """The tokens of a rank as a tensor; runs are written out by PyTorch, since a Python integer takes four times the memory."""
+    if isinstance(split, Chunks):
+        tokens = split.tokens(length, world, rank)
+        return torch.arange(tokens.start, tokens.stop)
+    runs = [(run.start, run.count, run.stride, run.block) for run in split.runs(length, world, rank)]
+    starts, counts, strides, blocks = torch.tensor(runs, dtype=torch.int64).view(-1, 4).unbind(1)
+    run_of = torch.repeat_interleave(torch.arange(len(runs)), counts)
+    place = torch.arange(len(run_of)) - (counts.cumsum(0) - counts)[run_of]  # in its run
+    block = blocks[run_of]
+    return starts[run_of] + place // block * strides[run_of] + place % block
+
+
+@_INDICES.keeps(_index_bytes)
 def _tokens(split: Split, length: int, world: int, rank: int) -> Tensor:
     with lasting():
-        return torch.tensor(list(split.tokens(length, world, rank)), dtype=torch.int64)
+        return _make_tokens(split, length, world, rank)
 
 
-@lru_cache(maxsize=256)
+def _make_orders(split: Split, length: int, world: int) -> tuple[Tensor, tuple[int, ...]]:
+    every = [_make_tokens(split, length, world, rank) for rank in range(world)]
+    return torch.cat(every), tuple(len(tokens) for tokens in every)
+
+
+@_INDICES.keeps(_index_bytes)
 def _orders(split: Split, length: int, world: int) -> tuple[Tensor, tuple[int, ...]]:
     """All ranks' tokens one after another, and how many each rank holds."""
-    every = [_tokens(split, length, world, rank) for rank in range(world)]
     with lasting():
-        return torch.cat(every), tuple(len(tokens) for tokens in every)
+        return _make_orders(split, length, world)
 
 
-@lru_cache(maxsize=256)
+@_INDICES.keeps(_index_bytes)
 def _padded_places(split: Split, length: int, world: int) -> Tensor:
     """Where each token lies in shards padded to the largest and stacked: token t at rank * largest + place on the rank."""
-    order, counts = _orders(split, length, world)
-    largest = max(counts)
     with lasting():
-        stacked = torch.cat([rank * largest + torch.arange(count) for rank, count in enumerate(counts)])
-        return stacked[torch.argsort(order)]
+        order, counts = _make_orders(split, length, world)
+        largest = max(counts)
+        places = torch.empty(length, dtype=torch.int64)
+        places[order] = torch.cat([rank * largest + torch.arange(count) for rank, count in enumerate(counts)])
+        return places
 
 
 def local_size(split: Split, length: int, world: int, rank: int) -> int:
@@ -65,6 +94,12 @@ def local_size(split: Split, length: int, world: int, rank: int) -> int:
 def take_shard(x: Tensor, dim: int, split: Split, world: int, rank: int) -> Tensor:
     """A rank's share of a whole tensor, a copy. Sends nothing."""
     return x.index_select(dim, _tokens(split, x.shape[dim], world, rank).to(x.device))
+
+
+def _take_shards(x: Tensor, dim: int, split: Split, world: int) -> list[Tensor]:
+    """Every rank's share of a whole tensor, copies."""
+    order, counts = _orders(split, x.shape[dim], world)
+    return [x.index_select(dim, tokens) for tokens in order.to(x.device).split(counts)]
 
 
 def gather_shards(x: Tensor, dim: int, split: Split, length: int, wire: Transport) -> Tensor:
@@ -83,7 +118,7 @@ def reduce_shards(x: Tensor, dim: int, split: Split, op: str, wire: Transport) -
     if op not in ("sum", "avg"):
         return take_shard(wire.all_reduce(x, op), dim, split, world, wire.rank)
     length, first = x.shape[dim], x.movedim(dim, 0)
-    counts = _orders(split, length, world)[1]
+    counts = [local_size(split, length, world, rank) for rank in range(world)]
     largest = max(counts)
     stacked = first.new_zeros((world * largest, *first.shape[1:]))
     stacked[_padded_places(split, length, world).to(x.device)] = first
@@ -91,7 +126,7 @@ def reduce_shards(x: Tensor, dim: int, split: Split, op: str, wire: Transport) -
     return (mine / world if op == "avg" else mine).movedim(0, dim).contiguous()
 
 
-@lru_cache(maxsize=256)
+@_INDICES.keeps(_index_bytes)
 def _reshard_rows(
     old: Split, new: Split, length: int, world: int, rank: int
 ) -> tuple[Tensor, tuple[int, ...], Tensor, tuple[int, ...]]:
@@ -103,19 +138,17 @@ def _reshard_rows(
 def _make_reshard_rows(
     old: Split, new: Split, length: int, world: int, rank: int
 ) -> tuple[Tensor, tuple[int, ...], Tensor, tuple[int, ...]]:
-    def owners(split: Split) -> Tensor:
-        order, counts = _orders(split, length, world)
-        owner = torch.empty(length, dtype=torch.int64)
+    def homes(split: Split) -> tuple[Tensor, Tensor, Tensor]:
+        """Each token's rank and its place on the rank, and this rank's tokens."""
+        order, counts = _make_orders(split, length, world)
+        owner, place = torch.empty(length, dtype=torch.int64), torch.empty(length, dtype=torch.int64)
         owner[order] = torch.repeat_interleave(torch.arange(world), torch.tensor(counts))
-        return owner
+        place[order] = torch.cat([torch.arange(count) for count in counts])
+        return owner, place, order.split(counts)[rank]
 
-    mine, wanted = _tokens(old, length, world, rank), _tokens(new, length, world, rank)
-    targets, sources = owners(new)[mine], owners(old)[wanted]
-    place = torch.empty(length, dtype=torch.int64)
-    for r in range(world):
-        tokens = _tokens(old, length, world, r)
-        place[tokens] = torch.arange(len(tokens))
-    arrival = torch.argsort(sources * max(length, 1) + place[wanted])  # by source, then in the source's storage order
+    (old_owner, old_place, mine), (new_owner, _, wanted) = homes(old), homes(new)
+    targets, sources = new_owner[mine], old_owner[wanted]
+    arrival = torch.argsort(sources * max(length, 1) + old_place[wanted])  # by source, then in the source's storage order
     sent = tuple(torch.bincount(targets, minlength=world).tolist())
     received = tuple(torch.bincount(sources, minlength=world).tolist())
     return torch.argsort(targets, stable=True), sent, arrival, received
@@ -142,7 +175,7 @@ def exchange_dims(x: Tensor, gathered: tuple[int, Split, int], scattered: tuple[
     scatter_dim, scatter_split, scatter_length = scattered
     world, rank = wire.world, wire.rank
     assert x.shape[scatter_dim] == scatter_length, "the scattered dim is whole before the exchange"
-    leaving = [take_shard(x, scatter_dim, scatter_split, world, r).contiguous() for r in range(world)]
+    leaving = _take_shards(x, scatter_dim, scatter_split, world)
     shape = list(leaving[rank].shape)
     order, counts = _orders(gather_split, gather_length, world)
     arriving = [wire.empty((*shape[:gather_dim], count, *shape[gather_dim + 1 :]), x) for count in counts]
@@ -154,12 +187,12 @@ def exchange_dims(x: Tensor, gathered: tuple[int, Split, int], scattered: tuple[
 def scatter_shards(x: Tensor, dim: int, split: Split, source: int, wire: Transport) -> Tensor:
     """Each rank's share of the whole tensor that rank `source` holds. The source sends every other rank its share."""
     world, rank = wire.world, wire.rank
-    mine = take_shard(x, dim, split, world, rank).contiguous()
     if rank == source:
-        others = [r for r in range(world) if r != rank]
-        wire.exchange([Message(r, take_shard(x, dim, split, world, r).contiguous()) for r in others], []).wait()
-        return mine
-    received = wire.empty(mine.shape, mine)
+        shards = _take_shards(x, dim, split, world)
+        wire.exchange([Message(r, shard) for r, shard in enumerate(shards) if r != rank], []).wait()
+        return shards[rank]
+    shape = *x.shape[:dim], local_size(split, x.shape[dim], world, rank), *x.shape[dim + 1 :]
+    received = wire.empty(shape, x)
     wire.exchange([], [Message(source, received)]).wait()
     return received
 

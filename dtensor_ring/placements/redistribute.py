@@ -22,6 +22,7 @@ from torch.distributed.tensor.placement_types import Placement
 from typing_extensions import override
 
 from dtensor_ring._torch import dtensor_of, local_of
+from dtensor_ring.cache import Cache
 from dtensor_ring.comm import Transport, axis_name, transport_along, transports_of
 from dtensor_ring.comm.rank_checks import refused_together
 from dtensor_ring.documents import Documents
@@ -33,8 +34,7 @@ from dtensor_ring.placements.placement import SequencePlacement, dim_of, split_o
 Placements = tuple[Placement, ...]
 DocumentsLike = Documents | Tensor | Sequence[int]
 
-_KEPT = 128
-_sequences: dict[tuple[object, ...], tuple[int, SequencePlacement, Placements]] = {}
+_SEQUENCES = Cache("placements of from_local", most_bytes=128 << 10, most_entries=128)
 
 
 def from_local(
@@ -214,14 +214,13 @@ def _sequence_of(mesh: DeviceMesh, placements: Sequence[Placement], ndim: int) -
     """The axis that holds the sequence, its placement, and all placements normalized; remembered for the next call."""
     key = (mesh.ndim, ndim, *placements) if isinstance(placements, (list, tuple)) else ()
     remembers = bool(key) and not torch.compiler.is_compiling()
-    if remembers and key in _sequences:
-        return _sequences[key]
+    entry = _SEQUENCES.find(key) if remembers else None
+    if entry is not None:
+        return entry[0]  # pyrefly: ignore[bad-return]  # nothing else is kept there
     targets = normalized(mesh, placements, ndim)
     sequence = *sequence_axis(mesh, targets), targets
     if remembers:
-        if len(_sequences) >= _KEPT:
-            _sequences.pop(next(iter(_sequences)), None)
-        _sequences[key] = sequence
+        _SEQUENCES.keep(key, sequence, 1 << 10)
     return sequence
 
 

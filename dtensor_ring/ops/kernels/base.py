@@ -57,16 +57,17 @@ class Extras:
     Attributes:
         alibi: slopes (H,) or (B, H), float32; a score loses slope * |p - t|.
         seed: of the dropout mask: of the whole attention for a kernel that hashes positions, else of this call alone.
-        q_positions: positions of the rows (Sq,), int64.
-        k_positions: positions of the keys (Sk,), int64.
+        q_positions: positions of the rows (Sq,), int64; None where nothing reads them, which is dropout of a kernel that does
+            not hash positions, without ALiBi.
+        k_positions: positions of the keys (Sk,), int64, or None with `q_positions`.
         origin: first batch row and head of this rank's tensors in the whole batch.
         batch: first batch row of the block in this rank's tensors.
     """
 
     alibi: Tensor | None
     seed: int
-    q_positions: Tensor
-    k_positions: Tensor
+    q_positions: Tensor | None
+    k_positions: Tensor | None
     origin: tuple[int, int] = (0, 0)
     batch: int = 0
 
@@ -76,7 +77,15 @@ class Extras:
         if alibi is not None and alibi.dim() == 2 and batch is not None:
             alibi = alibi[batch : batch + 1]
         at = self.batch if batch is None else batch
-        return replace(self, alibi=alibi, q_positions=self.q_positions[rows], k_positions=self.k_positions[columns], batch=at)
+        q_positions = None if self.q_positions is None else self.q_positions[rows]
+        k_positions = None if self.k_positions is None else self.k_positions[columns]
+        return replace(self, alibi=alibi, q_positions=q_positions, k_positions=k_positions, batch=at)
+
+    @property
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """Positions of the rows and of the keys, for what cannot do without."""
+        assert self.q_positions is not None and self.k_positions is not None, "ALiBi and masks hashed of positions come with them"
+        return self.q_positions, self.k_positions
 
 
 class Result(NamedTuple):
@@ -230,8 +239,10 @@ def _parts(packing: Packing, extras: Extras | None) -> Iterator[tuple[slice, sli
     """Flattened rows and keys of each span, and its extras, whose positions are those of one batch row."""
     for q0, q1, k0, k1 in packing.spans:
         part = None
-        if extras is not None:
-            rows, keys = len(extras.q_positions), len(extras.k_positions)
+        if extras is not None and extras.q_positions is None:
+            part = extras  # without positions there are no slopes either: a seed is the same in every part
+        elif extras is not None:
+            rows, keys = map(len, extras.positions)
             batch = q0 // rows
             part = extras.part(slice(q0 - batch * rows, q1 - batch * rows), slice(k0 - batch * keys, k1 - batch * keys), batch)
         yield slice(q0, q1), slice(k0, k1), part

@@ -98,7 +98,7 @@ def _slopes(bounds: Bounds | None, extras: Extras | None) -> Tensor | None:
     """Slopes (H,), or a row of them for each batch row, which in a varlen call is each sequence."""
     if extras is None or extras.alibi is None or extras.alibi.dim() == 1 or bounds is None:
         return None if extras is None else extras.alibi
-    rows = (bounds.cu_q[:-1] // max(len(extras.q_positions), 1)).clamp(max=extras.alibi.shape[0] - 1)
+    rows = (bounds.cu_q[:-1] // max(len(extras.positions[0]), 1)).clamp(max=extras.alibi.shape[0] - 1)
     return extras.alibi.index_select(0, rows)
 
 
@@ -109,13 +109,14 @@ def _alibi_shift(bounds: Bounds | None, window: tuple[int, int], extras: Extras 
     """
     if extras is None or extras.alibi is None or not Side.of(window).is_causal:
         return None
+    q_positions, k_positions = extras.positions
     if bounds is None:
-        return extras.alibi[..., None] * (extras.q_positions - extras.k_positions[:1])
+        return extras.alibi[..., None] * (q_positions - k_positions[:1])
     rows = torch.arange(q.shape[0], device=q.device)
     sequence = torch.searchsorted(bounds.cu_q, rows, right=True) - 1
     first_key = bounds.cu_k.index_select(0, sequence)
-    place = extras.q_positions[rows % len(extras.q_positions)] - extras.k_positions[first_key % len(extras.k_positions)]
-    slopes = extras.alibi if extras.alibi.dim() == 1 else extras.alibi[rows // len(extras.q_positions)].T
+    place = q_positions[rows % len(q_positions)] - k_positions[first_key % len(k_positions)]
+    slopes = extras.alibi if extras.alibi.dim() == 1 else extras.alibi[rows // len(q_positions)].T
     return slopes.reshape(slopes.shape[0], -1) * place
 
 

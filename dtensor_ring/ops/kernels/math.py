@@ -131,7 +131,7 @@ class _Strip:
             if options.dropout_p:
                 heads = k.shape[1] * groups
                 row, head = part.origin[0] + part.batch, part.origin[1]
-                places = range(row, row + q.shape[0]), range(head, head + heads), part.q_positions, part.k_positions
+                places = range(row, row + q.shape[0]), range(head, head + heads), *part.positions
                 mask = keep_mask(part.seed, *places, options.dropout_p)
                 kept = mask.reshape(scores.shape).to(scores.dtype) / (1 - options.dropout_p)
         if window != (-1, -1):
@@ -147,7 +147,8 @@ class _Strip:
 def _alibi(part: Extras, kv_heads: int, work: torch.dtype) -> Tensor:
     """What scores lose with distance: (B or 1, Hk, G * rows, columns)."""
     assert part.alibi is not None, "called where there are slopes"
-    distance = (part.q_positions[:, None] - part.k_positions).abs()
+    q_positions, k_positions = part.positions
+    distance = (q_positions[:, None] - k_positions).abs()
     slopes = part.alibi if part.alibi.dim() == 2 else part.alibi[None]
     bias = slopes.to(work).reshape(slopes.shape[0], kv_heads, -1, 1, 1) * distance
     return bias.flatten(2, 3)
