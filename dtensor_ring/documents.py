@@ -41,7 +41,6 @@ class Documents:
     Attributes:
         digest: a hash of the bounds, in hexadecimal digits.
         length: tokens in a row.
-        rows: rows of bounds: 1, or the batch size.
 
     Raises:
         ValueError: a row does not start at 0, decreases, or ends elsewhere than the others.
@@ -49,9 +48,7 @@ class Documents:
 
     bounds: tuple[tuple[int, ...], ...]
     digest: str = field(init=False, repr=False)
-    # Fields, not properties: compiled code that reads them must not depend on how many bounds there are.
-    length: int = field(init=False, repr=False)
-    rows: int = field(init=False, repr=False)
+    length: int = field(init=False, repr=False)  # no property: compiled code that looks into a row depends on its bounds
     _encoded: Tensor = field(init=False, repr=False)  # never handed out: what is written into it would belong to another value
 
     def __post_init__(self) -> None:
@@ -64,7 +61,6 @@ class Documents:
         object.__setattr__(self, "bounds", rows)
         object.__setattr__(self, "digest", hashlib.blake2b(flat, digest_size=16).hexdigest())
         object.__setattr__(self, "length", rows[0][-1])
-        object.__setattr__(self, "rows", len(rows))
         # Where torch is loaded the tensor is made at once: asked for later, inside a compiled function or under a fake mode, it
         # would be a tensor of theirs. Without torch `__getattr__` makes it, when it is first asked for.
         if "torch" in sys.modules:
@@ -131,6 +127,11 @@ class Documents:
                 "the last bound must be the sequence length (add a document for padding at the end)"
             )
         return documents
+
+    @property
+    def rows(self) -> int:
+        """Rows of bounds: 1, or the batch size. Compiled code takes it for a constant, which a field would not be."""
+        return len(self.bounds)
 
     @property
     def encoded(self) -> Tensor:

@@ -7,7 +7,6 @@ import pickle
 import subprocess
 import sys
 from array import array
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -99,7 +98,21 @@ def test_zeros_after_the_bounds_change_nothing(documents, zeros):
 def test_length_and_rows_are_those_of_the_bounds(documents):
     for value in (documents, pickle.loads(pickle.dumps(documents)), copy.copy(documents)):
         assert (value.length, value.rows) == (documents.bounds[0][-1], len(documents.bounds))
-    assert {each.name for each in fields(Documents)} >= {"length", "rows"}
+
+
+def test_compiled_code_that_reads_documents_does_not_depend_on_how_many_there_are():
+    graphs = []
+
+    def count(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    act = torch.compile(lambda x, documents: x * documents.length + documents.rows, backend=count, fullgraph=True)
+    for number in (1, 2, 5, 40, 300):
+        documents = Documents.from_lengths([1] * number + [400 - number])
+        assert act(torch.ones(1), documents).item() == 401
+    assert len(graphs) == 1
 
 
 def test_the_digest_is_that_of_the_bounds_alone():
