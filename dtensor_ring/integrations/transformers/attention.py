@@ -16,13 +16,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from dtensor_ring.documents import Documents
+from dtensor_ring.layout import Layout
 from dtensor_ring.ops.agree import refused_in_group
 from dtensor_ring.ops.arguments import Arguments, Strategy
 from dtensor_ring.ops.attend import attend
 from dtensor_ring.ops.kernels import KernelName
 from dtensor_ring.ops.place import place_in_group
 from dtensor_ring.ops.prepare import Inputs, prepare
-from dtensor_ring.placements import SequencePlacement
 
 NAME = "dtensor_ring"
 NO_MASK = (0, 0, 0, 0)  # a mask of four dims is passed on as it is, so that transformers builds none of its own
@@ -50,7 +50,7 @@ class AttentionState:
     """How one attention module runs: set on it by `parallelize_module`."""
 
     mesh: DeviceMesh
-    placement: SequencePlacement
+    layout: Layout
     strategy: Strategy | None
     kernel: KernelName | None
 
@@ -111,7 +111,7 @@ def ring_attention_forward(
     )
     group, lengths = state.mesh.get_group(), (ring_batch.length, ring_batch.length)
     with refused_in_group(group):
-        place = place_in_group((q, k, v), group, state.placement.layout, lengths)
+        place = place_in_group((q, k, v), group, state.layout, lengths)
         prepared = prepare(Inputs(q, k, v, s_aux, documents=ring_batch.documents), asked, place, "attention")
     return attend(q, k, v, prepared, return_lse=False)[0], None
 

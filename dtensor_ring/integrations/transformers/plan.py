@@ -237,7 +237,7 @@ class RingPlan(dict[str, ParallelStyle]):
         ]
 
     def _apply_attention(self, module: nn.Module, mesh: DeviceMesh) -> None:
-        setattr(module, STATE, AttentionState(mesh, self._placement, self._strategy, self._kernel))
+        setattr(module, STATE, AttentionState(mesh, self._placement.layout, self._strategy, self._kernel))
         self._marked.append(module)
 
     @torch.compiler.disable
