@@ -143,11 +143,6 @@ class Documents:
         return self._encoded.clone()
 
     @property
-    def packed(self) -> Tensor:
-        """Another name of `encoded`."""
-        return self.encoded
-
-    @property
     def nbytes(self) -> int:
         """Host memory that the bounds take, as Python integers and as a tensor, estimated."""
         bounds = sum(map(len, self.bounds))
@@ -227,11 +222,6 @@ class Slices:
         return _tensor(array("q", (-1, self.k_start, len(self.cu_q), *self.cu_q, *self.cu_k)).tobytes())
 
     @property
-    def packed(self) -> Tensor:
-        """Another name of `encoded`."""
-        return self.encoded
-
-    @property
     def nbytes(self) -> int:
         """Host memory that the bounds take, estimated."""
         return 300 + 80 * len(self.cu_q)
@@ -244,9 +234,6 @@ def encoded_of(documents: Documents | Slices | None) -> Tensor:
     if isinstance(documents, Documents):
         return documents._encoded
     return torch.empty(0, dtype=torch.int64) if documents is None else documents.encoded
-
-
-packed_of = encoded_of
 
 
 def _check_row(i: int, row: tuple[int, ...], first: tuple[int, ...]) -> None:

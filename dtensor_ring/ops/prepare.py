@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from dtensor_ring._torch import constant_number, constant_when_compiled, is_tracing, local_of
 from dtensor_ring.cache import Cache
-from dtensor_ring.documents import Documents, Slices, packed_of
+from dtensor_ring.documents import Documents, Slices, encoded_of
 from dtensor_ring.layout import Layout
 from dtensor_ring.ops.agree import Facts, check_agreement
 from dtensor_ring.ops.arguments import Arguments, check_extras, check_numbers, choose_strategy, factor_of
@@ -102,7 +102,7 @@ def prepare(inputs: Inputs, asked: Arguments, place: Place, name: str, *, traini
         if place.transport is not None and not is_tracing():
             check_agreement(place.transport, checked.facts, str(documents) if isinstance(documents, Documents) else "")
     lengths, origin = (place.q_shape[1], place.k_shape[1]), place.origin if asked.dropout_p else (0, 0)
-    bounds = packed_of(_mine(documents, inputs.q, place))
+    bounds = encoded_of(_mine(documents, inputs.q, place))
     return Prepared(_sinks(inputs, place), _slopes(inputs, place), bounds, lengths, origin, call, place.group)
 
 
