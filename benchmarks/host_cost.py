@@ -16,8 +16,8 @@ table goes from the kernel alone outwards; every row does what the row above doe
                         kernel, and under ring_plan: the difference of a deep and a shallow model, by layers
     a batch             what is left of the shallow model: the batch cut and compared, embeddings, the loss
 
-Every result is first compared with the kernel's. Medians over blocks of calls taken in turns, in microseconds; on a GPU a block
-ends with a synchronization.
+Every result is first compared with the kernel's. The least of some blocks of calls taken in turns, in microseconds: other programs
+of the machine only ever add to what the host takes. On a GPU a block ends with a synchronization.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ import argparse
 import copy
 import json
 import os
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -60,7 +59,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=100, help="calls in a block")
     parser.add_argument("--blocks", type=int, default=9, help="blocks of each row")
     parser.add_argument("--no-model", action="store_true", help="leave the model's layers out (transformers is not needed then)")
-    parser.add_argument("--json", type=Path, help="where to write the medians")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
     tokens = options.tokens or (8 if options.device == "cpu" else 512)
     torch.set_num_threads(1)
@@ -76,10 +75,10 @@ def main() -> None:
             layer = {name: (spent[f"{name} x {DEEP}"] - spent[f"{name} x {SHALLOW}"]) / (DEEP - SHALLOW) for name in names}
             rows[f"a layer, {title}"] = layer
             rows[f"a batch, {title}"] = {name: spent[f"{name} x {SHALLOW}"] - SHALLOW * layer[name] for name in names}
-    for title, medians in rows.items():
+    for title, figures in rows.items():
         print(title)
-        first, before = next(iter(medians.values())), 0.0
-        for name, value in medians.items():
+        first, before = next(iter(figures.values())), 0.0
+        for name, value in figures.items():
             print(f"  {name:<36}{value:>8.0f}   over the row above {value - before:>+8.0f}   over the first {value - first:>+8.0f}")
             before = value
     if options.json:
@@ -207,7 +206,7 @@ def _same_kernel(
 
 
 def timed(calls: Calls, options: argparse.Namespace) -> dict[str, float]:
-    """Median microseconds a call of each, measured in turns."""
+    """Microseconds a call of each, the least of all blocks, measured in turns."""
     spent: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(options.blocks):
         for name, call in calls.items():
@@ -218,7 +217,7 @@ def timed(calls: Calls, options: argparse.Namespace) -> dict[str, float]:
                 call()
             _synchronize(options.device)
             spent[name].append((time.perf_counter() - begin) / options.calls * 1e6)
-    return {name: statistics.median(values) for name, values in spent.items()}
+    return {name: min(values) for name, values in spent.items()}
 
 
 def _synchronize(device: str) -> None:

@@ -40,6 +40,7 @@ NAMES = {
     "rows of transfers",
     "segments of packed calls",
     "slices of llama3 functions",
+    "ways of carrying calls out",
 }
 
 

@@ -30,17 +30,21 @@ BSHD, BHSD = Order(1, 2), Order(2, 1)
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, order: Order = BSHD) -> None:
     """Raises ValueError or TypeError unless q (B, Sq, H, D), k (B, Sk, Hk, D), v (B, Sk, Hk, Dv) fit together."""
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if not q.ndim == k.ndim == v.ndim == 4:
-        raise ValueError(f"q, k and v must have shape {order.text()}, found {shapes}")
-    if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    if not len(q_shape) == len(k_shape) == len(v_shape) == 4:
+        raise ValueError(f"q, k and v must have shape {order.text()}, found {_listed(q, k, v)}")
+    if q_shape[0] != k_shape[0] or k_shape[:3] != v_shape[:3] or q_shape[3] != k_shape[3]:
         needed = f"q {order.text('Sq')}, k {order.text('Sk', 'Hk')}, v {order.text('Sk', 'Hk', 'Dv')}"
-        raise ValueError(f"needed {needed}, found {shapes}")
-    q_heads, k_heads = q.shape[order.heads], k.shape[order.heads]
+        raise ValueError(f"needed {needed}, found {_listed(q, k, v)}")
+    q_heads, k_heads = q_shape[order.heads], k_shape[order.heads]
     if k_heads == 0 or q_heads % k_heads:
         raise ValueError(f"query heads must be a multiple of key heads, found {q_heads} and {k_heads}")
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k and v must have one dtype, found {q.dtype}, {k.dtype}, {v.dtype}")
+
+
+def _listed(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
 
 
 def choose_strategy(strategy: str | None) -> str:

@@ -16,18 +16,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dtensor_ring._torch import local_of, resolve_group
+from dtensor_ring.cache import cached
 from dtensor_ring.comm import AloneTransport, Transport, transport_of
 from dtensor_ring.documents import Documents, Slices
 from dtensor_ring.ops import heads
-from dtensor_ring.ops.call import AttentionCall, Choice
+from dtensor_ring.ops.call import AttentionCall
 from dtensor_ring.ops.execute import Executor
+from dtensor_ring.ops.kernels import Kernel, Options
 from dtensor_ring.ops.merge import accumulate_dtype
 from dtensor_ring.ops.schedule import Problem, plan
 from dtensor_ring.ops.ulysses import UlyssesExecutor
@@ -63,7 +65,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Out and lse of this rank's queries, and the seed of its dropout masks (1,), on the CPU; empty without dropout."""
     asked = AttentionCall.parse(call)
-    executor = _executor(asked, q, v, (sinks, alibi), documents, lengths, origin, group)
+    executor = _executor(call, q, v, (sinks, alibi), documents, lengths, origin, group)
     seed = torch.randint(1 << 62, (1,)) if asked.dropout_p else torch.empty(0, dtype=torch.int64)
     if not torch.is_autocast_enabled(q.device.type):
         return *heads.forward(executor, _inner(q), _inner(k), _inner(v), asked.heads_at_once, _value(seed)), seed
@@ -96,7 +98,7 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv of this rank's shares, and its part of dsinks, empty without sinks."""
     asked = AttentionCall.parse(call)
-    executor = _executor(asked, q, v, (sinks, alibi), documents, lengths, origin, group)
+    executor = _executor(call, q, v, (sinks, alibi), documents, lengths, origin, group)
     tensors = dout.contiguous(), _inner(q), _inner(k), _inner(v), out, lse
     if not torch.is_autocast_enabled(q.device.type):
         dq, dk, dv, dsinks = heads.backward(executor, *tensors, asked.heads_at_once, _value(seed))
@@ -157,7 +159,7 @@ def _inner(x: Tensor) -> Tensor:
 
 
 def _executor(
-    call: AttentionCall,
+    call: str,
     q: Tensor,
     v: Tensor,
     extras: tuple[Tensor | None, Tensor | None],
@@ -167,26 +169,41 @@ def _executor(
     group: str,
 ) -> Executor | UlyssesExecutor:
     transport: Transport = transport_of(resolve_group(group)) if group else AloneTransport()
-    facts = q.device.type, q.dtype, q.shape[3], v.shape[3]
-    bounds = Documents.unpack(documents)
+    facts = q.device.type, q.dtype, q.shape[3], v.shape[3], torch.are_deterministic_algorithms_enabled()
     q_length, k_length = lengths
-    problem, choice = _settled(call, facts, (q_length, k_length), transport.world, bounds, extras[1] is not None)
+    bounds = Documents.unpack(documents)
+    way = _way(call, facts, q_length, k_length, transport.world, bounds, extras[1] is not None)
     row, head = origin
-    rest = choice.kernel, call.options, *extras, (row, head)
-    if choice.strategy == "ulysses":
-        return UlyssesExecutor(problem, transport, *rest)
-    return Executor(plan(problem, transport.rank), transport, *rest)
+    rest = way.kernel, way.options, *extras, (row, head)
+    if way.problem.strategy == "ulysses":
+        return UlyssesExecutor(way.problem, transport, *rest)
+    return Executor(plan(way.problem, transport.rank), transport, *rest)
 
 
-def _settled(
-    call: AttentionCall,
-    facts: tuple[str, torch.dtype, int, int],
-    lengths: tuple[int, int],
+class _Way(NamedTuple):
+    """How a call is carried out on tensors of some lengths."""
+
+    problem: Problem
+    kernel: Kernel
+    options: Options
+
+
+def _way_bytes(way: _Way, *_others: object) -> int:
+    return 2000 + way.problem.nbytes
+
+
+@cached("ways of carrying calls out", most_bytes=2 << 20, most_entries=64, size=_way_bytes)
+def _way(
+    call: str,
+    facts: tuple[str, torch.dtype, int, int, bool],
+    q_length: int,
+    k_length: int,
     world: int,
     documents: Documents | Slices | None,
     has_alibi: bool,
-) -> tuple[Problem, Choice]:
-    """What is planned for, and what carries it out."""
-    problem = call.problem(lengths, world, documents)
-    choice = call.choose(call.need(*facts), has_alibi, problem)
-    return replace(problem, strategy=choice.strategy) if choice.strategy != problem.strategy else problem, choice
+) -> _Way:
+    """What `AttentionCall.choose` decides; `facts` are what kernels are asked of tensors, and a setting they read."""
+    asked = AttentionCall.parse(call)
+    problem = asked.problem((q_length, k_length), world, documents)
+    strategy, kernel = asked.choose(asked.need(*facts[:4]), has_alibi, problem)
+    return _Way(replace(problem, strategy=strategy), kernel, asked.options)
