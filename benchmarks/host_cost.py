@@ -12,6 +12,8 @@ table goes from the kernel alone outwards; every row does what the row above doe
     plain               ring_attention on plain tensors
     DTensor             ring_attention on DTensors that were made before
     from_local          DTensors made of local tensors, ring_attention, to_local
+    packed              DTensors of 2, 20 and 200 packed documents: the host should take as long (on GPUs; the CPU kernel works on
+                        one document after the other)
     a layer             a decoder layer of a Hugging Face model with PyTorch's scaled_dot_product_attention forced to the same
                         kernel, and under ring_plan: the difference of a deep and a shallow model, by layers
     a batch             what is left of the shallow model: the batch cut and compared, embeddings, the loss
@@ -38,7 +40,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 
-from dtensor_ring import Zigzag, from_local, ring_attention, ring_plan
+from dtensor_ring import Documents, Zigzag, from_local, ring_attention, ring_plan
 from dtensor_ring.comm import transport_along
 from dtensor_ring.layout import Layout
 from dtensor_ring.ops.execute import Executor
@@ -67,6 +69,8 @@ def main() -> None:
     where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     print(f"{where}, torch {torch.__version__}, {tokens} tokens, W=1, microseconds a call")
     rows = {f"attention, {title}": timed(calls, options) for title, calls in attention_calls(mesh, tokens, options.device).items()}
+    if options.device == "cuda":
+        rows["packed, forward and backward"] = timed(packed_calls(mesh, 16 * tokens), options)
     if not options.no_model:
         options.calls = max(1, options.calls // 10)
         for title, calls in model_calls(mesh, tokens, options.device).items():
@@ -141,6 +145,21 @@ def attention_calls(mesh: DeviceMesh, tokens: int, device: str) -> dict[str, Cal
     check(forward)
     check(both)
     return {"forward": forward, "forward and backward": both}
+
+
+def packed_calls(mesh: DeviceMesh, tokens: int) -> Calls:
+    """Calls on more and more documents of as many tokens in all; their metadata are made by the first call, as by a first layer."""
+    q, k, v, dout = (
+        torch.randn(1, tokens, heads, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)
+    )
+
+    def attended(documents: Documents) -> object:
+        placed = [from_local(x, mesh, [Zigzag(1)], length=tokens, check=False) for x in (q, k, v)]
+        return torch.autograd.grad(ring_attention(*placed, documents=documents).to_local(), (q, k, v), dout)
+
+    lengths = {count: [tokens // count] * (count - 1) + [tokens - tokens // count * (count - 1)] for count in (2, 20, 200)}
+    return {f"{count} documents": partial(attended, Documents.from_lengths(each)) for count, each in lengths.items()}
 
 
 def check(calls: dict[str, Callable[[], Any]]) -> None:
