@@ -10,6 +10,7 @@ are those of `dtensor_ring.ops.sharding`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -39,7 +40,32 @@ def attend(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared, *, return_lse: b
     """Out (B, Sq, H, Dv), placed as q, and where asked lse (B, H, Sq), whose gradient is refused; q, k, v as they were prepared."""
     if torch.compiler.is_compiling():
         return _traced(q, k, v, prepared)
-    return _Attention.apply(q, k, v, prepared.sinks, prepared, return_lse)
+    if torch.is_grad_enabled():
+        return _Attention.apply(q, k, v, prepared.sinks, prepared, return_lse)
+    out, lse, _ = _run(_local((q, k, v, prepared.sinks)), prepared)
+    return _placed(q, v, out, lse if return_lse else None)
+
+
+def _local(inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [local_of(x) if isinstance(x, DTensor) else x for x in inputs]
+
+
+def _run(local: Sequence[Tensor | None], prepared: Prepared) -> tuple[Tensor, Tensor, Tensor]:
+    """Out, lse and seed, from this rank's q, k, v and sinks."""
+    with below_autograd():
+        return attention(*local, *prepared[1:])
+
+
+def _placed(q: Tensor, v: Tensor, out: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Out and lse as DTensors where q is one."""
+    like_q = _Wrapper.of(q)
+    if like_q is None:
+        return out, lse
+    mesh, placements = like_q.spec.mesh, like_q.spec.placements
+    batch, length, heads, head_dim = q.shape
+    shape = batch, length, heads, v.shape[3]
+    out = like_q.wrapped(out) if shape[3] == head_dim else wrap(out, mesh, placements, shape)
+    return out, None if lse is None else wrap(lse, mesh, lse_placements(placements), (batch, heads, length))
 
 
 class _Attention(torch.autograd.Function):
@@ -48,23 +74,13 @@ class _Attention(torch.autograd.Function):
     def forward(  # pyrefly: ignore[bad-override]
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, prepared: Prepared, return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
-        inputs = q, k, v, sinks
-        local = [local_of(x) if isinstance(x, DTensor) else x for x in inputs]
-        _, alibi, documents, *rest = prepared
-        with below_autograd():
-            out, lse, seed = attention(*local, alibi, documents, *rest)
+        local = _local((q, k, v, sinks))
+        out, lse, seed = _run(local, prepared)
+        _, alibi, documents, *ctx.rest = prepared
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*local, alibi, out, lse, seed, documents)
-        ctx.rest, ctx.wrappers = rest, [_Wrapper.of(x) for x in inputs]
-        like_q = ctx.wrappers[0]
-        if like_q is None or not isinstance(q, DTensor):
-            return out, lse if return_lse else None
-        batch, length, heads, head_dim = q.shape
-        shape = batch, length, heads, v.shape[3]
-        out = like_q.wrapped(out) if shape[3] == head_dim else wrap(out, q.device_mesh, q.placements, shape)
-        if not return_lse:
-            return out, None
-        return out, wrap(lse, q.device_mesh, lse_placements(q.placements), (batch, heads, length))
+        ctx.wrappers = [_Wrapper.of(x) for x in (q, k, v, sinks)]
+        return _placed(q, v, out, lse if return_lse else None)
 
     @staticmethod
     @override

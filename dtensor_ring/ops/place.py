@@ -85,9 +85,8 @@ def place_in_group(
     """
     q, k, v = tensors
     check_tensors(q, k, v)
-    world = dist.get_world_size(group)
     transport = None if torch.compiler.is_compiling() else transport_of(group)
-    axis = "this group" if transport is None else transport.axis
+    axis, world = ("this group", dist.get_world_size(group)) if transport is None else (transport.axis, transport.world)
     q_length, k_length = lengths or (world * q.shape[1], world * k.shape[1])
     whole_q, whole_k, whole_v = ((x.shape[0], n, *x.shape[2:]) for x, n in ((q, q_length), (k, k_length), (v, k_length)))
     return Place(group.group_name, axis, world, layout, whole_q, whole_k, whole_v, transport=transport)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dtensor_ring._torch import constant_number, constant_when_compiled, is_tracing, local_of
+from dtensor_ring._torch import constant_number, constant_when_compiled, local_of
 from dtensor_ring.cache import Cache
 from dtensor_ring.documents import Documents, Slices, encoded_of
 from dtensor_ring.layout import Layout
@@ -99,7 +99,7 @@ def prepare(inputs: Inputs, asked: Arguments, place: Place, name: str, *, traini
     else:
         checked = _remembered(inputs, asked, place, documents, name, training)
         call = checked.call
-        if place.transport is not None and not is_tracing():
+        if place.transport is not None:
             check_agreement(place.transport, checked.facts, str(documents) if isinstance(documents, Documents) else "")
     lengths, origin = (place.q_shape[1], place.k_shape[1]), place.origin if asked.dropout_p else (0, 0)
     bounds = encoded_of(_mine(documents, inputs.q, place))

@@ -191,7 +191,7 @@ class _Wrap(torch.autograd.Function):
     def forward(  # pyrefly: ignore[bad-override]
         ctx: Any, local: Tensor, mesh: DeviceMesh, placements: Placements, shape: Sequence[int], stride: tuple[int, ...]
     ) -> DTensor:
-        ctx.placements = placements
+        ctx.whole = tuple(Replicate() if isinstance(p, Partial) else p for p in placements)
         return dtensor_of(local, mesh, placements, shape, stride)
 
     @staticmethod
@@ -199,10 +199,9 @@ class _Wrap(torch.autograd.Function):
     def backward(  # pyrefly: ignore[bad-override]
         ctx: Any, grad: DTensor
     ) -> tuple[Tensor, None, None, None, None]:
-        whole = tuple(Replicate() if isinstance(p, Partial) else p for p in ctx.placements)
-        if grad.placements != whole:
-            grad = redistribute(grad, whole)
-        return grad.to_local(), None, None, None, None
+        if grad.placements != ctx.whole:
+            grad = redistribute(grad, ctx.whole)
+        return local_of(grad), None, None, None, None
 
 
 def _listed(placements: Sequence[Placement]) -> Sequence[Placement]:
