@@ -201,7 +201,8 @@ class _Wrap(torch.autograd.Function):
     ) -> tuple[Tensor, None, None, None, None]:
         if grad.placements != ctx.whole:
             grad = redistribute(grad, ctx.whole)
-        return local_of(grad), None, None, None, None
+        # with create_graph the gradient has a graph of its own, which must not be cut
+        return grad.to_local() if torch.is_grad_enabled() else local_of(grad), None, None, None, None
 
 
 def _listed(placements: Sequence[Placement]) -> Sequence[Placement]:
