@@ -118,7 +118,7 @@ def sinks_law(kernel: str):
     sinks = torch.linspace(-1, 3, 4, device="cuda").requires_grad_()
     wide = [x.float().requires_grad_() for x in case.inputs]
     options = {"window": case.window, "documents": case.documents, "sinks": sinks}
-    out = ring_attention(*wide, kernel="math", **options)
+    out = ring_attention(*wide, strategy="local", kernel="math", **options)
     exact = [out.detach(), *torch.autograd.grad(out, [*wide, sinks], case.dout.float())]
     for layout in PLACEMENTS:
         out, _, *grads = over_ranks(case, layout, "ring", kernel, sinks)
