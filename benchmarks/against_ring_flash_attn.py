@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dtensor_ring import functional, ring_attention
-from dtensor_ring.documents import Documents
-from dtensor_ring.layout import Layout
+from dtensor_ring.planning.documents import Documents
+from dtensor_ring.planning.layout import Layout
 
 FAMILIES = {
     "ring_flash_attn": "contiguous",

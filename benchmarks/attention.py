@@ -28,9 +28,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dtensor_ring import from_local, ring_attention
 from dtensor_ring.debug import traffic
-from dtensor_ring.layout import Layout
 from dtensor_ring.ops.kernels import Need, Options, choose_kernel
 from dtensor_ring.placements import Contiguous, SequencePlacement, Stripe, Zigzag
+from dtensor_ring.planning.layout import Layout
 
 PLACEMENTS: dict[str, SequencePlacement] = {"contiguous": Contiguous(1), "zigzag": Zigzag(1), "stripe": Stripe(1)}
 

@@ -42,11 +42,11 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from dtensor_ring import Documents, Zigzag, from_local, ring_attention, ring_plan
 from dtensor_ring.comm import transport_along
-from dtensor_ring.layout import Layout
-from dtensor_ring.ops.execute import Executor
+from dtensor_ring.ops.executors.plan_executor import Executor
 from dtensor_ring.ops.kernels import KERNELS, Options
-from dtensor_ring.ops.mask import Band
-from dtensor_ring.ops.schedule import Problem, plan
+from dtensor_ring.planning.layout import Layout
+from dtensor_ring.planning.mask import Band
+from dtensor_ring.planning.schedule import Problem, plan
 
 Calls = dict[str, Callable[[], object]]
 SHALLOW, DEEP = 2, 10  # layers

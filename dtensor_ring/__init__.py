@@ -28,18 +28,17 @@ from typing import TYPE_CHECKING
 # operators, the rules of DTensor and what torch.load may load.
 if TYPE_CHECKING or not (sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv) :][:1] == ["dtensor_ring"]):
     from dtensor_ring.attention import ring_attention
-    from dtensor_ring.documents import Documents
+    from dtensor_ring.data import ShardedBatch, shard_batch
     from dtensor_ring.placements import (
         Contiguous,
-        ShardedBatch,
         Stripe,
         Zigzag,
         distribute_tensor,
         from_local,
         full_tensor,
         redistribute,
-        shard_batch,
     )
+    from dtensor_ring.planning.documents import Documents
     from dtensor_ring.replicas import average_gradients, check_replicas
 
 if TYPE_CHECKING:
@@ -67,7 +66,9 @@ __all__ = [
 
 
 _ROOMS = {
-    "Documents": "dtensor_ring.documents",
+    "Documents": "dtensor_ring.planning.documents",
+    "ShardedBatch": "dtensor_ring.data",
+    "shard_batch": "dtensor_ring.data",
     "RingPlan": "dtensor_ring.integrations.transformers",
     "average_gradients": "dtensor_ring.replicas",
     "check_replicas": "dtensor_ring.replicas",

@@ -13,12 +13,12 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from dtensor_ring.documents import Documents
-from dtensor_ring.layout import Layout
-from dtensor_ring.ops.mask import Band, mask_text
-from dtensor_ring.ops.schedule import Problem
-from dtensor_ring.report.drawing import draw, summary
-from dtensor_ring.report.facts import facts
+from dtensor_ring.planning.documents import Documents
+from dtensor_ring.planning.layout import Layout
+from dtensor_ring.planning.mask import Band, mask_text
+from dtensor_ring.planning.schedule import Problem
+from dtensor_ring.tools.drawing import draw, summary
+from dtensor_ring.tools.facts import facts
 
 _LENGTH = 64
 _UNITS = {"": 1, "k": 1000, "M": 1000**2, "G": 1000**3, "Ki": 1024, "Mi": 1024**2, "Gi": 1024**3}

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dtensor_ring.comm import several_ranks
-from dtensor_ring.documents import Documents
 from dtensor_ring.ops import sdpa  # noqa: F401  F.scaled_dot_product_attention on our placements
 from dtensor_ring.ops.agree import refused_by_all
 from dtensor_ring.ops.arguments import Arguments, Strategy
@@ -20,6 +19,7 @@ from dtensor_ring.ops.attend import attend
 from dtensor_ring.ops.kernels import KernelName
 from dtensor_ring.ops.place import Place, place_alone, place_of
 from dtensor_ring.ops.prepare import Inputs, prepare
+from dtensor_ring.planning.documents import Documents
 
 T = TypeVar("T", Tensor, DTensor)
 
@@ -114,7 +114,7 @@ def ring_attention(
 
     Shapes are global, those of the DTensors: q (B, Sq, H, D), k (B, Sk, Hk, D), v (B, Sk, Hk, Dv) with H a multiple of Hk;
     out is (B, Sq, H, Dv) in the dtype of q, placed as q. Keys and values travel, never repeated for grouped heads; see
-    `dtensor_ring.ops.schedule` for who sends what. Plain tensors, and DTensors without a sequence axis, run the kernel of one
+    `dtensor_ring.planning.schedule` for who sends what. Plain tensors, and DTensors without a sequence axis, run the kernel of one
     device. Block results are merged by their log-sum-exp as in "Ring Attention with Blockwise Transformers" (Liu et al., 2023)
     and "FlashAttention-2" (Dao, 2023).
 

@@ -15,13 +15,13 @@ from dataclasses import replace
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtensor_ring.balance import balance_of
 from dtensor_ring.cache import CacheUse, caches
 from dtensor_ring.comm import Traffic, transport_of
 from dtensor_ring.comm.rank_checks import check_every_call
 from dtensor_ring.ops.kernels import KERNELS, Need
-from dtensor_ring.ops.schedule import Plan
-from dtensor_ring.report.drawing import draw
+from dtensor_ring.planning.document_sharding import balance_of
+from dtensor_ring.planning.schedule import Plan
+from dtensor_ring.tools.drawing import draw
 
 __all__ = ["CacheUse", "balance", "caches", "check_every_call", "draw", "kernel_table", "traffic"]
 

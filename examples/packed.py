@@ -29,9 +29,9 @@ from transformers.utils import logging
 
 from dtensor_ring import Documents, Zigzag, ring_plan
 from dtensor_ring.debug import balance
-from dtensor_ring.layout import Layout
-from dtensor_ring.ops.mask import Band
-from dtensor_ring.ops.schedule import Problem, plan
+from dtensor_ring.planning.layout import Layout
+from dtensor_ring.planning.mask import Band
+from dtensor_ring.planning.schedule import Problem, plan
 
 LENGTHS = (418, 5, 96, 1, 233, 37, 12, 171)
 ALLOWED = 1e-5

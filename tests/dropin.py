@@ -7,9 +7,9 @@ import torch.distributed as dist
 from helpers import Case, make_case
 
 from dtensor_ring import functional
-from dtensor_ring.documents import Documents
 from dtensor_ring.functional import llama3_flash_attn_prepare_cu_seqlens, zigzag_llama3_flash_attn_prepare_cu_seqlens
-from dtensor_ring.layout import Layout
+from dtensor_ring.planning.documents import Documents
+from dtensor_ring.planning.layout import Layout
 
 BATCH = {"ring_flash_attn": "contiguous", "zigzag_ring_flash_attn": "zigzag", "stripe_flash_attn": "stripe"}
 VARLEN = {"ring_flash_attn_varlen": "contiguous/even", "zigzag_ring_flash_attn_varlen": "zigzag/even"}

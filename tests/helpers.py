@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dtensor_ring.comm import LoopbackTransport
-from dtensor_ring.documents import Documents
-from dtensor_ring.layout import Layout
-from dtensor_ring.ops.execute import Executor
+from dtensor_ring.ops.executors.plan_executor import Executor
 from dtensor_ring.ops.kernels import KERNELS, Kernel, Options
 from dtensor_ring.ops.kernels.math import keep_mask
-from dtensor_ring.ops.mask import Band, mask_text
 from dtensor_ring.ops.reference import reference_attention
-from dtensor_ring.ops.schedule import Problem, plan
+from dtensor_ring.planning.documents import Documents
+from dtensor_ring.planning.layout import Layout
+from dtensor_ring.planning.mask import Band, mask_text
+from dtensor_ring.planning.schedule import Problem, plan
 
 SEED = 5
 LAYOUTS = ("contiguous", "zigzag", "stripe", "stripe:3")

@@ -1,7 +1,7 @@
 """Are the tests able to fail? Small faults are put into the planner, the executors, the kernels and the placements, one at a time.
 
     python tests/mutants.py --seed 1 --count 20                # 20 faults drawn by seed 1
-    python tests/mutants.py --count 10 --file 'ops/steps*'     # in some files only
+    python tests/mutants.py --count 10 --file 'planning/*'      # in some files only
     python tests/mutants.py --list --seed 1 --count 20         # shows them, runs nothing
 
 A mutant is one change of one expression or statement: a comparison or an operator replaced, a condition negated, a constant off
@@ -49,9 +49,9 @@ GENERIC = [
     "test_refusals",
 ]
 TESTS = {
-    "layout.py": ["test_layout", "test_schedule", "test_packing -k known"],
-    "balance.py": ["test_layout", "test_packing -k 'known or random or without_tokens or exact'"],
-    "documents.py": [
+    "planning/layout.py": ["test_layout", "test_schedule", "test_packing -k known"],
+    "planning/document_sharding.py": ["test_layout", "test_packing -k 'known or random or without_tokens or exact'"],
+    "planning/documents.py": [
         "test_documents",
         "test_layout",
         "test_schedule",
@@ -59,28 +59,28 @@ TESTS = {
         "test_packing",
         "test_attention -k 'two_axes'",
     ],
-    "ops/mask.py": PLANNER,
-    "ops/steps.py": PLANNER,
-    "ops/schedule.py": [*PLANNER[:3], "test_execute -k 'bytes or packed'", "test_extras -k 'blocks or alibi'", "test_windows"],
-    "ops/execute.py": [
+    "planning/mask.py": PLANNER,
+    "planning/kernel_calls.py": PLANNER,
+    "planning/schedule.py": [*PLANNER[:3], "test_execute -k 'bytes or packed'", "test_extras -k 'blocks or alibi'", "test_windows"],
+    "ops/executors/plan_executor.py": [
         "test_one_call",
         "test_execute -k 'packed or bytes or unwidened or two_lengths'",
         "test_extras",
         "test_functional -k heads_k",
     ],
-    "ops/exchange.py": [
+    "ops/executors/exchange.py": [
         "test_exchange",
         "test_execute -k 'packed or bytes or unwidened or two_lengths'",
         "test_functional -k heads_k",
     ],
-    "ops/routes.py": ["test_exchange"],
-    "ops/ulysses.py": ["test_ulysses"],
-    "ops/heads.py": ["test_heads", "test_functional -k heads_k", "test_adapter"],
-    "ops/merge.py": ["test_merge", "test_execute -k 'packed or near'", "test_extras"],
+    "ops/executors/routes.py": ["test_exchange"],
+    "ops/executors/ulysses.py": ["test_ulysses"],
+    "ops/executors/head_groups.py": ["test_heads", "test_functional -k heads_k", "test_adapter"],
+    "ops/executors/merge.py": ["test_merge", "test_execute -k 'packed or near'", "test_extras"],
     "ops/kernels/base.py": ["test_kernels", "test_extras", "test_execute -k packed"],
     "ops/kernels/math.py": ["test_kernels", "test_extras", "test_execute -k packed"],
     "ops/kernels/torch_cpu.py": ["test_kernels", "test_execute -k 'packed or thousand'"],
-    "placements/batch*.py": ["test_batch", "test_packing", "test_misuse -k 'keys or labels or share'", "test_refusals"],
+    "data/*.py": ["test_batch", "test_packing", "test_misuse -k 'keys or labels or share'", "test_refusals"],
     "placements/rules.py": [*GENERIC, "test_sdpa -k fit"],
     "placements/elementwise.py": GENERIC,
     "placements/lists.py": GENERIC,
@@ -91,7 +91,7 @@ TESTS = {
 # (file, the mutated line without indentation, what the line becomes) -> why no test can tell the two apart.
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
-        "ops/schedule.py",
+        "planning/schedule.py",
         "others = [(rank + index) % problem.world] if ring else [(rank + i) % problem.world for i in range(problem.world)]",
         "others = [(rank + index) % problem.world] if ring else [(rank - i) % problem.world for i in range(problem.world)]",
     ): "which rank is served first: every pair exchanges the same rows, and sums of gradients keep an order of their own",
@@ -147,7 +147,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--count", type=int, default=20, help="how many mutants")
-    parser.add_argument("--file", default="*", help="mutate files of this pattern only, such as 'ops/steps.py'")
+    parser.add_argument("--file", default="*", help="mutate files of this pattern only, such as 'planning/mask.py'")
     parser.add_argument("--list", action="store_true", help="show the mutants, run nothing")
     return parser.parse_args()
 

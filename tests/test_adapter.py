@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen3C
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dtensor_ring.documents import Documents
 from dtensor_ring.functional import substitute_hf_flash_attn, update_ring_flash_attn_params
+from dtensor_ring.planning.documents import Documents
 
 CONFIGS = {
     "qwen3": lambda: Qwen3Config(head_dim=8, **SIZES),

@@ -23,9 +23,9 @@ from dtensor_ring import (
     redistribute,
     ring_attention,
 )
-from dtensor_ring.layout import Layout
 from dtensor_ring.ops.call import AttentionCall
-from dtensor_ring.ops.mask import Band
+from dtensor_ring.planning.layout import Layout
+from dtensor_ring.planning.mask import Band
 
 PLACEMENTS = {
     "contiguous": Contiguous(1),

@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import cross_entropy
 
 from dtensor_ring import Contiguous, Documents, Stripe, Zigzag, shard_batch
-from dtensor_ring.placements.batch import shift_labels
+from dtensor_ring.data.batch import shift_labels
 
 IGNORED = -100
 

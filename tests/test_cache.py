@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 
 import dtensor_ring.functional  # every cache is there once its module is loaded
 from dtensor_ring import Contiguous, Documents, Zigzag, debug, distribute_tensor, full_tensor, redistribute
-from dtensor_ring.balance import share_documents
 from dtensor_ring.cache import Cache, cached
-from dtensor_ring.layout import Layout
-from dtensor_ring.ops.execute import _packings
-from dtensor_ring.ops.mask import Band
-from dtensor_ring.ops.schedule import Problem, _book, halo_rows, plan
+from dtensor_ring.ops.executors.plan_executor import _packings
+from dtensor_ring.planning.document_sharding import share_documents
+from dtensor_ring.planning.layout import Layout
+from dtensor_ring.planning.mask import Band
+from dtensor_ring.planning.schedule import Problem, _book, halo_rows, plan
 
 HOST_BYTES, DEVICE_BYTES = 128 << 20, 64 << 20
 NAMES = {
@@ -235,14 +235,14 @@ def test_modules_keep_nothing_that_grows_in_a_cache_without_a_limit_in_bytes():
         if text.strip().startswith(("@cache", "@lru_cache")) and not text.strip().startswith("@cached(")
     }
     assert {(name, text) for name, text in lines if text not in ("@cache", "@cached_property")} == {
-        ("layout.py", "@lru_cache(maxsize=64)"),
+        ("planning/layout.py", "@lru_cache(maxsize=64)"),
         ("ops/call.py", "@lru_cache(maxsize=256)"),
-        ("ops/mask.py", "@lru_cache(maxsize=256)"),
+        ("planning/mask.py", "@lru_cache(maxsize=256)"),
     }
     assert {name for name, text in lines if text == "@cache"} == {
         "ops/kernels/flash.py",
         "ops/kernels/flash_attn_3.py",
-        "ops/merge.py",
+        "ops/executors/merge.py",
     }
 
 

@@ -26,14 +26,14 @@ from dtensor_ring import (
     full_tensor,
     ring_attention,
 )
-from dtensor_ring.layout import Layout
 from dtensor_ring.ops import prepare as prepare_module
 from dtensor_ring.ops.arguments import Arguments
 from dtensor_ring.ops.call import AttentionCall
 from dtensor_ring.ops.kernels import KERNELS
-from dtensor_ring.ops.mask import Band, mask_text
 from dtensor_ring.ops.place import place_alone
 from dtensor_ring.ops.prepare import Inputs, prepare
+from dtensor_ring.planning.layout import Layout
+from dtensor_ring.planning.mask import Band, mask_text
 
 sides = st.integers(-1, 1 << 40)
 masks = st.one_of(

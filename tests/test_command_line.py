@@ -20,13 +20,13 @@ import dtensor_ring
 from dtensor_ring import __main__ as command_line
 from dtensor_ring.__main__ import main
 from dtensor_ring.debug import draw
-from dtensor_ring.documents import Documents
-from dtensor_ring.layout import Layout
-from dtensor_ring.ops.mask import Band
-from dtensor_ring.ops.schedule import Problem, plan
-from dtensor_ring.report import drawing
-from dtensor_ring.report.drawing import RANKS_OF_EXCERPT, STEPS_SHOWN, WIDTH
-from dtensor_ring.report.totals import fetched_by, totals
+from dtensor_ring.planning.documents import Documents
+from dtensor_ring.planning.layout import Layout
+from dtensor_ring.planning.mask import Band
+from dtensor_ring.planning.schedule import Problem, plan
+from dtensor_ring.tools import drawing
+from dtensor_ring.tools.drawing import RANKS_OF_EXCERPT, STEPS_SHOWN, WIDTH
+from dtensor_ring.tools.totals import fetched_by, totals
 
 ROOT = Path(dtensor_ring.__file__).parents[1]
 

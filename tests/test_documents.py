@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import dtensor_ring
 from dtensor_ring import Documents, ring_attention
-from dtensor_ring.documents import Slices
+from dtensor_ring.planning.documents import Slices
 
 lengths = st.lists(st.integers(0, 9), max_size=8)
 
@@ -127,7 +127,7 @@ import copy, pickle, sys, types
 package = types.ModuleType("dtensor_ring")
 package.__path__ = sys.argv[1:]
 sys.modules["dtensor_ring"] = package
-from dtensor_ring.documents import Documents
+from dtensor_ring.planning.documents import Documents
 documents = Documents.from_lengths([3, 4, 2])
 assert copy.deepcopy(documents) == documents == pickle.loads(pickle.dumps(documents))
 assert not hasattr(documents, "unpacked")

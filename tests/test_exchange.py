@@ -10,14 +10,14 @@ from helpers import LAYOUTS, SEED, make_case, share
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtensor_ring.comm import LoopbackTransport
-from dtensor_ring.documents import Documents
-from dtensor_ring.layout import Layout
-from dtensor_ring.ops.exchange import Exchange
-from dtensor_ring.ops.execute import Executor
+from dtensor_ring.ops.executors.exchange import Exchange
+from dtensor_ring.ops.executors.merge import GradSum
+from dtensor_ring.ops.executors.plan_executor import Executor
 from dtensor_ring.ops.kernels import KERNELS, Options
-from dtensor_ring.ops.mask import Band, mask_text
-from dtensor_ring.ops.merge import GradSum
-from dtensor_ring.ops.schedule import Plan, Problem, plan
+from dtensor_ring.planning.documents import Documents
+from dtensor_ring.planning.layout import Layout
+from dtensor_ring.planning.mask import Band, mask_text
+from dtensor_ring.planning.schedule import Plan, Problem, plan
 
 HEADS, DIM = 2, 3
 PACKED = ("contiguous", "zigzag", "zigzag/documents")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from helpers import LAYOUTS, assert_exact, assert_like_kernel, make_case, rms, run_loopback, single_device
 
-from dtensor_ring.documents import Documents
-from dtensor_ring.ops.schedule import plan
+from dtensor_ring.planning.documents import Documents
+from dtensor_ring.planning.schedule import plan
 
 STRATEGIES = ("ring", "gather")
 

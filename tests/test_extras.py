@@ -13,15 +13,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from dtensor_ring import Contiguous, Documents, Stripe, Zigzag, distribute_tensor, from_local, full_tensor, ring_attention
-from dtensor_ring.layout import Layout
-from dtensor_ring.ops import execute
 from dtensor_ring.ops.call import _choose_for_alibi
-from dtensor_ring.ops.execute import _positions
+from dtensor_ring.ops.executors import plan_executor
+from dtensor_ring.ops.executors.plan_executor import _positions
 from dtensor_ring.ops.kernels import Need, choose_kernel
 from dtensor_ring.ops.kernels.math import MathKernel, keep_mask
-from dtensor_ring.ops.mask import Band
 from dtensor_ring.ops.reference import reference_attention
-from dtensor_ring.ops.schedule import Problem
+from dtensor_ring.planning.layout import Layout
+from dtensor_ring.planning.mask import Band
+from dtensor_ring.planning.schedule import Problem
 
 STRATEGIES = ("ring", "gather")
 
@@ -94,7 +94,7 @@ class Drawing(MathKernel):
 def test_positions_are_made_only_for_kernels_and_slopes_that_read_them(documents, strategy, monkeypatch):
     case, made = make_case(33, documents=documents), []
     exact = case.exact()
-    monkeypatch.setattr(execute, "_positions", lambda *key: made.append(key) or _positions(*key))
+    monkeypatch.setattr(plan_executor, "_positions", lambda *key: made.append(key) or _positions(*key))
     case.dropout_p = 0.3
     kernel = Drawing()
     assert_exact(run_loopback(case, "zigzag", 3, strategy, kernel)[0], exact)

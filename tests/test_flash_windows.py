@@ -9,8 +9,8 @@ import torch
 from flash_windows import FLASH_2_WINDOWS, as_flash_attn_2
 from helpers import LAYOUTS, MASKS, assert_exact, assert_like_kernel, make_case, run_loopback, single_device
 
-from dtensor_ring.documents import Documents
 from dtensor_ring.ops.kernels import KERNELS, Options, Packing, Span
+from dtensor_ring.planning.documents import Documents
 
 STRATEGIES = ("ring", "gather")
 WINDOWS = [(True, (3, 0)), (True, (25, 0)), (False, (4, 30)), (False, (-1, 20)), (False, (30, -1)), (False, (0, 9))]

@@ -13,9 +13,9 @@ from helpers import assert_like_kernel, make_case, single_device
 
 from dtensor_ring import functional
 from dtensor_ring._torch import TensorCache
-from dtensor_ring.documents import Documents
 from dtensor_ring.functional import llama3_flash_attn_prepare_cu_seqlens, zigzag_llama3_flash_attn_prepare_cu_seqlens
-from dtensor_ring.layout import Layout
+from dtensor_ring.planning.documents import Documents
+from dtensor_ring.planning.layout import Layout
 
 PUBLIC = [
     f"{family}_{variant}"

@@ -26,12 +26,12 @@ from dtensor_ring import (
     redistribute,
     ring_attention,
 )
-from dtensor_ring.layout import Layout
 from dtensor_ring.ops.call import AttentionCall
+from dtensor_ring.ops.executors.merge import merge_
 from dtensor_ring.ops.kernels import KERNELS, Need, Options, Packing, Span
-from dtensor_ring.ops.mask import Band
-from dtensor_ring.ops.merge import merge_
 from dtensor_ring.ops.reference import reference_attention
+from dtensor_ring.planning.layout import Layout
+from dtensor_ring.planning.mask import Band
 
 pytestmark = pytest.mark.gpu
 PLACEMENTS = {"contiguous": Contiguous(1), "zigzag": Zigzag(1), "stripe": Stripe(1)}

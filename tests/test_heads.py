@@ -7,11 +7,11 @@ import torch
 from helpers import SEED, make_case, share
 
 from dtensor_ring.comm import LoopbackTransport
-from dtensor_ring.ops import heads
-from dtensor_ring.ops.execute import Executor
+from dtensor_ring.ops.executors import head_groups
+from dtensor_ring.ops.executors.plan_executor import Executor
 from dtensor_ring.ops.kernels import Options
 from dtensor_ring.ops.kernels.math import MathKernel
-from dtensor_ring.ops.schedule import plan
+from dtensor_ring.planning.schedule import plan
 
 WORLD, KEY_HEADS = 2, 4
 
@@ -42,8 +42,8 @@ def attend(case, at_once: int, layout: str, strategy: str, extras: bool):
         q, k, v, dout = (share(x, layout, WORLD, wire.rank).contiguous() for x in (*case.inputs, case.dout))
         kernel = CountingHeads()
         executor = Executor(plan(problem, wire.rank), wire, kernel, options, sinks, alibi, origin=(3, 5))
-        out, lse = heads.forward(executor, q, k, v, at_once, SEED)
-        grads = heads.backward(executor, dout, q, k, v, out, lse, at_once, SEED)
+        out, lse = head_groups.forward(executor, q, k, v, at_once, SEED)
+        grads = head_groups.backward(executor, dout, q, k, v, out, lse, at_once, SEED)
         return (out, lse, *(x for x in grads if x is not None)), kernel.blocks, (wire.traffic.messages, wire.traffic.bytes)
 
     return LoopbackTransport.run(WORLD, rank_body)

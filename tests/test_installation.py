@@ -168,8 +168,8 @@ def test_literal_types_name_what_the_code_accepts():
 
 def test_values_for_annotations_are_public():
     assert {"RingPlan", "ShardedBatch"} <= set(dtensor_ring.__all__)
+    from dtensor_ring.data.batch import ShardedBatch
     from dtensor_ring.integrations.transformers.plan import RingPlan
-    from dtensor_ring.placements.batch import ShardedBatch
 
     assert dtensor_ring.RingPlan is RingPlan
     assert dtensor_ring.ShardedBatch is ShardedBatch

@@ -7,12 +7,12 @@ import torch
 from helpers import make_case
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dtensor_ring.documents import Documents
 from dtensor_ring.ops.kernels import KERNELS, Extras, Need, Options, Packing, Span, choose_kernel
 from dtensor_ring.ops.kernels.base import band_mask, row_blocks
 from dtensor_ring.ops.kernels.flash import load
 from dtensor_ring.ops.kernels.math import MathKernel
 from dtensor_ring.ops.reference import reference_attention
+from dtensor_ring.planning.documents import Documents
 
 CPU_KERNELS = ["math", "torch_cpu"]
 WINDOWS = [(-1, -1), (-1, 0), (5, 0), (4, 3), (-1, 2), (3, -1)]

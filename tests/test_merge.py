@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import make_case
 
-from dtensor_ring.ops.merge import GradSum, OutputSum, merge_
+from dtensor_ring.ops.executors.merge import GradSum, OutputSum, merge_
 from dtensor_ring.ops.reference import reference_attention
 
 

@@ -17,8 +17,8 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
 from dtensor_ring import Documents, Zigzag, distribute_tensor, ring_attention, ring_plan, shard_batch
-from dtensor_ring.layout import Layout
-from dtensor_ring.placements import ShardedBatch
+from dtensor_ring.data import ShardedBatch
+from dtensor_ring.planning.layout import Layout
 
 
 def parallel_model():

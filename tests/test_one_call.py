@@ -7,13 +7,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtensor_ring.comm import AloneTransport, LoopbackTransport
-from dtensor_ring.documents import Documents
-from dtensor_ring.layout import Layout
-from dtensor_ring.ops.execute import Executor
+from dtensor_ring.ops.executors.merge import accumulate_dtype
+from dtensor_ring.ops.executors.plan_executor import Executor
 from dtensor_ring.ops.kernels import Kernel, Options, Result
-from dtensor_ring.ops.mask import Band
-from dtensor_ring.ops.merge import accumulate_dtype
-from dtensor_ring.ops.schedule import Problem, plan
+from dtensor_ring.planning.documents import Documents
+from dtensor_ring.planning.layout import Layout
+from dtensor_ring.planning.mask import Band
+from dtensor_ring.planning.schedule import Problem, plan
 
 LENGTH, HEADS, DIM = 12, 4, 8
 VIEWS = {"aten::view", "aten::transpose.int", "aten::slice.Tensor"}

@@ -24,9 +24,9 @@ from dtensor_ring import (
     ring_attention,
     shard_batch,
 )
-from dtensor_ring.layout import Layout
-from dtensor_ring.ops.mask import Band
-from dtensor_ring.ops.schedule import Plan, Problem, plan
+from dtensor_ring.planning.layout import Layout
+from dtensor_ring.planning.mask import Band
+from dtensor_ring.planning.schedule import Plan, Problem, plan
 
 PER_DOCUMENT = "zigzag/documents"
 CAUSAL = Band(0, None)

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial
 
 from dtensor_ring import Contiguous, Stripe, Zigzag, full_tensor
-from dtensor_ring.layout import Layout
+from dtensor_ring.planning.layout import Layout
 
 REDUCED = {"sum": lambda x: x.sum(0), "avg": lambda x: x.mean(0), "max": lambda x: x.amax(0), "min": lambda x: x.amin(0)}
 REFUSAL = (NotImplementedError, RuntimeError, ValueError, AssertionError, IndexError)

@@ -9,10 +9,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from dtensor_ring import Contiguous, Documents, Stripe, Zigzag, distribute_tensor, from_local, full_tensor, redistribute
-from dtensor_ring.comm import LoopbackTransport
+from dtensor_ring.comm import LoopbackTransport, collectives
 from dtensor_ring.debug import traffic
-from dtensor_ring.layout import Layout, PackedLayout
-from dtensor_ring.placements import moves
+from dtensor_ring.planning.layout import Layout, PackedLayout
 
 PLACEMENTS = [Replicate(), Shard(0), Shard(1), Shard(2), Contiguous(1), Zigzag(1), Stripe(1), Stripe(1, block=2), Zigzag(2)]
 LENGTHS = (16, 13, 2, 0)
@@ -226,16 +225,16 @@ def test_the_strides_of_a_dtensor_are_those_of_the_whole_tensor_in_the_same_orde
 @pytest.mark.parametrize("length", [0, 1, 9, 16])
 def test_moves_are_permutations_without_processes(world, length):
     x = torch.randn(2, length, 6)
-    splits = [Layout("contiguous"), Layout("zigzag"), Layout("stripe", 2), moves.Chunks()]
+    splits = [Layout("contiguous"), Layout("zigzag"), Layout("stripe", 2), collectives.Chunks()]
     for old, new in itertools.product(splits, splits):
 
         def body(wire: LoopbackTransport, old=old, new=new):
-            shard = moves.take_shard(x, 1, old, wire.world, wire.rank)
-            moved = moves.reshard(shard, 1, old, new, length, wire)
-            assert torch.equal(moved, moves.take_shard(x, 1, new, wire.world, wire.rank))
-            assert torch.equal(moves.gather_shards(shard, 1, old, length, wire), x)
-            heads = moves.exchange_dims(shard, (1, old, length), (2, new, 6), wire)
-            assert torch.equal(heads, moves.take_shard(x, 2, new, wire.world, wire.rank))
+            shard = collectives.take_shard(x, 1, old, wire.world, wire.rank)
+            moved = collectives.reshard(shard, 1, old, new, length, wire)
+            assert torch.equal(moved, collectives.take_shard(x, 1, new, wire.world, wire.rank))
+            assert torch.equal(collectives.gather_shards(shard, 1, old, length, wire), x)
+            heads = collectives.exchange_dims(shard, (1, old, length), (2, new, 6), wire)
+            assert torch.equal(heads, collectives.take_shard(x, 2, new, wire.world, wire.rank))
 
         LoopbackTransport.run(world, body)
 
@@ -243,11 +242,11 @@ def test_moves_are_permutations_without_processes(world, length):
 @pytest.mark.parametrize("kind", ["contiguous", "zigzag", "stripe", "stripe:3", "zigzag/documents", "chunks"])
 def test_index_tensors_list_the_tokens_of_the_split(kind):
     for length, world in itertools.product((0, 1, 7, 13, 40, 59), (1, 2, 3, 5)):
-        layout = moves.Chunks() if kind == "chunks" else Layout.parse(kind)
+        layout = collectives.Chunks() if kind == "chunks" else Layout.parse(kind)
         documents = Documents.from_lengths([length // 3, 0, length - length // 3])
         split = PackedLayout(layout, documents) if kind == "zigzag/documents" else layout
-        order, counts = moves._orders(split, length, world)
+        order, counts = collectives._orders(split, length, world)
         for rank, part in enumerate(order.split(counts)):
-            tokens = moves._tokens(split, length, world, rank)
+            tokens = collectives._tokens(split, length, world, rank)
             assert tokens.dtype == torch.int64
             assert tokens.tolist() == part.tolist() == list(split.tokens(length, world, rank))

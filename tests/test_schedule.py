@@ -8,10 +8,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dtensor_ring.debug import balance
-from dtensor_ring.documents import Documents
-from dtensor_ring.layout import Layout
-from dtensor_ring.ops.mask import Band
-from dtensor_ring.ops.schedule import Problem, plan
+from dtensor_ring.planning.documents import Documents
+from dtensor_ring.planning.layout import Layout
+from dtensor_ring.planning.mask import Band
+from dtensor_ring.planning.schedule import Problem, plan
 
 LAYOUTS = [Layout("contiguous"), Layout("zigzag"), Layout("stripe"), Layout("stripe", 2), Layout("stripe", 3)]
 CAUSAL, FULL = Band(0, None), Band()

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dtensor_ring.documents import Documents, Slices
-from dtensor_ring.layout import Layout
-from dtensor_ring.ops.mask import Band
-from dtensor_ring.ops.schedule import Problem, plan
-from dtensor_ring.report import totals as module
-from dtensor_ring.report.totals import Totals, fetched_by, totals
+from dtensor_ring.planning.documents import Documents, Slices
+from dtensor_ring.planning.layout import Layout
+from dtensor_ring.planning.mask import Band
+from dtensor_ring.planning.schedule import Problem, plan
+from dtensor_ring.tools import totals as module
+from dtensor_ring.tools.totals import Totals, fetched_by, totals
 
 LAYOUTS = ["contiguous", "zigzag", "stripe", "stripe:2", "stripe:3", "stripe:8", "zigzag/documents"]
 short = st.integers(0, 12)

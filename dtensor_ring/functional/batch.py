@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dtensor_ring.functional.call import Output, Settings, answer, attend
 from dtensor_ring.functional.variants import Function, packed_variants, refusing_together
-from dtensor_ring.layout import Layout
+from dtensor_ring.planning.layout import Layout
 
 
 def _family(name: str, layout: Layout, holds: str, chunks: int) -> tuple[Function, Function, Function]:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
-from dtensor_ring.documents import Documents, Slices
-from dtensor_ring.layout import Layout
 from dtensor_ring.ops import attend as operators
 from dtensor_ring.ops.arguments import Arguments, Strategy
 from dtensor_ring.ops.place import place_in_group
 from dtensor_ring.ops.prepare import Inputs, prepare
+from dtensor_ring.planning.documents import Documents, Slices
+from dtensor_ring.planning.layout import Layout
 
 Output = Tensor | tuple[Tensor, Tensor, None]
 

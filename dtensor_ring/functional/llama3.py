@@ -20,11 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dtensor_ring.cache import cached
-from dtensor_ring.documents import Documents, Slices
 from dtensor_ring.functional.call import Output, Settings, answer, attend
 from dtensor_ring.functional.lengths import check_tokens, host_lengths, remember
 from dtensor_ring.functional.variants import packed_variants, refusing_together
-from dtensor_ring.layout import Layout
+from dtensor_ring.planning.documents import Documents, Slices
+from dtensor_ring.planning.layout import Layout
 
 
 def llama3_flash_attn_prepare_cu_seqlens(

@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor, Shard
 from dtensor_ring._torch import is_tracing
 from dtensor_ring.comm import Transport, transport_along, transport_of
 from dtensor_ring.comm.rank_checks import is_agreed, meet, number_of, refused_together, remember
-from dtensor_ring.layout import Layout
 from dtensor_ring.placements import SequencePlacement
+from dtensor_ring.planning.layout import Layout
 
 
 def refused_by_all(*tensors: Tensor) -> AbstractContextManager[None]:

@@ -18,11 +18,11 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from dtensor_ring.documents import Documents, Slices
-from dtensor_ring.layout import Layout
 from dtensor_ring.ops.kernels import Kernel, Need, Options, choose_kernel
-from dtensor_ring.ops.mask import Band
-from dtensor_ring.ops.schedule import Problem, ends_together
+from dtensor_ring.planning.documents import Documents, Slices
+from dtensor_ring.planning.layout import Layout
+from dtensor_ring.planning.mask import Band
+from dtensor_ring.planning.schedule import Problem, ends_together
 
 AUTO = "auto"
 

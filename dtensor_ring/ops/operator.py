@@ -25,15 +25,15 @@ from torch.distributed.tensor import DTensor
 from dtensor_ring._torch import local_of, resolve_group
 from dtensor_ring.cache import cached
 from dtensor_ring.comm import AloneTransport, Transport, transport_of
-from dtensor_ring.documents import Documents, Slices
-from dtensor_ring.ops import heads
 from dtensor_ring.ops.call import AttentionCall
-from dtensor_ring.ops.execute import Executor
+from dtensor_ring.ops.executors import head_groups
+from dtensor_ring.ops.executors.merge import accumulate_dtype
+from dtensor_ring.ops.executors.plan_executor import Executor
+from dtensor_ring.ops.executors.ulysses import UlyssesExecutor
 from dtensor_ring.ops.kernels import Kernel, Options
-from dtensor_ring.ops.merge import accumulate_dtype
-from dtensor_ring.ops.schedule import Problem, plan
-from dtensor_ring.ops.ulysses import UlyssesExecutor
 from dtensor_ring.placements import SequencePlacement, redistribute
+from dtensor_ring.planning.documents import Documents, Slices
+from dtensor_ring.planning.schedule import Problem, plan
 
 Pair = Sequence[int]
 
@@ -68,9 +68,9 @@ def _attention(
     executor = _executor(call, q, v, (sinks, alibi), documents, lengths, origin, group)
     seed = torch.randint(1 << 62, (1,)) if asked.dropout_p else torch.empty(0, dtype=torch.int64)
     if not torch.is_autocast_enabled(q.device.type):
-        return *heads.forward(executor, _inner(q), _inner(k), _inner(v), asked.heads_at_once, _value(seed)), seed
+        return *head_groups.forward(executor, _inner(q), _inner(k), _inner(v), asked.heads_at_once, _value(seed)), seed
     with torch.autocast(q.device.type, enabled=False):
-        return *heads.forward(executor, _inner(q), _inner(k), _inner(v), asked.heads_at_once, _value(seed)), seed
+        return *head_groups.forward(executor, _inner(q), _inner(k), _inner(v), asked.heads_at_once, _value(seed)), seed
 
 
 @torch.library.register_fake("dtensor_ring::attention")
@@ -101,10 +101,10 @@ def _attention_backward(
     executor = _executor(call, q, v, (sinks, alibi), documents, lengths, origin, group)
     tensors = dout.contiguous(), _inner(q), _inner(k), _inner(v), out, lse
     if not torch.is_autocast_enabled(q.device.type):
-        dq, dk, dv, dsinks = heads.backward(executor, *tensors, asked.heads_at_once, _value(seed))
+        dq, dk, dv, dsinks = head_groups.backward(executor, *tensors, asked.heads_at_once, _value(seed))
     else:
         with torch.autocast(q.device.type, enabled=False):
-            dq, dk, dv, dsinks = heads.backward(executor, *tensors, asked.heads_at_once, _value(seed))
+            dq, dk, dv, dsinks = head_groups.backward(executor, *tensors, asked.heads_at_once, _value(seed))
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 

@@ -15,9 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from dtensor_ring.comm import Transport, axis_name, transport_along, transport_of
-from dtensor_ring.layout import Layout
 from dtensor_ring.ops.arguments import BSHD, Order, check_tensors
 from dtensor_ring.ops.sharding import attention_axis, share_of
+from dtensor_ring.planning.layout import Layout
 
 _KEPT = 128  # placements and shapes that are remembered for a mesh
 

@@ -21,16 +21,16 @@ from torch.distributed.tensor import DTensor
 
 from dtensor_ring._torch import constant_number, constant_when_compiled, local_of
 from dtensor_ring.cache import Cache
-from dtensor_ring.documents import Documents, Slices, encoded_of
-from dtensor_ring.layout import Layout
 from dtensor_ring.ops.agree import Facts, check_agreement
 from dtensor_ring.ops.arguments import Arguments, check_extras, check_numbers, choose_strategy, factor_of
 from dtensor_ring.ops.call import AUTO, AttentionCall
+from dtensor_ring.ops.executors.ulysses import refuses
 from dtensor_ring.ops.kernels import check_kernel_name
-from dtensor_ring.ops.mask import Band, mask_text
 from dtensor_ring.ops.place import Place
 from dtensor_ring.ops.sharding import sink_placements
-from dtensor_ring.ops.ulysses import refuses
+from dtensor_ring.planning.documents import Documents, Slices, encoded_of
+from dtensor_ring.planning.layout import Layout
+from dtensor_ring.planning.mask import Band, mask_text
 
 _CALL_BYTES = 4 << 10  # of a call that is remembered: its text, what ranks compare, and what it is found by
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from dtensor_ring.documents import Documents
+from dtensor_ring.planning.documents import Documents
 
 
 def reference_attention(

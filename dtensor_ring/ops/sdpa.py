@@ -4,7 +4,7 @@
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)         # placed as q, differentiable
 
     per rank    q_BHSD (B, H, Sq/W, D), k_BHSD, v_BHSD (B, Hk, Sk/W, D) -> out (B, H, Sq/W, D), lse (B, H, Sq/W); who sends what
-                is in `dtensor_ring.ops.execute`
+                is in `dtensor_ring.ops.executors.plan_executor`
 
 PyTorch chooses a backend from dtype, global shapes and arguments, and calls its op, in backward the op's partner with the saved
 out and lse. For these ops a rule is registered with `torch.library.register_torch_dispatch`: it is asked before DTensor's own

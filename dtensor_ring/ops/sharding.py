@@ -20,12 +20,12 @@ from torch.distributed.tensor.placement_types import Placement
 
 from dtensor_ring._torch import DTensorSpec, OpSchema, OutputSharding, register_attention_rule
 from dtensor_ring.comm import axis_name
-from dtensor_ring.layout import Layout
+from dtensor_ring.comm.collectives import Chunks
 from dtensor_ring.ops.arguments import BSHD, Order
 from dtensor_ring.ops.call import AttentionCall
 from dtensor_ring.ops.operator import attention, attention_backward
 from dtensor_ring.placements import SequencePlacement
-from dtensor_ring.placements.moves import Chunks
+from dtensor_ring.planning.layout import Layout
 
 _BATCH = 0
 _LSE_DIM = {_BATCH: 0, BSHD.sequence: 2, BSHD.heads: 1}

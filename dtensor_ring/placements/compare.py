@@ -9,11 +9,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.placement_types import Placement
 
-from dtensor_ring.comm import Transport, axis_name, transport_along, transports_of
+from dtensor_ring.comm import Transport, axis_name, collectives, transport_along, transports_of
 from dtensor_ring.comm.rank_checks import is_agreed, meet, meet_on_axes, number_of, remember
-from dtensor_ring.documents import Documents
-from dtensor_ring.placements import moves
 from dtensor_ring.placements.placement import SequencePlacement
+from dtensor_ring.planning.documents import Documents
 
 
 def check_documents(transports: Sequence[Transport], documents: Documents) -> None:
@@ -49,7 +48,7 @@ def check_shares(local: Tensor, mesh: DeviceMesh, axis: int, placement: Sequence
                 f"dims {others}, rank {rank} has length={its_length}, {_DTYPES[dtype]} and other dims {its_others[: ndim - 1]}: "
                 "every rank passes its share of one tensor"
             )
-        needed = moves.local_size(placement.layout, length, wire.world, rank)
+        needed = collectives.local_size(placement.layout, length, wire.world, rank)
         if tokens != needed:
             raise ValueError(
                 f"{call}: rank {rank} passes {tokens} tokens in dim {placement.dim}, "

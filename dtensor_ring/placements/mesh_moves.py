@@ -13,10 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
-from dtensor_ring.comm import Transport, transport_along
-from dtensor_ring.documents import Documents
-from dtensor_ring.placements import moves
+from dtensor_ring.comm import Transport, collectives, transport_along
 from dtensor_ring.placements.placement import dim_of, split_of
+from dtensor_ring.planning.documents import Documents
 
 
 def move(
@@ -55,7 +54,7 @@ def _through_replicate(
             size = shape[dim]
             for i in range(axis):
                 if dim_of(placements[i]) == dim:
-                    size = moves.local_size(split_of(placements[i]), size, mesh.size(i), mesh.get_local_rank(i))
+                    size = collectives.local_size(split_of(placements[i]), size, mesh.size(i), mesh.get_local_rank(i))
             return size
 
         return length
@@ -103,12 +102,12 @@ def _moved(
     if isinstance(old, Partial):
         if isinstance(new, Replicate):
             return wire.all_reduce(x, old.reduce_op)
-        return moves.reduce_shards(x, dim_of(new), new_split, old.reduce_op, wire)
+        return collectives.reduce_shards(x, dim_of(new), new_split, old.reduce_op, wire)
     if isinstance(old, Replicate):
-        return moves.take_shard(x, dim_of(new), new_split, wire.world, wire.rank)
+        return collectives.take_shard(x, dim_of(new), new_split, wire.world, wire.rank)
     if isinstance(new, Replicate):
-        return moves.gather_shards(x, dim_of(old), old_split, length(dim_of(old)), wire)
+        return collectives.gather_shards(x, dim_of(old), old_split, length(dim_of(old)), wire)
     a, b = dim_of(old), dim_of(new)
     if a == b:
-        return moves.reshard(x, a, old_split, new_split, length(a), wire)
-    return moves.exchange_dims(x, (a, old_split, length(a)), (b, new_split, x.shape[b]), wire)
+        return collectives.reshard(x, a, old_split, new_split, length(a), wire)
+    return collectives.exchange_dims(x, (a, old_split, length(a)), (b, new_split, x.shape[b]), wire)

@@ -14,8 +14,8 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from dtensor_ring._torch import DTensorSpec, OpSchema, PartialNorm
+from dtensor_ring.comm.collectives import local_size
 from dtensor_ring.placements.elementwise import listed, name_of, overloads
-from dtensor_ring.placements.moves import local_size
 from dtensor_ring.placements.placement import SequencePlacement, dim_of, split_of
 
 NORMS = overloads("linalg_vector_norm")

@@ -24,9 +24,9 @@ from typing_extensions import override
 
 from dtensor_ring._torch import PlacementBase
 from dtensor_ring.comm import transport_along
-from dtensor_ring.documents import Documents
-from dtensor_ring.layout import Layout, PackedLayout
-from dtensor_ring.placements.moves import Chunks, Split, gather_shards, take_shard
+from dtensor_ring.comm.collectives import Chunks, Split, gather_shards, take_shard
+from dtensor_ring.planning.documents import Documents
+from dtensor_ring.planning.layout import Layout, PackedLayout
 
 
 class SequencePlacement(PlacementBase):

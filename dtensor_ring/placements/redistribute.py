@@ -23,13 +23,12 @@ from typing_extensions import override
 
 from dtensor_ring._torch import dtensor_of, local_of
 from dtensor_ring.cache import Cache
-from dtensor_ring.comm import Transport, axis_name, transport_along, transports_of
+from dtensor_ring.comm import Transport, axis_name, collectives, transport_along, transports_of
 from dtensor_ring.comm.rank_checks import refused_together
-from dtensor_ring.documents import Documents
-from dtensor_ring.placements import moves
 from dtensor_ring.placements.compare import check_documents, check_shares, check_whole
 from dtensor_ring.placements.mesh_moves import move
 from dtensor_ring.placements.placement import SequencePlacement, dim_of, split_of
+from dtensor_ring.planning.documents import Documents
 
 Placements = tuple[Placement, ...]
 DocumentsLike = Documents | Tensor | Sequence[int]
@@ -340,11 +339,11 @@ class _Distribute(torch.autograd.Function):
             wire = transport_along(mesh, i)
             with wire.during(f"distribute_tensor as {target!r}"):
                 if isinstance(target, Replicate):
-                    local = local if source is None else moves.broadcast(local, source, wire)
+                    local = local if source is None else collectives.broadcast(local, source, wire)
                 elif source is None:
-                    local = moves.take_shard(local, dim_of(target), split_of(target, documents), wire.world, wire.rank)
+                    local = collectives.take_shard(local, dim_of(target), split_of(target, documents), wire.world, wire.rank)
                 else:
-                    local = moves.scatter_shards(local, dim_of(target), split_of(target, documents), source, wire)
+                    local = collectives.scatter_shards(local, dim_of(target), split_of(target, documents), source, wire)
         return local.view_as(local) if local is tensor else local
 
     @staticmethod

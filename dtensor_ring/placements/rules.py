@@ -24,6 +24,7 @@ from dtensor_ring._torch import (
     specs_of,
     with_meta,
 )
+from dtensor_ring.comm.collectives import local_size
 from dtensor_ring.placements.elementwise import (
     PLAIN_GRADIENTS,
     UNMARKED,
@@ -38,7 +39,6 @@ from dtensor_ring.placements.elementwise import (
     why_wrong,
 )
 from dtensor_ring.placements.lists import list_ops, list_rule, takes_lists
-from dtensor_ring.placements.moves import local_size
 from dtensor_ring.placements.norms import NORMS, check_order, norm_spec, unreduced_norm
 from dtensor_ring.placements.placement import SequencePlacement, dim_of, split_of
 

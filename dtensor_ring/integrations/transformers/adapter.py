@@ -23,11 +23,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
-from dtensor_ring.documents import Documents
 from dtensor_ring.functional.call import Settings
 from dtensor_ring.functional.lengths import host_lengths
 from dtensor_ring.functional.llama3 import attend_by_heads
-from dtensor_ring.layout import Layout
+from dtensor_ring.planning.documents import Documents
+from dtensor_ring.planning.layout import Layout
 
 
 @dataclass(slots=True)

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from dtensor_ring.documents import Documents
-from dtensor_ring.layout import Layout
 from dtensor_ring.ops.agree import refused_in_group
 from dtensor_ring.ops.arguments import Arguments, Strategy
 from dtensor_ring.ops.attend import attend
 from dtensor_ring.ops.kernels import KernelName
 from dtensor_ring.ops.place import place_in_group
 from dtensor_ring.ops.prepare import Inputs, prepare
+from dtensor_ring.planning.documents import Documents
+from dtensor_ring.planning.layout import Layout
 
 NAME = "dtensor_ring"
 NO_MASK = (0, 0, 0, 0)  # a mask of four dims is passed on as it is, so that transformers builds none of its own

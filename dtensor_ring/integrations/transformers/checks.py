@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils.generic import TransformersKwargs
 
-from dtensor_ring.documents import Documents
+from dtensor_ring.data.batch import IGNORED
+from dtensor_ring.data.batch_reading import KNOWN_KEYS, refuse_lookalikes
 from dtensor_ring.placements import SequencePlacement
-from dtensor_ring.placements.batch import IGNORED
-from dtensor_ring.placements.batch_reading import KNOWN_KEYS, refuse_lookalikes
+from dtensor_ring.planning.documents import Documents
 
 MODEL_TYPES = (
     "llama",

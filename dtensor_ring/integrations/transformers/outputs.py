@@ -19,9 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import override
 
 from dtensor_ring.comm import transport_along
-from dtensor_ring.documents import Documents
-from dtensor_ring.ops.merge import accumulate_dtype
+from dtensor_ring.ops.executors.merge import accumulate_dtype
 from dtensor_ring.placements import SequencePlacement, from_local, full_tensor
+from dtensor_ring.planning.documents import Documents
 
 Convention = Literal["mean", "sum"]
 

@@ -30,21 +30,7 @@ from typing_extensions import override
 from dtensor_ring._torch import tensors_in
 from dtensor_ring.comm import several_ranks, transport_along
 from dtensor_ring.comm.rank_checks import refused_together
-from dtensor_ring.documents import Documents
-from dtensor_ring.integrations.transformers.attention import KEYWORD, NAME, NO_MASK, STATE, AttentionState, RingBatch, register
-from dtensor_ring.integrations.transformers.checks import check_call, check_length, check_model
-from dtensor_ring.integrations.transformers.outputs import (
-    Convention,
-    SumOverRanks,
-    check_convention,
-    gather_tokens,
-    sum_over_tokens,
-)
-from dtensor_ring.layout import work_balance
-from dtensor_ring.ops.arguments import Strategy, choose_strategy
-from dtensor_ring.ops.kernels import KernelName, check_kernel_name
-from dtensor_ring.placements import SequencePlacement, Zigzag
-from dtensor_ring.placements.batch import (
+from dtensor_ring.data.batch import (
     GOOD_BALANCE,
     balance_remedy,
     check_mesh,
@@ -54,7 +40,21 @@ from dtensor_ring.placements.batch import (
     is_packed,
     warn_of_imbalance,
 )
-from dtensor_ring.placements.batch_reading import find_documents, sequence_length
+from dtensor_ring.data.batch_reading import find_documents, sequence_length
+from dtensor_ring.integrations.transformers.attention import KEYWORD, NAME, NO_MASK, STATE, AttentionState, RingBatch, register
+from dtensor_ring.integrations.transformers.checks import check_call, check_length, check_model
+from dtensor_ring.integrations.transformers.outputs import (
+    Convention,
+    SumOverRanks,
+    check_convention,
+    gather_tokens,
+    sum_over_tokens,
+)
+from dtensor_ring.ops.arguments import Strategy, choose_strategy
+from dtensor_ring.ops.kernels import KernelName, check_kernel_name
+from dtensor_ring.placements import SequencePlacement, Zigzag
+from dtensor_ring.planning.documents import Documents
+from dtensor_ring.planning.layout import work_balance
 
 _SEQUENCE_AXIS = r"cp|sp|seq|context|ring"  # how programs name the mesh axis that holds the sequence
 

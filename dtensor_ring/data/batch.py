@@ -21,10 +21,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtensor_ring.comm import Transport, transport_along
+from dtensor_ring.comm.collectives import take_shard
 from dtensor_ring.comm.rank_checks import checksum, meet, number_of, refused_together
-from dtensor_ring.documents import Documents
-from dtensor_ring.layout import work_balance
-from dtensor_ring.placements.batch_reading import (
+from dtensor_ring.data.batch_reading import (
     BOUND_KEYS,
     CUT_KEYS,
     PERHAPS_A_SHARE,
@@ -35,8 +34,9 @@ from dtensor_ring.placements.batch_reading import (
     rows_of,
     sequence_length,
 )
-from dtensor_ring.placements.moves import take_shard
 from dtensor_ring.placements.placement import SequencePlacement, Zigzag, split_of
+from dtensor_ring.planning.documents import Documents
+from dtensor_ring.planning.layout import work_balance
 
 IGNORED = -100
 GOOD_BALANCE = 0.8  # mean work over the most loaded rank's, below which a packed batch is worth a warning

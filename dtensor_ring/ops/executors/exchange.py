@@ -19,10 +19,10 @@ from torch.nn.functional import embedding_bag
 from typing_extensions import override
 
 from dtensor_ring.comm import Message, Pending, Transport
-from dtensor_ring.ops.merge import GradSum, accumulate_dtype
-from dtensor_ring.ops.routes import Route, Slot, routes
-from dtensor_ring.ops.schedule import Plan, Problem, Send
-from dtensor_ring.ops.steps import Rows, Step
+from dtensor_ring.ops.executors.merge import GradSum, accumulate_dtype
+from dtensor_ring.ops.executors.routes import Route, Slot, routes
+from dtensor_ring.planning.kernel_calls import Rows, Step
+from dtensor_ring.planning.schedule import Plan, Problem, Send
 
 Pair = tuple[Tensor, Tensor]
 Direction = Literal["forward", "backward"]

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from dtensor_ring.comm import AloneTransport, Transport
-from dtensor_ring.documents import Documents
-from dtensor_ring.layout import PackedLayout
-from dtensor_ring.ops.exchange import Activity
-from dtensor_ring.ops.execute import Executor
+from dtensor_ring.comm.collectives import Chunks, Split, exchange_dims
+from dtensor_ring.ops.executors.exchange import Activity
+from dtensor_ring.ops.executors.merge import accumulate_dtype
+from dtensor_ring.ops.executors.plan_executor import Executor
 from dtensor_ring.ops.kernels import Kernel, Options
-from dtensor_ring.ops.merge import accumulate_dtype
-from dtensor_ring.ops.schedule import Problem, plan
-from dtensor_ring.placements.moves import Chunks, Split, exchange_dims
+from dtensor_ring.planning.documents import Documents
+from dtensor_ring.planning.layout import PackedLayout
+from dtensor_ring.planning.schedule import Problem, plan
 
 
 def refuses(ranks: int, heads: int, kv_heads: int) -> str | None:
@@ -45,7 +45,7 @@ def _fits(ranks: int, heads: int, kv_heads: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class UlyssesExecutor:
-    """As `dtensor_ring.ops.execute.Executor`, by heads.
+    """As `dtensor_ring.ops.executors.plan_executor.Executor`, by heads.
 
     Attributes:
         problem: the attention; its strategy plays no part.

@@ -26,7 +26,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def merge_(out_BSHD: Tensor, lse_BHS: Tensor, block_BSHD: Tensor, block_lse_BHS: Tensor) -> None:
     """Merge a block's out and lse into `out_BSHD` and `lse_BHS` in place; all four cover the same rows."""
     if out_BSHD.is_cuda and out_BSHD.dtype != torch.float64 and _has_triton():
-        from dtensor_ring.ops._merge_cuda import fused_merge_
+        from dtensor_ring.ops.executors._merge_cuda import fused_merge_
 
         fused_merge_(out_BSHD, lse_BHS, block_BSHD, block_lse_BHS)
         return

@@ -21,10 +21,10 @@ from threading import Lock
 from typing import NamedTuple
 
 from dtensor_ring.cache import cached
-from dtensor_ring.documents import Documents, Slices
-from dtensor_ring.layout import Layout, Piece, Run, cut
-from dtensor_ring.ops.mask import Band, Tile, whole_sequence
-from dtensor_ring.ops.steps import Rows, Segment, Step, deepest, document_tiles, keep_needed, step_of, unions
+from dtensor_ring.planning.documents import Documents, Slices
+from dtensor_ring.planning.kernel_calls import Rows, Segment, Step, deepest, document_tiles, keep_needed, step_of, unions
+from dtensor_ring.planning.layout import Layout, Piece, Run, cut
+from dtensor_ring.planning.mask import Band, Tile, whole_sequence
 
 
 class Send(NamedTuple):

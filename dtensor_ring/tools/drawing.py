@@ -8,11 +8,11 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from dtensor_ring.layout import Run
-from dtensor_ring.ops.schedule import Plan, Problem, plan
-from dtensor_ring.ops.steps import Call, Rows, Step
-from dtensor_ring.report.facts import asks_too_much
-from dtensor_ring.report.totals import Totals, totals
+from dtensor_ring.planning.kernel_calls import Call, Rows, Step
+from dtensor_ring.planning.layout import Run
+from dtensor_ring.planning.schedule import Plan, Problem, plan
+from dtensor_ring.tools.facts import asks_too_much
+from dtensor_ring.tools.totals import Totals, totals
 
 WIDTH = 80  # columns of a line, at most
 RANKS_SHOWN = 8  # a drawing of more ranks shows an excerpt

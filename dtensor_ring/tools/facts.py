@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dtensor_ring.documents import Documents
-from dtensor_ring.ops.mask import Band, mask_text
-from dtensor_ring.ops.schedule import Plan, Problem, plan
-from dtensor_ring.report.totals import Totals, fetched_by, totals
+from dtensor_ring.planning.documents import Documents
+from dtensor_ring.planning.mask import Band, mask_text
+from dtensor_ring.planning.schedule import Plan, Problem, plan
+from dtensor_ring.tools.totals import Totals, fetched_by, totals
 
 Facts = dict[str, object]
 

@@ -9,7 +9,7 @@
 The queries of a run see a range of positions, or one range for each of its blocks where a window is narrower than the gap
 between them. A rank fetches the keys in the union of its ranges that it does not hold, and a rank sends each key of its own as
 often as other ranks' ranges cover it. All of these are sums over arithmetic runs, so a thousand ranks and ten million tokens
-take a moment. The numbers equal those of `dtensor_ring.ops.schedule.plan`.
+take a moment. The numbers equal those of `dtensor_ring.planning.schedule.plan`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
-from dtensor_ring.balance import balance_of
-from dtensor_ring.documents import Documents, Slices
-from dtensor_ring.layout import Run, cut
-from dtensor_ring.ops.mask import Band
-from dtensor_ring.ops.schedule import Plan, Problem, plan
-from dtensor_ring.ops.steps import unions
+from dtensor_ring.planning.document_sharding import balance_of
+from dtensor_ring.planning.documents import Documents, Slices
+from dtensor_ring.planning.kernel_calls import unions
+from dtensor_ring.planning.layout import Run, cut
+from dtensor_ring.planning.mask import Band
+from dtensor_ring.planning.schedule import Plan, Problem, plan
 
 Runs = tuple[Run, ...]
 Range = tuple[int, int]  # positions [low, high)

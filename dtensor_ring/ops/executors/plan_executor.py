@@ -22,11 +22,11 @@ from torch import Tensor
 from dtensor_ring.cache import cached
 from dtensor_ring.comm import Pending, Transport
 from dtensor_ring.comm.rank_checks import number_of
-from dtensor_ring.ops.exchange import Direction, Exchange, Pair
+from dtensor_ring.ops.executors.exchange import Direction, Exchange, Pair
+from dtensor_ring.ops.executors.merge import GradSum, OutputSum, sink_gradient, with_sinks
 from dtensor_ring.ops.kernels import Extras, Kernel, Options, Packing, Result, Span
-from dtensor_ring.ops.merge import GradSum, OutputSum, sink_gradient, with_sinks
-from dtensor_ring.ops.schedule import Plan, Problem, plan
-from dtensor_ring.ops.steps import Call
+from dtensor_ring.planning.kernel_calls import Call
+from dtensor_ring.planning.schedule import Plan, Problem, plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dtensor_ring.documents import Documents
+from dtensor_ring.planning.documents import Documents
 
 CUT_KEYS = ("input_ids", "inputs_embeds", "position_ids", "labels", "shift_labels")
 BOUND_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")

@@ -6,7 +6,7 @@
     rank 2:  8  9 10 11                  4  5 | 10 11            2  6 10 14             4  5 | 12 13
     rank 3: 12 13 14 15                  6  7 |  8  9            3  7 11 15             6  7 | 14 15
 
-    zigzag of each document, packed documents of 12, 3 and 1 tokens over 2 ranks: see `dtensor_ring.balance`
+    zigzag of each document, packed documents of 12, 3 and 1 tokens over 2 ranks: see `dtensor_ring.planning.document_sharding`
 
 A layout is a pure map from integers to integers: `Layout.runs(length, world, rank)` lists a rank's tokens in storage order
 as arithmetic runs. It is defined for every length from 0 up and every world size; rank totals differ by at most one token,
@@ -21,8 +21,8 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
-from dtensor_ring.balance import balance_of, share_documents
-from dtensor_ring.documents import Documents
+from dtensor_ring.planning.document_sharding import balance_of, share_documents
+from dtensor_ring.planning.documents import Documents
 
 Kind = Literal["contiguous", "zigzag", "stripe"]
 Cut = Literal["", "even", "documents"]

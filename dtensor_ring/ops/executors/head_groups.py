@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from dtensor_ring.comm import Pending
-from dtensor_ring.ops.exchange import Direction, Pair
-from dtensor_ring.ops.execute import Executor
-from dtensor_ring.ops.ulysses import UlyssesExecutor
+from dtensor_ring.ops.executors.exchange import Direction, Pair
+from dtensor_ring.ops.executors.plan_executor import Executor
+from dtensor_ring.ops.executors.ulysses import UlyssesExecutor
 
 _Visit = tuple[Executor, slice, Tensor, Tensor, Pending[Pair] | None]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from dtensor_ring._torch import lasting
 from dtensor_ring.cache import Cache
 from dtensor_ring.comm import Message, Transport
-from dtensor_ring.layout import Layout, PackedLayout
+from dtensor_ring.planning.layout import Layout, PackedLayout
 
 
 class Chunks(NamedTuple):

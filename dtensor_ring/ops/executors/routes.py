@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from dtensor_ring.cache import cached
-from dtensor_ring.ops.schedule import Plan, Problem, Send, plan
-from dtensor_ring.ops.steps import Step
+from dtensor_ring.planning.kernel_calls import Step
+from dtensor_ring.planning.schedule import Plan, Problem, Send, plan
 
 _Range = tuple[int, int]
 
