@@ -292,7 +292,7 @@ def _unpacked_bytes(documents: Documents | Slices, encoded: bytes) -> int:
     return documents.nbytes + len(encoded)
 
 
-@cached("documents of operators", most_bytes=8 << 20, most_entries=32, size=_unpacked_bytes)
+@cached("documents of operators", most_bytes=6 << 20, most_entries=32, size=_unpacked_bytes)
 def _unpack(encoded: bytes) -> Documents | Slices:
     flat = array("q")
     flat.frombytes(encoded)
