@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dtensor_ring import from_local, ring_attention
 from dtensor_ring.debug import traffic
-from dtensor_ring.ops.kernels import Need, Options, choose_kernel
+from dtensor_ring.ops.kernels import KernelRequirements, SoftmaxParams, choose_kernel
 from dtensor_ring.placements import Contiguous, SequencePlacement, Stripe, Zigzag
 from dtensor_ring.planning.layout import Layout
 
@@ -101,10 +101,10 @@ class Bench:
         self.options, self.mesh, self.world, self.rank = options, mesh, dist.get_world_size(), dist.get_rank()
         self.dtype = getattr(torch, options.dtype)
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        need = Need(self.device.type, self.dtype, options.head_dim, options.head_dim, training=True)
+        need = KernelRequirements(self.device.type, self.dtype, options.head_dim, options.head_dim, training=True)
         self.kernel = choose_kernel(options.kernel, need)
         self.window = (-1, -1) if options.full else (-1, 0)
-        self.scale = Options(options.head_dim**-0.5)
+        self.scale = SoftmaxParams(options.head_dim**-0.5)
         self.kernel_peaks = [0.0, 0.0]
 
     def inputs(self, tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

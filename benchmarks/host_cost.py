@@ -43,10 +43,10 @@ from torch.distributed.tensor.parallel import parallelize_module
 from dtensor_ring import Documents, Zigzag, from_local, ring_attention, ring_plan
 from dtensor_ring.comm import transport_along
 from dtensor_ring.ops.executors.plan_executor import Executor
-from dtensor_ring.ops.kernels import KERNELS, Options
+from dtensor_ring.ops.kernels import KERNELS, SoftmaxParams
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
-from dtensor_ring.planning.schedule import Problem, plan
+from dtensor_ring.planning.schedule import AttentionProblem, plan
 
 Calls = dict[str, Callable[[], object]]
 SHALLOW, DEEP = 2, 10  # layers
@@ -104,8 +104,8 @@ def attention_calls(mesh: DeviceMesh, tokens: int, device: str) -> dict[str, Cal
     shapes = [(1, tokens, heads, dim) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
     q, k, v, dout = (torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    options = Options(dim**-0.5)
-    problem = Problem(Layout("zigzag"), Band.parse("causal"), tokens, tokens, 1)
+    options = SoftmaxParams(dim**-0.5)
+    problem = AttentionProblem(Layout("zigzag"), Band.parse("causal"), tokens, tokens, 1)
     executor = Executor(plan(problem, 0), transport_along(mesh), kernel, options)
 
     def placed(tensors: list[Tensor]) -> list[Tensor]:

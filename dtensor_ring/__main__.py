@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band, mask_text
-from dtensor_ring.planning.schedule import Problem
+from dtensor_ring.planning.schedule import AttentionProblem
 from dtensor_ring.tools.drawing import draw, summary
 from dtensor_ring.tools.facts import facts
 
@@ -142,7 +142,7 @@ def _plan(options: argparse.Namespace) -> str:
     return summary(problem) if options.summary else draw(problem, ranks)
 
 
-def _problem(options: argparse.Namespace) -> Problem:
+def _problem(options: argparse.Namespace) -> AttentionProblem:
     if options.world < 1:
         raise ValueError(f"need at least one rank, found --world {options.world}")
     layout = Layout.parse(options.layout)
@@ -160,7 +160,7 @@ def _problem(options: argparse.Namespace) -> Problem:
     window = (-1, -1) if options.window is None else (options.window[0], options.window[1])
     is_causal = not options.full and options.window is None
     band = Band.parse(mask_text(is_causal, window))
-    return Problem(layout, band, length, length, options.world, options.strategy, documents)
+    return AttentionProblem(layout, band, length, length, options.world, options.strategy, documents)
 
 
 def _length(text: str) -> int:

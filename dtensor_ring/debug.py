@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dtensor_ring.cache import CacheUse, caches
 from dtensor_ring.comm import Traffic, transport_of
 from dtensor_ring.comm.rank_checks import check_every_call
-from dtensor_ring.ops.kernels import KERNELS, Need
+from dtensor_ring.ops.kernels import KERNELS, KernelRequirements
 from dtensor_ring.planning.document_sharding import balance_of
 from dtensor_ring.planning.schedule import Plan
 from dtensor_ring.tools.drawing import draw
@@ -35,7 +35,7 @@ def traffic(mesh: DeviceMesh) -> Traffic:
 
 def kernel_table() -> str:
     """Which kernel supports what, as Markdown, asked of the kernels themselves; where one does not, its reason follows."""
-    base = Need("cuda", torch.bfloat16, 64, 64, training=True)
+    base = KernelRequirements("cuda", torch.bfloat16, 64, 64, training=True)
     probes = {
         "float64": replace(base, dtype=torch.float64),
         "float32": replace(base, dtype=torch.float32),

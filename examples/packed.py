@@ -31,7 +31,7 @@ from dtensor_ring import Documents, Zigzag, ring_plan
 from dtensor_ring.debug import balance
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
-from dtensor_ring.planning.schedule import Problem, plan
+from dtensor_ring.planning.schedule import AttentionProblem, plan
 
 LENGTHS = (418, 5, 96, 1, 233, 37, 12, 171)
 ALLOWED = 1e-5
@@ -110,7 +110,9 @@ def report(documents: Documents, alone: list[float], found: dict[int, list[float
             cells += f"{losses[i]:>12.6f}{gap:>11.1e}"
         print(f"{length:>8}{alone[i]:>12.6f}{cells}")
     for ranks in found:
-        problem = Problem(Layout("zigzag", cut="documents"), Band(0, None), *[documents.length] * 2, ranks, "ring", documents)
+        problem = AttentionProblem(
+            Layout("zigzag", cut="documents"), Band(0, None), *[documents.length] * 2, ranks, "ring", documents
+        )
         print(f"balance over {ranks} ranks (mean work / most loaded rank): {balance([plan(problem, r) for r in range(ranks)]):.3f}")
     print("all within 1e-5" if worst <= ALLOWED else "OUT OF TOLERANCE")
     return int(worst > ALLOWED)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from dtensor_ring.ops.kernels import KERNELS, Kernel, Need, Options, Packing, Result
+from dtensor_ring.ops.kernels import KERNELS, Kernel, KernelRequirements, Result, SoftmaxParams, VarlenMetadata
 
 MATH = KERNELS["math"]
 
@@ -27,25 +27,25 @@ class Flash2Windows(Kernel):
 
     name: ClassVar[str] = "flash_2_windows"
 
-    def unavailable(self, need: Need) -> str | None:
+    def unavailable(self, need: KernelRequirements) -> str | None:
         return MATH.unavailable(need)
 
-    def lacks(self, need: Need) -> str | None:
+    def lacks(self, need: KernelRequirements) -> str | None:
         return MATH.lacks(need)
 
     def grad_dtype(self, dtype):
         return MATH.grad_dtype(dtype)
 
-    def forward(self, q, k, v, window, options: Options, extras=None) -> Result:
+    def forward(self, q, k, v, window, options: SoftmaxParams, extras=None) -> Result:
         return MATH.forward(q, k, v, as_flash_attn_2(window, k.shape[1]), options, extras)
 
-    def backward(self, dout, q, k, v, out, lse, window, options: Options, extras=None):
+    def backward(self, dout, q, k, v, out, lse, window, options: SoftmaxParams, extras=None):
         return MATH.backward(dout, q, k, v, out, lse, as_flash_attn_2(window, k.shape[1]), options, extras)
 
-    def forward_packed(self, q, k, v, packing: Packing, window, options: Options, extras=None) -> Result:
+    def forward_packed(self, q, k, v, packing: VarlenMetadata, window, options: SoftmaxParams, extras=None) -> Result:
         return MATH.forward_packed(q, k, v, packing, as_flash_attn_2(window, packing.max_k), options, extras)
 
-    def backward_packed(self, dout, q, k, v, out, lse, packing: Packing, window, options: Options, extras=None):
+    def backward_packed(self, dout, q, k, v, out, lse, packing: VarlenMetadata, window, options: SoftmaxParams, extras=None):
         return MATH.backward_packed(dout, q, k, v, out, lse, packing, as_flash_attn_2(window, packing.max_k), options, extras)
 
 

@@ -11,13 +11,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dtensor_ring.comm import LoopbackTransport
 from dtensor_ring.ops.executors.plan_executor import Executor
-from dtensor_ring.ops.kernels import KERNELS, Kernel, Options
+from dtensor_ring.ops.kernels import KERNELS, Kernel, SoftmaxParams
 from dtensor_ring.ops.kernels.math import keep_mask
 from dtensor_ring.ops.reference import reference_attention
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band, mask_text
-from dtensor_ring.planning.schedule import Problem, plan
+from dtensor_ring.planning.schedule import AttentionProblem, plan
 
 SEED = 5
 LAYOUTS = ("contiguous", "zigzag", "stripe", "stripe:3")
@@ -65,9 +65,9 @@ class Case:
         mask = keep_mask(self.seed, range(batch), range(heads), q_positions, torch.arange(self.k.shape[1]), self.dropout_p)
         return mask.double() / (1 - self.dropout_p)
 
-    def problem(self, layout: str, world: int, strategy: str) -> Problem:
+    def problem(self, layout: str, world: int, strategy: str) -> AttentionProblem:
         band = Band.parse(mask_text(self.is_causal, self.window))
-        return Problem(Layout.parse(layout), band, self.q.shape[1], self.k.shape[1], world, strategy, self.documents)
+        return AttentionProblem(Layout.parse(layout), band, self.q.shape[1], self.k.shape[1], world, strategy, self.documents)
 
 
 def make_case(
@@ -112,18 +112,18 @@ def run_loopback(
 ) -> tuple[tuple[Tensor, ...], list[tuple[int, int]]]:
     """out, lse, dq, dk, dv put together from ranks run as threads, and what each sent: (forward, whole) bytes."""
     problem = case.problem(layout, world, strategy)
-    options = Options(case.q.shape[-1] ** -0.5, case.softcap, dropout_p=case.dropout_p)
+    options = SoftmaxParams(case.q.shape[-1] ** -0.5, case.softcap, dropout_p=case.dropout_p)
 
-    def rank_body(wire: LoopbackTransport):
+    def rank_body(transport: LoopbackTransport):
         q, k, v, dout = (
-            share(x, layout, world, wire.rank, documents=case.documents).contiguous() for x in (*case.inputs, case.dout)
+            share(x, layout, world, transport.rank, documents=case.documents).contiguous() for x in (*case.inputs, case.dout)
         )
         computes = kernel if isinstance(kernel, Kernel) else KERNELS[kernel]
-        executor = Executor(plan(problem, wire.rank), wire, computes, options, alibi=case.alibi)
+        executor = Executor(plan(problem, transport.rank), transport, computes, options, alibi=case.alibi)
         out, lse = executor.forward(q, k, v, seed=SEED)
-        sent = wire.traffic.bytes
+        sent = transport.traffic.bytes
         grads = executor.backward(dout, q, k, v, out, lse, seed=SEED)[:3]
-        return (out, lse, *grads), (sent, wire.traffic.bytes)
+        return (out, lse, *grads), (sent, transport.traffic.bytes)
 
     results = LoopbackTransport.run(world, rank_body)
     dims = (1, 2, 1, 1, 1)

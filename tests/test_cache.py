@@ -25,7 +25,7 @@ from dtensor_ring.ops.executors.plan_executor import _packings
 from dtensor_ring.planning.document_sharding import share_documents
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
-from dtensor_ring.planning.schedule import Problem, _book, halo_rows, plan
+from dtensor_ring.planning.schedule import AttentionProblem, _book, halo_rows, plan
 
 HOST_BYTES, DEVICE_BYTES = 128 << 20, 64 << 20
 NAMES = {
@@ -261,7 +261,7 @@ def measured(make) -> tuple[object, int]:
 @pytest.mark.parametrize("strategy", ["ring", "gather"])
 def test_the_bytes_of_a_plan_are_estimated_honestly(layout, strategy):
     documents = Documents.from_lengths([300 + i % 300 for i in range(900)])
-    problem = Problem(Layout.parse(layout), Band(0), documents.length, documents.length, 4, strategy, documents)
+    problem = AttentionProblem(Layout.parse(layout), Band(0), documents.length, documents.length, 4, strategy, documents)
     _book.cache_clear()
     _, size = measured(lambda: plan(problem, 1))
     kept = _book.cache_info()
@@ -325,7 +325,7 @@ def test_plans_that_are_not_kept_compute_the_same(strategy, monkeypatch):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("strategy", ["ring", "gather"])
 def test_one_entry_is_one_problem_with_the_plans_of_all_ranks(layout, strategy):
-    problem = Problem(Layout.parse(layout), Band(0, 5), 60, 60, 4, strategy)
+    problem = AttentionProblem(Layout.parse(layout), Band(0, 5), 60, 60, 4, strategy)
     _book.cache_clear()
     plans = [plan(problem, rank) for rank in range(4)]
     assert _book.cache_info().entries == 1
@@ -372,7 +372,7 @@ def growth_of_long_packings() -> tuple[int, int]:
         x = distribute_tensor(torch.zeros(1, length, 1, 1), mesh, [Zigzag(1)], src_data_rank=None)
         full_tensor(redistribute(x, [Zigzag(1, per_document=True)], documents=documents), documents=documents)
         for layout, strategy in (("zigzag", "ring"), ("zigzag/documents", "ring"), ("zigzag", "gather")):
-            problem = Problem(Layout.parse(layout), Band(0), length, length, mesh.size(), strategy, documents)
+            problem = AttentionProblem(Layout.parse(layout), Band(0), length, length, mesh.size(), strategy, documents)
             _packings(problem, mesh.get_rank(), 1, torch.device("cpu"))
 
     batch(0, 1 << 12)

@@ -7,28 +7,28 @@ import torch.distributed as dist
 from dtensor_ring.comm import AloneTransport, LoopbackTransport, Message, Pending, Transport, transport_of
 
 
-def exercise(wire: Transport) -> list[object]:
+def exercise(transport: Transport) -> list[object]:
     """Every operation, with results a rank can know by itself."""
-    world, rank = wire.world, wire.rank
+    world, rank = transport.world, transport.rank
     mine = torch.arange(6.0).view(2, 3) + 10 * rank
     following, previous = (rank + 1) % world, (rank - 1) % world
-    received = wire.empty((2, 3), mine)
+    received = transport.empty((2, 3), mine)
     others = world > 1
-    before = wire.traffic.copy()
-    wire.exchange([Message(following, mine)] if others else [], [Message(previous, received)] if others else []).wait()
+    before = transport.traffic.copy()
+    transport.exchange([Message(following, mine)] if others else [], [Message(previous, received)] if others else []).wait()
     if others:
         assert torch.equal(received, torch.arange(6.0).view(2, 3) + 10 * previous)
-        assert wire.traffic.since(before).bytes == mine.nbytes
-        assert wire.traffic.since(before).messages == 1
-    gathered = wire.all_gather(mine).wait()
+        assert transport.traffic.since(before).bytes == mine.nbytes
+        assert transport.traffic.since(before).messages == 1
+    gathered = transport.all_gather(mine).wait()
     assert torch.equal(gathered, torch.stack([torch.arange(6.0).view(2, 3) + 10 * r for r in range(world)]))
     rows = torch.stack([torch.full((2,), float(r + rank)) for r in range(world)])
-    assert wire.reduce_scatter(rows).wait().tolist() == [rank * world + sum(range(world))] * 2
+    assert transport.reduce_scatter(rows).wait().tolist() == [rank * world + sum(range(world))] * 2
     for op, value in (("sum", sum(range(world))), ("avg", sum(range(world)) / world), ("max", world - 1), ("min", 0)):
-        assert wire.all_reduce(torch.tensor([float(rank)]), op).item() == value
-    assert wire.gather_values([rank, 7]) == [[r, 7] for r in range(world)]
+        assert transport.all_reduce(torch.tensor([float(rank)]), op).item() == value
+    assert transport.gather_values([rank, 7]) == [[r, 7] for r in range(world)]
     empty = torch.empty(0, 3)
-    wire.exchange([Message(following, empty)] if others else [], [Message(previous, empty)] if others else []).wait()
+    transport.exchange([Message(following, empty)] if others else [], [Message(previous, empty)] if others else []).wait()
     return [rank]
 
 
@@ -62,29 +62,29 @@ def one_transport_a_group():
 
 
 def test_a_silent_rank_is_named():
-    def body(wire: LoopbackTransport) -> None:
-        if wire.rank == 0:
-            wire.exchange([], [Message(2, torch.empty(1))]).wait()
+    def body(transport: LoopbackTransport) -> None:
+        if transport.rank == 0:
+            transport.exchange([], [Message(2, torch.empty(1))]).wait()
 
     with pytest.raises(TimeoutError, match=r"rank 0 waits for a message of rank 2, which sent none \(after 0 s\)"):
         LoopbackTransport.run(3, body, timeout=0.2)
 
 
 def test_a_failing_rank_fails_the_run_at_once():
-    def body(wire: LoopbackTransport) -> None:
-        if wire.rank == 1:
+    def body(transport: LoopbackTransport) -> None:
+        if transport.rank == 1:
             raise ValueError("rank 1 is broken")
-        wire.exchange([], [Message(1, torch.empty(1))]).wait()
+        transport.exchange([], [Message(1, torch.empty(1))]).wait()
 
     with pytest.raises(ValueError, match="rank 1 is broken"):
         LoopbackTransport.run(2, body, timeout=30)
 
 
 def test_what_is_sent_is_read_late_so_that_early_changes_show():
-    def body(wire: LoopbackTransport) -> float:
-        mine, received = torch.full((1,), float(wire.rank)), wire.empty((1,), torch.empty(1))
-        pending = wire.exchange([Message(1 - wire.rank, mine)], [Message(1 - wire.rank, received)])
-        if wire.rank == 0:
+    def body(transport: LoopbackTransport) -> float:
+        mine, received = torch.full((1,), float(transport.rank)), transport.empty((1,), torch.empty(1))
+        pending = transport.exchange([Message(1 - transport.rank, mine)], [Message(1 - transport.rank, received)])
+        if transport.rank == 0:
             mine.fill_(99.0)  # wrong: the transfer is under way
         pending.wait()
         return received.item()
@@ -93,7 +93,7 @@ def test_what_is_sent_is_read_late_so_that_early_changes_show():
 
 
 def test_fresh_buffers_are_poisoned():
-    (buffer,) = LoopbackTransport.run(1, lambda wire: wire.empty((2, 2), torch.empty(1)))
+    (buffer,) = LoopbackTransport.run(1, lambda transport: transport.empty((2, 2), torch.empty(1)))
     assert buffer.isnan().all()
 
 
@@ -105,10 +105,10 @@ def test_a_pending_transfer_is_redeemed_once():
 
 
 def test_messages_must_be_contiguous_and_to_others():
-    def body(wire: LoopbackTransport) -> None:
+    def body(transport: LoopbackTransport) -> None:
         with pytest.raises(AssertionError, match="contiguous"):
-            wire.exchange([Message(1 - wire.rank, torch.empty(4, 4).t())], [])
+            transport.exchange([Message(1 - transport.rank, torch.empty(4, 4).t())], [])
         with pytest.raises(AssertionError, match="does not send to itself"):
-            wire.exchange([Message(wire.rank, torch.empty(4))], [])
+            transport.exchange([Message(transport.rank, torch.empty(4))], [])
 
     LoopbackTransport.run(2, body)

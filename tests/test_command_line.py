@@ -23,7 +23,7 @@ from dtensor_ring.debug import draw
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
-from dtensor_ring.planning.schedule import Problem, plan
+from dtensor_ring.planning.schedule import AttentionProblem, plan
 from dtensor_ring.tools import drawing
 from dtensor_ring.tools.drawing import RANKS_OF_EXCERPT, STEPS_SHOWN, WIDTH
 from dtensor_ring.tools.totals import fetched_by, totals
@@ -87,7 +87,7 @@ def test_the_kernel_table_in_the_docs_is_the_one_the_code_prints(capsys):
     st.sampled_from(["ring", "gather"]),
 )
 def test_the_picture_shows_the_step_of_every_score(layout, length, world, strategy):
-    problem = Problem(
+    problem = AttentionProblem(
         Layout.parse(layout),
         Band(0, None),
         length,
@@ -186,7 +186,7 @@ def test_many_ranks_are_drawn_as_an_excerpt(capsys, layout):
     lines = lines_of(capsys, "plan", "--world", "64", "--length", "1000000", "--layout", layout)
     ranks = RANKS_OF_EXCERPT + 1
     assert len(lines) <= 3 + (ranks + 3) + ranks * (3 + 4 * STEPS_SHOWN) + (2 * ranks + 7)
-    problem = Problem(Layout.parse(layout), Band(0, None), 10**6, 10**6, 64)
+    problem = AttentionProblem(Layout.parse(layout), Band(0, None), 10**6, 10**6, 64)
     loaded = totals(problem).most_loaded
     drawn = {0, 1, 2, loaded}
     assert lines.count(f"  ... and {64 - len(drawn)} more ranks: --rank R shows one") == 2
@@ -212,7 +212,7 @@ def test_ranks_asked_for_are_drawn_in_full(capsys):
 
 def test_a_summary_has_the_totals_of_the_plans(capsys):
     lines = lines_of(capsys, "plan", "--world", "3", "--length", "100", "--summary")
-    problem = Problem(Layout("zigzag"), Band(0, None), 100, 100, 3)
+    problem = AttentionProblem(Layout("zigzag"), Band(0, None), 100, 100, 3)
     plans = [plan(problem, rank) for rank in range(3)]
     cells, fetched = [each.cells for each in plans], [fetched_by(each) for each in plans]
     text = "\n".join(lines)

@@ -13,11 +13,11 @@ from dtensor_ring.comm import LoopbackTransport
 from dtensor_ring.ops.executors.exchange import Exchange
 from dtensor_ring.ops.executors.merge import GradSum
 from dtensor_ring.ops.executors.plan_executor import Executor
-from dtensor_ring.ops.kernels import KERNELS, Options
+from dtensor_ring.ops.kernels import KERNELS, SoftmaxParams
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band, mask_text
-from dtensor_ring.planning.schedule import Plan, Problem, plan
+from dtensor_ring.planning.schedule import AttentionProblem, Plan, plan
 
 HEADS, DIM = 2, 3
 PACKED = ("contiguous", "zigzag", "zigzag/documents")
@@ -40,9 +40,11 @@ def random_documents(count: int, length: int, seed: int = 0) -> Documents:
     return Documents(((0, *sorted(random.Random(seed).sample(range(1, length), count - 1)), length),))
 
 
-def problem_of(layout: str, strategy: str, world: int, mask: str, documents: Documents | None, length: int = 64) -> Problem:
+def problem_of(
+    layout: str, strategy: str, world: int, mask: str, documents: Documents | None, length: int = 64
+) -> AttentionProblem:
     length = documents.length if documents else length
-    return Problem(Layout.parse(layout), Band.parse(mask_text(*MASKS[mask])), length, length, world, strategy, documents)
+    return AttentionProblem(Layout.parse(layout), Band.parse(mask_text(*MASKS[mask])), length, length, world, strategy, documents)
 
 
 def same_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -66,7 +68,7 @@ def sweep():
             yield problem_of("zigzag", strategy, world, mask, rows)
 
 
-def shard(problem: Problem, rank: int, batch: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+def shard(problem: AttentionProblem, rank: int, batch: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Keys whose elements tell rank, batch row and stored row."""
     rows = torch.arange(problem.k_rows(rank), dtype=torch.float64)[None, :, None, None] + 1000 * rank
     whole = rows + 100_000 * torch.arange(batch)[:, None, None, None] + 0.25 * torch.arange(HEADS)[:, None]
@@ -78,24 +80,24 @@ def test_a_step_gets_its_rows_in_order_and_the_plan_says_what_travels(batch):
     for problem in sweep():
         shards = [shard(problem, rank, batch) for rank in range(problem.world)]
 
-        def rank_body(wire, problem=problem, shards=shards):
-            each = plan(problem, wire.rank)
-            exchange = Exchange(each, wire, same_dtype)
-            k = shards[wire.rank]
+        def rank_body(transport, problem=problem, shards=shards):
+            each = plan(problem, transport.rank)
+            exchange = Exchange(each, transport, same_dtype)
+            k = shards[transport.rank]
             for index, step in enumerate(each.steps):
-                before = wire.traffic.copy()
+                before = transport.traffic.copy()
                 keys, values = exchange.fetch(index, (k, k[..., :2] + 0.5), "forward").wait()
                 wanted = [shards[rows.source][:, rows.start : rows.stop] for rows in step.keys] or [k[:, :0]]
                 assert torch.equal(keys, torch.cat(wanted, 1))
                 assert torch.equal(values, torch.cat(wanted, 1)[..., :2] + 0.5)
                 if not problem.collective:
-                    sent, rows = wire.traffic.since(before), sum(rows.size for send in each.sends[index] for rows in send.rows)
+                    sent, rows = transport.traffic.since(before), sum(rows.size for send in each.sends[index] for rows in send.rows)
                     assert (sent.messages, sent.bytes) == (2 * len(each.sends[index]), batch * rows * HEADS * (DIM + 2) * 8)
 
         LoopbackTransport.run(problem.world, rank_body)
 
 
-def gradients(problem: Problem, rank: int, index: int, batch: int, dtype: torch.dtype) -> torch.Tensor:
+def gradients(problem: AttentionProblem, rank: int, index: int, batch: int, dtype: torch.dtype) -> torch.Tensor:
     """The gradients that a rank's step finds for its key buffer."""
     generator = torch.Generator().manual_seed(100 * rank + index)
     return torch.randn((batch, plan(problem, rank).steps[index].rows, HEADS, DIM), generator=generator, dtype=torch.float64).to(
@@ -114,15 +116,15 @@ def test_an_own_row_gets_the_sum_of_what_all_steps_found_for_it(batch):
                     sums[rows.source][:, rows.start : rows.stop] += grad[:, offset : offset + rows.size]
                     offset += rows.size
 
-        def rank_body(wire, problem=problem, sums=sums):
-            each = plan(problem, wire.rank)
-            exchange = Exchange(each, wire, same_dtype)
-            like = shard(problem, wire.rank, batch)
+        def rank_body(transport, problem=problem, sums=sums):
+            each = plan(problem, transport.rank)
+            exchange = Exchange(each, transport, same_dtype)
+            like = shard(problem, transport.rank, batch)
             own = GradSum(like, each.k_parts), GradSum(like[..., :2], each.k_parts)
             for index in range(len(each.steps)):
-                grad = gradients(problem, wire.rank, index, batch, torch.float64)
+                grad = gradients(problem, transport.rank, index, batch, torch.float64)
                 exchange.give_back(index, (grad, grad[..., :2].contiguous()), own).wait()
-            for total, wanted in zip(own, (sums[wire.rank], sums[wire.rank][..., :2]), strict=True):
+            for total, wanted in zip(own, (sums[transport.rank], sums[transport.rank][..., :2]), strict=True):
                 torch.testing.assert_close(total.result(), wanted, rtol=0, atol=1e-12)
 
         LoopbackTransport.run(problem.world, rank_body)
@@ -150,13 +152,13 @@ def test_gradients_in_16_bits_are_summed_in_float32_own_part_first_then_by_peer(
                 offset += rows.size
         wanted.append(total)
 
-    def rank_body(wire):
-        like = shard(problem, wire.rank, 2, torch.bfloat16)
+    def rank_body(transport):
+        like = shard(problem, transport.rank, 2, torch.bfloat16)
         own = GradSum(like, 4), GradSum(like, 4)
-        grad = gradients(problem, wire.rank, 0, 2, torch.bfloat16)
-        Exchange(plan(problem, wire.rank), wire, same_dtype).give_back(0, (grad, grad.clone()), own).wait()
+        grad = gradients(problem, transport.rank, 0, 2, torch.bfloat16)
+        Exchange(plan(problem, transport.rank), transport, same_dtype).give_back(0, (grad, grad.clone()), own).wait()
         assert own[0].result().dtype == torch.float32
-        assert all(torch.equal(total.result(), wanted[wire.rank]) for total in own)
+        assert all(torch.equal(total.result(), wanted[transport.rank]) for total in own)
 
     LoopbackTransport.run(4, rank_body)
 
@@ -169,10 +171,10 @@ def test_the_operators_of_a_transfer_grow_with_peers_and_not_with_documents(layo
     for count in (2, 200):
         problem = problem_of(layout, strategy, world, "causal", random_documents(count, 1600))
 
-        def rank_body(wire, problem=problem):
-            each = plan(problem, wire.rank)
-            exchange = Exchange(each, wire, same_dtype)
-            k = shard(problem, wire.rank, batch)
+        def rank_body(transport, problem=problem):
+            each = plan(problem, transport.rank)
+            exchange = Exchange(each, transport, same_dtype)
+            k = shard(problem, transport.rank, batch)
             for _ in range(2):  # index tensors are made the first time
                 counts = []
                 own = GradSum(k, each.k_parts), GradSum(k, each.k_parts)
@@ -201,9 +203,9 @@ def test_some_rank_gets_sums_of_one_peer_and_single_gradients_of_another():
 def test_one_range_of_own_keys_is_fetched_without_a_copy():
     problem = problem_of("zigzag", "ring", 2, "causal", random_documents(5, 64))
 
-    def rank_body(wire):
-        k, v = shard(problem, wire.rank, 2), shard(problem, wire.rank, 2)
-        keys, values = Exchange(plan(problem, wire.rank), wire, same_dtype).fetch(0, (k, v), "forward").wait()
+    def rank_body(transport):
+        k, v = shard(problem, transport.rank, 2), shard(problem, transport.rank, 2)
+        keys, values = Exchange(plan(problem, transport.rank), transport, same_dtype).fetch(0, (k, v), "forward").wait()
         assert (keys.data_ptr(), values.data_ptr()) == (k.data_ptr(), v.data_ptr())
 
     LoopbackTransport.run(2, rank_body)
@@ -216,9 +218,9 @@ def test_packed_results_are_bitwise_the_same_in_twenty_runs(layout, strategy):
     case = make_case(60, documents=documents, dtype=torch.bfloat16)
     problem = case.problem(layout, 3, strategy)
 
-    def rank_body(wire):
-        q, k, v, dout = (share(x, layout, 3, wire.rank, documents=documents).contiguous() for x in (*case.inputs, case.dout))
-        executor = Executor(plan(problem, wire.rank), wire, KERNELS["torch_cpu"], Options(0.3, deterministic=True))
+    def rank_body(transport):
+        q, k, v, dout = (share(x, layout, 3, transport.rank, documents=documents).contiguous() for x in (*case.inputs, case.dout))
+        executor = Executor(plan(problem, transport.rank), transport, KERNELS["torch_cpu"], SoftmaxParams(0.3, deterministic=True))
         runs = []
         for _ in range(20):
             out, lse = executor.forward(q, k, v, SEED)

@@ -16,12 +16,12 @@ from dtensor_ring import Contiguous, Documents, Stripe, Zigzag, distribute_tenso
 from dtensor_ring.ops.call import _choose_for_alibi
 from dtensor_ring.ops.executors import plan_executor
 from dtensor_ring.ops.executors.plan_executor import _positions
-from dtensor_ring.ops.kernels import Need, choose_kernel
+from dtensor_ring.ops.kernels import KernelRequirements, choose_kernel
 from dtensor_ring.ops.kernels.math import MathKernel, keep_mask
 from dtensor_ring.ops.reference import reference_attention
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
-from dtensor_ring.planning.schedule import Problem
+from dtensor_ring.planning.schedule import AttentionProblem
 
 STRATEGIES = ("ring", "gather")
 
@@ -116,7 +116,7 @@ def test_zero_dropout_keeps_everything():
 
 def test_which_blocks_let_flash_kernels_measure_distances():
     def chosen(layout, band, world, strategy=None):
-        return _choose_for_alibi(strategy or "auto", Problem(Layout.parse(layout), band, 64, 64, world))
+        return _choose_for_alibi(strategy or "auto", AttentionProblem(Layout.parse(layout), band, 64, 64, world))
 
     causal = Band(0, None)
     assert chosen("zigzag", causal, 4) == ("gather", "aligned")
@@ -233,7 +233,7 @@ def test_sinks_that_lie_elsewhere_are_refused(pools):
 
 
 def test_flash_kernels_refuse_what_their_blocks_would_measure_wrongly():
-    need = Need("cpu", torch.bfloat16, 64, 64, alibi="shifted")
+    need = KernelRequirements("cpu", torch.bfloat16, 64, 64, alibi="shifted")
     assert choose_kernel(None, need).name == "math"
     with pytest.raises(NotImplementedError, match="torch_cpu: has no ALiBi"):
         choose_kernel("torch_cpu", need)

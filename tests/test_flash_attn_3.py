@@ -9,7 +9,7 @@ import torch
 from helpers import make_case
 
 from dtensor_ring import ring_attention
-from dtensor_ring.ops.kernels import KERNELS, Options, flash_attn_3
+from dtensor_ring.ops.kernels import KERNELS, SoftmaxParams, flash_attn_3
 
 MATH = KERNELS["math"]
 
@@ -19,7 +19,7 @@ def side(causal: bool, left: int, right: int) -> tuple[int, int]:
 
 
 def forward(q, k, v, *, softmax_scale, softcap, causal, window_size_left, window_size_right):
-    out, lse = MATH.forward(q, k, v, side(causal, window_size_left, window_size_right), Options(softmax_scale, softcap))
+    out, lse = MATH.forward(q, k, v, side(causal, window_size_left, window_size_right), SoftmaxParams(softmax_scale, softcap))
     return out.to(q.dtype), lse, None, None
 
 
@@ -27,7 +27,7 @@ def backward(
     dout, q, k, v, out, lse, *, dq, dk, dv, softmax_scale, softcap, deterministic, is_causal, window_size_left, window_size_right
 ):
     window = side(is_causal, window_size_left, window_size_right)
-    grads = MATH.backward(dout, q, k, v, out, lse, window, Options(softmax_scale, softcap))
+    grads = MATH.backward(dout, q, k, v, out, lse, window, SoftmaxParams(softmax_scale, softcap))
     for given, grad in zip((dq, dk, dv), grads, strict=True):
         given.copy_(grad)
 

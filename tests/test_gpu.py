@@ -28,7 +28,7 @@ from dtensor_ring import (
 )
 from dtensor_ring.ops.call import AttentionCall
 from dtensor_ring.ops.executors.merge import merge_
-from dtensor_ring.ops.kernels import KERNELS, Need, Options, Packing, Span
+from dtensor_ring.ops.kernels import KERNELS, KernelRequirements, SoftmaxParams, VarlenMetadata, VarlenSegment
 from dtensor_ring.ops.reference import reference_attention
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
@@ -153,7 +153,7 @@ def peak_memory_of_the_ring():
     mesh = init_device_mesh("cuda", (world,), mesh_dim_names=("cp",))
     q, dout = (torch.randn(1, tokens, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     k, v = (torch.randn(1, tokens, kv_heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    kernel, scale = KERNELS["torch_flash"], Options(dim**-0.5)
+    kernel, scale = KERNELS["torch_flash"], SoftmaxParams(dim**-0.5)
 
     def peak(body):
         body()
@@ -213,7 +213,7 @@ def test_fused_merge_equals_the_plain_one(dtype, dim):
 @pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (100, 0), (50, 30)])
 @pytest.mark.parametrize("shape", [(300, 300), (200, 500)])
 def test_flash_kernel_windows_are_bottom_right(window, shape):
-    kernel, options = KERNELS["torch_flash"], Options(128**-0.5)
+    kernel, options = KERNELS["torch_flash"], SoftmaxParams(128**-0.5)
     case = make_case(shape[0], k_length=shape[1], dim=128, dtype=torch.bfloat16, device="cuda")
     out, lse = kernel.forward(*case.inputs, window, options)
     exact, exact_lse = reference_attention(*case.inputs, is_causal=False, window=window)
@@ -222,11 +222,11 @@ def test_flash_kernel_windows_are_bottom_right(window, shape):
 
 
 def test_packed_rows_without_keys_are_empty_and_keys_without_queries_get_no_gradient():
-    kernel, options = KERNELS["torch_flash"], Options(128**-0.5)
-    assert kernel.refuses(Need("cuda", torch.bfloat16, 128, 128, training=True)) is None
+    kernel, options = KERNELS["torch_flash"], SoftmaxParams(128**-0.5)
+    assert kernel.refuses(KernelRequirements("cuda", torch.bfloat16, 128, 128, training=True)) is None
     case = make_case(64, k_length=96, dim=128, batch=1, dtype=torch.bfloat16, device="cuda")
     q, k, v, dout = (x[0] for x in (*case.inputs, case.dout))
-    packing = Packing.of([Span(8, 24, 4, 30), Span(24, 50, 40, 90)], 64, 96, q.device)
+    packing = VarlenMetadata.of([VarlenSegment(8, 24, 4, 30), VarlenSegment(24, 50, 40, 90)], 64, 96, q.device)
     out, lse = kernel.forward_packed(q, k, v, packing, (-1, 0), options)
     assert (out[:8] == 0).all()
     assert (out[50:] == 0).all()

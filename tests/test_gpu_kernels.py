@@ -17,12 +17,12 @@ from test_gpu import PER_DOCUMENT, PLACEMENTS, note
 from torch.distributed.device_mesh import init_device_mesh
 
 from dtensor_ring import Documents, Zigzag, from_local, functional, ring_attention
-from dtensor_ring.ops.kernels import KERNELS, Need, choose_kernel
+from dtensor_ring.ops.kernels import KERNELS, KernelRequirements, choose_kernel
 from dtensor_ring.planning.layout import Layout
 
 pytestmark = pytest.mark.gpu
 FLASH = ("torch_flash", "flash_attn_2", "flash_attn_3", "flash_attn_4")
-NEED = Need("cuda", torch.bfloat16, 128, 128, training=True)
+NEED = KernelRequirements("cuda", torch.bfloat16, 128, 128, training=True)
 LENGTHS = (400, 7, 1, 700, 940)
 
 

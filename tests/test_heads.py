@@ -9,7 +9,7 @@ from helpers import SEED, make_case, share
 from dtensor_ring.comm import LoopbackTransport
 from dtensor_ring.ops.executors import head_groups
 from dtensor_ring.ops.executors.plan_executor import Executor
-from dtensor_ring.ops.kernels import Options
+from dtensor_ring.ops.kernels import SoftmaxParams
 from dtensor_ring.ops.kernels.math import MathKernel
 from dtensor_ring.planning.schedule import plan
 
@@ -34,17 +34,21 @@ class CountingHeads(MathKernel):
 def attend(case, at_once: int, layout: str, strategy: str, extras: bool):
     """Each rank's out, lse and gradients, the heads of its blocks, and its messages and bytes."""
     problem = case.problem(layout, WORLD, strategy)
-    options = Options(0.3, dropout_p=0.4 if extras else 0.0)
+    options = SoftmaxParams(0.3, dropout_p=0.4 if extras else 0.0)
     sinks = torch.linspace(-1, 1, 2 * KEY_HEADS, dtype=torch.float64) if extras else None
     alibi = torch.rand((2, 2 * KEY_HEADS), generator=torch.Generator().manual_seed(2)) if extras else None
 
-    def rank_body(wire: LoopbackTransport):
-        q, k, v, dout = (share(x, layout, WORLD, wire.rank).contiguous() for x in (*case.inputs, case.dout))
+    def rank_body(transport: LoopbackTransport):
+        q, k, v, dout = (share(x, layout, WORLD, transport.rank).contiguous() for x in (*case.inputs, case.dout))
         kernel = CountingHeads()
-        executor = Executor(plan(problem, wire.rank), wire, kernel, options, sinks, alibi, origin=(3, 5))
+        executor = Executor(plan(problem, transport.rank), transport, kernel, options, sinks, alibi, origin=(3, 5))
         out, lse = head_groups.forward(executor, q, k, v, at_once, SEED)
         grads = head_groups.backward(executor, dout, q, k, v, out, lse, at_once, SEED)
-        return (out, lse, *(x for x in grads if x is not None)), kernel.blocks, (wire.traffic.messages, wire.traffic.bytes)
+        return (
+            (out, lse, *(x for x in grads if x is not None)),
+            kernel.blocks,
+            (transport.traffic.messages, transport.traffic.bytes),
+        )
 
     return LoopbackTransport.run(WORLD, rank_body)
 

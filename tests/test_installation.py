@@ -17,7 +17,7 @@ import dtensor_ring
 from dtensor_ring import from_local, ring_attention, ring_plan
 from dtensor_ring.debug import kernel_table
 from dtensor_ring.ops.arguments import Strategy, choose_strategy
-from dtensor_ring.ops.kernels import KERNELS, KernelName, Need
+from dtensor_ring.ops.kernels import KERNELS, KernelName, KernelRequirements
 
 
 def run_python(code: str, without: str = "") -> str:
@@ -178,7 +178,7 @@ def test_values_for_annotations_are_public():
 class _Watched:
     """A need that writes down which of its fields a kernel reads."""
 
-    def __init__(self, need: Need) -> None:
+    def __init__(self, need: KernelRequirements) -> None:
         self.need, self.read = need, set()
 
     def __getattr__(self, name: str):
@@ -189,11 +189,11 @@ class _Watched:
 def test_kernels_judge_every_field_of_a_need():
     read = set()
     for kernel in KERNELS.values():
-        watched = _Watched(Need("cpu", torch.bfloat16, 64, 64, training=True, deterministic=True))
+        watched = _Watched(KernelRequirements("cpu", torch.bfloat16, 64, 64, training=True, deterministic=True))
         kernel.lacks(watched)
         kernel.unavailable(watched)
         read |= watched.read
-    assert {field.name for field in fields(Need)} <= read
+    assert {field.name for field in fields(KernelRequirements)} <= read
 
 
 def test_the_kernel_table_has_no_row_that_asks_for_nothing():

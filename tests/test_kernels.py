@@ -7,7 +7,15 @@ import torch
 from helpers import make_case
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dtensor_ring.ops.kernels import KERNELS, Extras, Need, Options, Packing, Span, choose_kernel
+from dtensor_ring.ops.kernels import (
+    KERNELS,
+    KernelRequirements,
+    PositionContext,
+    SoftmaxParams,
+    VarlenMetadata,
+    VarlenSegment,
+    choose_kernel,
+)
 from dtensor_ring.ops.kernels.base import band_mask, row_blocks
 from dtensor_ring.ops.kernels.flash import load
 from dtensor_ring.ops.kernels.math import MathKernel
@@ -47,7 +55,7 @@ IDLE = [block for block in BLOCKS if not bool(seen(*block).all())]
 @pytest.mark.parametrize("heads", [(4, 2), (3, 1), (2, 2)])
 def test_a_block_is_exact_in_float64(kernel, window, lengths, heads):
     case = make_case(lengths[0], k_length=lengths[1], heads=heads)
-    options = Options(8**-0.5)
+    options = SoftmaxParams(8**-0.5)
     out, lse = KERNELS[kernel].forward(*case.inputs, window, options)
     grads = KERNELS[kernel].backward(case.dout, *case.inputs, out, lse, window, options)
     want_out, want_lse, want_grads = exact(case, window)
@@ -60,7 +68,7 @@ def test_a_block_is_exact_in_float64(kernel, window, lengths, heads):
 def test_in_math_a_row_that_sees_no_key_is_zero_and_gives_no_gradient(window, lengths):
     case, idle = make_case(lengths[0], k_length=lengths[1]), ~seen(window, lengths)
     assert idle.any()
-    options = Options(8**-0.5)
+    options = SoftmaxParams(8**-0.5)
     out, lse = KERNELS["math"].forward(*case.inputs, window, options)
     grads = KERNELS["math"].backward(case.dout, *case.inputs, out, lse, window, options)
     want_out, want_lse, want_grads = exact(case, window)
@@ -75,8 +83,8 @@ def test_in_math_a_row_that_sees_no_key_is_zero_and_gives_no_gradient(window, le
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_block_is_as_exact_as_its_dtype(kernel, dtype):
     case = make_case(40, dtype=dtype)
-    out, lse = KERNELS[kernel].forward(*case.inputs, (-1, 0), Options(8**-0.5))
-    grads = KERNELS[kernel].backward(case.dout, *case.inputs, out.to(dtype), lse, (-1, 0), Options(8**-0.5))
+    out, lse = KERNELS[kernel].forward(*case.inputs, (-1, 0), SoftmaxParams(8**-0.5))
+    grads = KERNELS[kernel].backward(case.dout, *case.inputs, out.to(dtype), lse, (-1, 0), SoftmaxParams(8**-0.5))
     want_out, want_lse, want_grads = exact(case, (-1, 0))
     assert lse.dtype == torch.float32
     torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=max(1e-5, 0.1 * torch.finfo(dtype).eps))
@@ -88,7 +96,7 @@ def test_a_block_is_as_exact_as_its_dtype(kernel, dtype):
 @pytest.mark.parametrize("kernel", CPU_KERNELS)
 def test_backward_of_a_block_with_the_global_lse_is_its_share(kernel):
     case = make_case(12, mask="full")
-    options, k_cut = Options(8**-0.5), 5
+    options, k_cut = SoftmaxParams(8**-0.5), 5
     out, lse, *_ = case.exact()
     shares = []
     for part in (slice(0, k_cut), slice(k_cut, 12)):
@@ -103,8 +111,8 @@ def test_backward_of_a_block_with_the_global_lse_is_its_share(kernel):
 def test_packed_segments_are_problems_of_their_own(kernel):
     case = make_case(20, k_length=26, batch=1)
     q, k, v, dout = (x[0] for x in (*case.inputs, case.dout))
-    spans = [Span(2, 7, 1, 9), Span(7, 8, 9, 10), Span(12, 20, 14, 25)]
-    packing, options = Packing.of(spans, 20, 26, q.device), Options(8**-0.5)
+    spans = [VarlenSegment(2, 7, 1, 9), VarlenSegment(7, 8, 9, 10), VarlenSegment(12, 20, 14, 25)]
+    packing, options = VarlenMetadata.of(spans, 20, 26, q.device), SoftmaxParams(8**-0.5)
     out, lse = KERNELS[kernel].forward_packed(q, k, v, packing, (-1, 0), options)
     grads = KERNELS[kernel].backward_packed(dout, q, k, v, out, lse, packing, (-1, 0), options)
     idle_q, idle_k = torch.ones(20, dtype=torch.bool), torch.ones(26, dtype=torch.bool)
@@ -125,7 +133,7 @@ def test_packed_segments_are_problems_of_their_own(kernel):
 
 
 def test_a_packing_gives_gaps_to_sequences_without_keys_or_without_queries():
-    packing = Packing.of([Span(2, 5, 0, 4), Span(5, 6, 6, 8)], 9, 10, torch.device("cpu"))
+    packing = VarlenMetadata.of([VarlenSegment(2, 5, 0, 4), VarlenSegment(5, 6, 6, 8)], 9, 10, torch.device("cpu"))
     assert packing.cu_q.tolist() == [0, 2, 5, 5, 6, 9, 9]
     assert packing.cu_k.tolist() == [0, 0, 4, 6, 8, 8, 10]
     assert (packing.max_q, packing.max_k) == (3, 4)
@@ -134,7 +142,7 @@ def test_a_packing_gives_gaps_to_sequences_without_keys_or_without_queries():
 
 def test_softcap_and_its_gradient_are_exact_in_math():
     case = make_case(11, softcap=1.5)
-    options = Options(8**-0.5, softcap=1.5)
+    options = SoftmaxParams(8**-0.5, softcap=1.5)
     out, lse = KERNELS["math"].forward(*case.inputs, (-1, 0), options)
     grads = KERNELS["math"].backward(case.dout, *case.inputs, out, lse, (-1, 0), options)
     want_out, want_lse, want_grads = exact(case, (-1, 0))
@@ -144,7 +152,7 @@ def test_softcap_and_its_gradient_are_exact_in_math():
 
 def test_a_value_dim_of_its_own_is_exact_in_math():
     case = make_case(11, v_dim=5)
-    out, *_ = KERNELS["math"].forward(*case.inputs, (-1, 0), Options(8**-0.5))
+    out, *_ = KERNELS["math"].forward(*case.inputs, (-1, 0), SoftmaxParams(8**-0.5))
     torch.testing.assert_close(out, exact(case, (-1, 0))[0], rtol=0, atol=1e-12)
 
 
@@ -163,8 +171,8 @@ def test_long_blocks_are_computed_in_strips_alike():
     for window in [(-1, 0), (300, 0), (-1, 40), (300, -1)]:
         found, wanted = [], []
         for kernel, results in (("torch_cpu", found), ("math", wanted)):
-            results += KERNELS[kernel].forward(*case.inputs, window, Options(0.5))
-            results += KERNELS[kernel].backward(case.dout, *case.inputs, *results, window, Options(0.5))
+            results += KERNELS[kernel].forward(*case.inputs, window, SoftmaxParams(0.5))
+            results += KERNELS[kernel].backward(case.dout, *case.inputs, *results, window, SoftmaxParams(0.5))
         for a, b in zip(found, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
@@ -201,7 +209,7 @@ class OpCounter(TorchDispatchMode):
 )
 def test_torch_cpu_masks_only_where_its_op_cannot(window, lengths, strips):
     case = make_case(lengths[0], k_length=lengths[1], dtype=torch.float32)
-    kernel, options = KERNELS["torch_cpu"], Options(8**-0.5)
+    kernel, options = KERNELS["torch_cpu"], SoftmaxParams(8**-0.5)
     with OpCounter() as ops:
         out, lse = kernel.forward(*case.inputs, window, options)
         kernel.backward(case.dout, *case.inputs, out, lse, window, options)
@@ -212,13 +220,13 @@ def test_torch_cpu_masks_only_where_its_op_cannot(window, lengths, strips):
 
 def test_each_packed_segment_gets_the_positions_and_slopes_of_its_own_rows():
     rows, keys, slopes = 10, 13, torch.rand(2, 4)
-    spans = [Span(1, 4, 0, 5), Span(6, 9, 5, 13), Span(10, 12, 13, 15), Span(14, 19, 20, 25)]
-    packing = Packing.of(spans, 2 * rows, 2 * keys, torch.device("cpu"))
+    spans = [VarlenSegment(1, 4, 0, 5), VarlenSegment(6, 9, 5, 13), VarlenSegment(10, 12, 13, 15), VarlenSegment(14, 19, 20, 25)]
+    packing = VarlenMetadata.of(spans, 2 * rows, 2 * keys, torch.device("cpu"))
     q_positions, k_positions = torch.randperm(rows), torch.randperm(keys)
-    extras = Extras(slopes, 7, q_positions, k_positions, origin=(3, 1))
+    extras = PositionContext(slopes, 7, q_positions, k_positions, origin=(3, 1))
     case = make_case(2 * rows, k_length=2 * keys, batch=1)
     q, k, v, dout = (x[0] for x in (*case.inputs, case.dout))
-    kernel, options = Recording(), Options(0.4)
+    kernel, options = Recording(), SoftmaxParams(0.4)
     out, lse = kernel.forward_packed(q, k, v, packing, (-1, -1), options, extras)
     kernel.backward_packed(dout, q, k, v, out, lse, packing, (-1, -1), options, extras)
     assert len(kernel.kept) == 2 * len(spans)
@@ -230,12 +238,12 @@ def test_each_packed_segment_gets_the_positions_and_slopes_of_its_own_rows():
         assert (part.batch, part.origin, part.seed) == (row, (3, 1), 7)
 
 
-NEED = Need("cpu", torch.float32, 64, 64)
+NEED = KernelRequirements("cpu", torch.float32, 64, 64)
 
 
 def test_the_first_kernel_that_does_not_refuse_is_chosen():
     assert choose_kernel(None, NEED).name == "torch_cpu"
-    assert choose_kernel(None, Need("cpu", torch.float32, 64, 32)).name == "math"
+    assert choose_kernel(None, KernelRequirements("cpu", torch.float32, 64, 32)).name == "math"
     assert choose_kernel("math", NEED).name == "math"
 
 
@@ -246,7 +254,7 @@ def test_an_unknown_kernel_is_named():
 
 def test_all_refusals_are_listed_with_their_reasons():
     with pytest.raises(NotImplementedError) as failure:
-        choose_kernel(None, Need("cpu", torch.int32, 64, 64))
+        choose_kernel(None, KernelRequirements("cpu", torch.int32, 64, 64))
     text = str(failure.value)
     assert "every kernel refuses" in text
     assert "torch_flash: runs on CUDA tensors, found cpu" in text
@@ -257,9 +265,9 @@ def test_all_refusals_are_listed_with_their_reasons():
 @pytest.mark.parametrize(
     ("need", "text"),
     [
-        (Need("cuda", torch.float32, 64, 64), "runs on CPU tensors, found cuda"),
-        (Need("cpu", torch.float32, 64, 32), "needs one head dim for q, k and v, found 64 and 32"),
-        (Need("cpu", torch.float32, 64, 64, softcap=30.0), "has no softcap"),
+        (KernelRequirements("cuda", torch.float32, 64, 64), "runs on CPU tensors, found cuda"),
+        (KernelRequirements("cpu", torch.float32, 64, 32), "needs one head dim for q, k and v, found 64 and 32"),
+        (KernelRequirements("cpu", torch.float32, 64, 64, softcap=30.0), "has no softcap"),
     ],
 )
 def test_torch_cpu_says_why_it_refuses(need, text):

@@ -9,11 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dtensor_ring.comm import AloneTransport, LoopbackTransport
 from dtensor_ring.ops.executors.merge import accumulate_dtype
 from dtensor_ring.ops.executors.plan_executor import Executor
-from dtensor_ring.ops.kernels import Kernel, Options, Result
+from dtensor_ring.ops.kernels import Kernel, Result, SoftmaxParams
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
-from dtensor_ring.planning.schedule import Problem, plan
+from dtensor_ring.planning.schedule import AttentionProblem, plan
 
 LENGTH, HEADS, DIM = 12, 4, 8
 VIEWS = {"aten::view", "aten::transpose.int", "aten::slice.Tensor"}
@@ -66,9 +66,9 @@ class Names(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def problem_of(documents: Documents | None, mask: str = "causal", world: int = 1, strategy: str = "ring") -> Problem:
+def problem_of(documents: Documents | None, mask: str = "causal", world: int = 1, strategy: str = "ring") -> AttentionProblem:
     band = Band(0, None) if mask == "causal" else Band(None, None)
-    return Problem(Layout.parse("contiguous"), band, LENGTH, LENGTH, world, strategy, documents)
+    return AttentionProblem(Layout.parse("contiguous"), band, LENGTH, LENGTH, world, strategy, documents)
 
 
 def tensors(rows: int, dtype: torch.dtype, batch: int = 1):
@@ -90,7 +90,7 @@ PACKINGS = [None, Documents.from_lengths([5, 1, 6])]
 def test_on_one_rank_the_kernels_tensors_are_the_result_and_no_other_operator_runs(strategy, documents, dtype):
     q, k, v, dout = tensors(LENGTH, dtype)
     kernel = PreparedKernel(q, k, v, documents is not None)
-    executor = Executor(plan(problem_of(documents, strategy=strategy), 0), AloneTransport(), kernel, Options(0.3))
+    executor = Executor(plan(problem_of(documents, strategy=strategy), 0), AloneTransport(), kernel, SoftmaxParams(0.3))
     executor.forward(q, k, v)  # what is kept between calls is made the first time
     with Names() as seen:
         out, lse = executor.forward(q, k, v)
@@ -106,7 +106,7 @@ def test_on_one_rank_the_kernels_tensors_are_the_result_and_no_other_operator_ru
 def test_two_batch_rows_copy_no_more_than_the_lse_of_a_packed_call(documents):
     q, k, v, dout = tensors(LENGTH, torch.bfloat16, batch=2)
     kernel = PreparedKernel(q, k, v, documents is not None)
-    executor = Executor(plan(problem_of(documents), 0), AloneTransport(), kernel, Options(0.3))
+    executor = Executor(plan(problem_of(documents), 0), AloneTransport(), kernel, SoftmaxParams(0.3))
     out, lse = executor.forward(q, k, v)
     dq, dk, dv, _ = executor.backward(dout, q, k, v, out, lse)
     assert pointers(out, dq, dk, dv) == pointers(kernel.out, *kernel.grads)
@@ -118,11 +118,11 @@ def test_two_batch_rows_copy_no_more_than_the_lse_of_a_packed_call(documents):
 def test_on_gathered_keys_the_kernels_out_lse_and_dq_are_the_result():
     problem = problem_of(None, "full", 2, "gather")
 
-    def rank_body(wire):
+    def rank_body(transport):
         q, k, v, dout = tensors(LENGTH // 2, torch.bfloat16)
         gathered = torch.empty(1, LENGTH, 2, DIM, dtype=q.dtype)
         kernel = PreparedKernel(q, gathered, gathered, packed=False)
-        executor = Executor(plan(problem, wire.rank), wire, kernel, Options(0.3))
+        executor = Executor(plan(problem, transport.rank), transport, kernel, SoftmaxParams(0.3))
         out, lse = executor.forward(q, k, v)
         dq, dk, dv, _ = executor.backward(dout, q, k, v, out, lse)
         assert pointers(out, lse, dq) == pointers(kernel.out, kernel.lse, kernel.grads[0])
@@ -137,7 +137,7 @@ def test_on_gathered_keys_the_kernels_out_lse_and_dq_are_the_result():
 def test_what_a_kernel_returns_in_a_wider_dtype_is_rounded_to_that_of_the_inputs():
     q, k, v, dout = tensors(LENGTH, torch.bfloat16)
     kernel = PreparedKernel(q, k, v, packed=False, dtype=torch.float32)
-    executor = Executor(plan(problem_of(None), 0), AloneTransport(), kernel, Options(0.3))
+    executor = Executor(plan(problem_of(None), 0), AloneTransport(), kernel, SoftmaxParams(0.3))
     out, lse = executor.forward(q, k, v)
     grads = executor.backward(dout, q, k, v, out, lse)[:3]
     for mine, given in zip((out, *grads), (kernel.out, *kernel.grads), strict=True):
@@ -148,7 +148,7 @@ def test_what_a_kernel_returns_in_a_wider_dtype_is_rounded_to_that_of_the_inputs
 def test_sinks_enter_once(documents):
     q, k, v, dout = tensors(LENGTH, torch.float64)
     kernel, sinks = PreparedKernel(q, k, v, documents is not None), torch.randn(HEADS, dtype=torch.float64)
-    executor = Executor(plan(problem_of(documents), 0), AloneTransport(), kernel, Options(0.3), sinks)
+    executor = Executor(plan(problem_of(documents), 0), AloneTransport(), kernel, SoftmaxParams(0.3), sinks)
     out, lse = executor.forward(q, k, v)
     given_out, given_lse = kernel.out.view(1, LENGTH, HEADS, DIM), kernel.lse.view(1, HEADS, LENGTH)
     weights = torch.stack([given_lse, sinks[:, None].expand(-1, LENGTH)[None]])

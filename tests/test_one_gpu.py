@@ -22,7 +22,7 @@ from dtensor_ring import (
     full_tensor,
     ring_attention,
 )
-from dtensor_ring.ops.kernels import KERNELS, Options, Packing, Span
+from dtensor_ring.ops.kernels import KERNELS, SoftmaxParams, VarlenMetadata, VarlenSegment
 
 pytestmark = pytest.mark.gpu
 WINDOWS = [(-1, -1), (-1, 0), (5, 0), (0, -1), (7, -1), (-1, 3), (-1, 40), (-1, 300), (4, 30), (300, 2), (64, 64), (500, 500)]
@@ -52,12 +52,12 @@ def _sees_a_key(rows: int, columns: int, window: tuple[int, int]) -> torch.Tenso
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_flash_attention_2_reads_windows_as_the_stand_in_for_cpus_says(shape, window, packed):
-    case, options = make_case(shape[0], k_length=shape[1], dim=64, batch=1, dtype=torch.bfloat16, device="cuda"), Options(0.1)
+    case, options = make_case(shape[0], k_length=shape[1], dim=64, batch=1, dtype=torch.bfloat16, device="cuda"), SoftmaxParams(0.1)
     read = as_flash_attn_2(window, shape[1])
     seen = _sees_a_key(*shape, read)
     if packed:
         flat = [x[0] for x in case.inputs]
-        packing = Packing.of([Span(0, shape[0], 0, shape[1])], *shape, torch.device("cuda"))
+        packing = VarlenMetadata.of([VarlenSegment(0, shape[0], 0, shape[1])], *shape, torch.device("cuda"))
         out = KERNELS["torch_flash"].forward_packed(*flat, packing, window, options).out
         meant = KERNELS["math"].forward_packed(*flat, packing, read, options).out
     else:

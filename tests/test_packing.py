@@ -26,7 +26,7 @@ from dtensor_ring import (
 )
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
-from dtensor_ring.planning.schedule import Plan, Problem, plan
+from dtensor_ring.planning.schedule import AttentionProblem, Plan, plan
 
 PER_DOCUMENT = "zigzag/documents"
 CAUSAL = Band(0, None)
@@ -35,7 +35,7 @@ LISTS = ((0, 8192), (0, 256, 7648, 8192), (0, 4096, 8192), (0, 3104, 6304, 7904,
 
 
 def plans_of(bounds: tuple[int, ...], layout: str, world: int, strategy: str = "ring", band: Band = CAUSAL) -> list[Plan]:
-    problem = Problem(Layout.parse(layout), band, bounds[-1], bounds[-1], world, strategy, Documents((bounds,)))
+    problem = AttentionProblem(Layout.parse(layout), band, bounds[-1], bounds[-1], world, strategy, Documents((bounds,)))
     return [plan(problem, rank) for rank in range(world)]
 
 

@@ -228,13 +228,13 @@ def test_moves_are_permutations_without_processes(world, length):
     splits = [Layout("contiguous"), Layout("zigzag"), Layout("stripe", 2), collectives.Chunks()]
     for old, new in itertools.product(splits, splits):
 
-        def body(wire: LoopbackTransport, old=old, new=new):
-            shard = collectives.take_shard(x, 1, old, wire.world, wire.rank)
-            moved = collectives.reshard(shard, 1, old, new, length, wire)
-            assert torch.equal(moved, collectives.take_shard(x, 1, new, wire.world, wire.rank))
-            assert torch.equal(collectives.gather_shards(shard, 1, old, length, wire), x)
-            heads = collectives.exchange_dims(shard, (1, old, length), (2, new, 6), wire)
-            assert torch.equal(heads, collectives.take_shard(x, 2, new, wire.world, wire.rank))
+        def body(transport: LoopbackTransport, old=old, new=new):
+            shard = collectives.take_shard(x, 1, old, transport.world, transport.rank)
+            moved = collectives.reshard(shard, 1, old, new, length, transport)
+            assert torch.equal(moved, collectives.take_shard(x, 1, new, transport.world, transport.rank))
+            assert torch.equal(collectives.gather_shards(shard, 1, old, length, transport), x)
+            heads = collectives.exchange_dims(shard, (1, old, length), (2, new, 6), transport)
+            assert torch.equal(heads, collectives.take_shard(x, 2, new, transport.world, transport.rank))
 
         LoopbackTransport.run(world, body)
 

@@ -11,7 +11,7 @@ from dtensor_ring.debug import balance
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
-from dtensor_ring.planning.schedule import Problem, plan
+from dtensor_ring.planning.schedule import AttentionProblem, plan
 
 LAYOUTS = [Layout("contiguous"), Layout("zigzag"), Layout("stripe"), Layout("stripe", 2), Layout("stripe", 3)]
 CAUSAL, FULL = Band(0, None), Band()
@@ -29,12 +29,12 @@ def problems(draw):
     if k_length == length and draw(st.booleans()):
         cuts = st.lists(st.integers(0, length), max_size=5)
         documents = Documents(tuple((0, *sorted(draw(cuts)), length) for _ in range(draw(st.integers(1, 2)))))
-    return Problem(
+    return AttentionProblem(
         draw(st.sampled_from(LAYOUTS)), band, length, k_length, world, draw(st.sampled_from(["ring", "gather"])), documents
     )
 
 
-def computed(problem: Problem, row: int, reading=lambda window, longest_k: window) -> Counter[tuple[int, int]]:
+def computed(problem: AttentionProblem, row: int, reading=lambda window, longest_k: window) -> Counter[tuple[int, int]]:
     """How often the plans compute each (query position, key position) of a batch row, by brute force.
 
     `reading` is how a kernel reads a window where the longest segment of a call has so many keys.
@@ -58,7 +58,7 @@ def computed(problem: Problem, row: int, reading=lambda window, longest_k: windo
     return seen
 
 
-def allowed(problem: Problem, row: int) -> set[tuple[int, int]]:
+def allowed(problem: AttentionProblem, row: int) -> set[tuple[int, int]]:
     band, shift, bounds = problem.band, problem.k_length - problem.q_length, problem.bounds[row]
     document = (lambda token: 0) if bounds is None else (lambda token: Documents.find(bounds, token))
     return {
@@ -73,8 +73,8 @@ def allowed(problem: Problem, row: int) -> set[tuple[int, int]]:
 
 @settings(max_examples=400)
 @given(problems())
-@example(Problem(Layout("stripe", 3), Band(0, 7), 40, 40, 3, "ring", Documents.from_lengths([11, 29])))
-@example(Problem(Layout("zigzag"), CAUSAL, 7, 40, 4, "gather"))
+@example(AttentionProblem(Layout("stripe", 3), Band(0, 7), 40, 40, 3, "ring", Documents.from_lengths([11, 29])))
+@example(AttentionProblem(Layout("zigzag"), CAUSAL, 7, 40, 4, "gather"))
 def test_every_allowed_score_is_computed_exactly_once_and_no_other(problem):
     for row in range(len(problem.bounds)):
         assert computed(problem, row) == Counter(allowed(problem, row))
@@ -82,8 +82,10 @@ def test_every_allowed_score_is_computed_exactly_once_and_no_other(problem):
 
 @settings(max_examples=400)
 @given(problems())
-@example(Problem(Layout("contiguous"), Band(0, 25), 40, 40, 4, "ring", Documents.from_lengths([7, 33])))  # more rows than keys
-@example(Problem(Layout("zigzag"), Band(-9, None), 24, 24, 4))  # a side ahead of as many tokens as there are keys
+@example(
+    AttentionProblem(Layout("contiguous"), Band(0, 25), 40, 40, 4, "ring", Documents.from_lengths([7, 33]))
+)  # more rows than keys
+@example(AttentionProblem(Layout("zigzag"), Band(-9, None), 24, 24, 4))  # a side ahead of as many tokens as there are keys
 def test_flash_attention_2_reads_the_windows_of_plans_as_they_are_meant(problem):
     for row in range(len(problem.bounds)):
         assert computed(problem, row, as_flash_attn_2) == Counter(allowed(problem, row))
@@ -133,7 +135,7 @@ def test_segments_of_a_call_are_disjoint_and_increasing_in_rows_and_keys(problem
 
 @settings(max_examples=300)
 @given(problems())
-@example(Problem(Layout("contiguous"), FULL, 40, 40, 3))
+@example(AttentionProblem(Layout("contiguous"), FULL, 40, 40, 3))
 def test_contributions_are_counted_for_every_row(problem):
     for rank in range(problem.world):
         each = plan(problem, rank)
@@ -151,7 +153,7 @@ def test_contributions_are_counted_for_every_row(problem):
 
 @settings(max_examples=300)
 @given(problems())
-@example(Problem(Layout("zigzag"), CAUSAL, 40, 40, 4, "ring", Documents(((0, 9, 40), (0, 31, 40)))))
+@example(AttentionProblem(Layout("zigzag"), CAUSAL, 40, 40, 4, "ring", Documents(((0, 9, 40), (0, 31, 40)))))
 def test_sums_tell_where_a_key_row_takes_part_in_several_calls(problem):
     for rank in range(problem.world):
         for step in plan(problem, rank).steps:
@@ -160,7 +162,7 @@ def test_sums_tell_where_a_key_row_takes_part_in_several_calls(problem):
 
 
 def causal(kind: str, world: int, length: int, strategy: str = "ring", block: int = 1) -> list:
-    problem = Problem(Layout(kind, block), CAUSAL, length, length, world, strategy)
+    problem = AttentionProblem(Layout(kind, block), CAUSAL, length, length, world, strategy)
     return [plan(problem, rank) for rank in range(world)]
 
 
@@ -226,7 +228,7 @@ def test_rows_sent_follow_the_formulas(world):
 @pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
 def test_a_window_fetches_only_the_keys_around_each_run_and_makes_one_call(kind, window):
     world, chunk = 4, 64
-    problem = Problem(Layout(kind), Band(0, window), 2 * world * chunk, 2 * world * chunk, world)
+    problem = AttentionProblem(Layout(kind), Band(0, window), 2 * world * chunk, 2 * world * chunk, world)
     assert problem.is_halo
     sent = 0
     for rank in range(world):
@@ -242,7 +244,7 @@ def test_a_window_fetches_only_the_keys_around_each_run_and_makes_one_call(kind,
 @example([4] * 32, 4, 30)  # whole documents fetch nothing, however long the window
 def test_documents_cut_one_by_one_are_a_halo_where_a_window_fetches_at_most_twice_the_local_keys(lengths, world, window):
     documents = Documents.from_lengths(lengths)
-    problem = Problem(
+    problem = AttentionProblem(
         Layout.parse("zigzag/documents"), Band(0, window), documents.length, documents.length, world, "ring", documents
     )
     (bounds,) = problem.bounds
@@ -256,15 +258,15 @@ def test_documents_cut_one_by_one_are_a_halo_where_a_window_fetches_at_most_twic
 def test_a_window_with_documents_makes_one_call_too():
     documents = Documents.from_lengths([100, 3, 1, 200, 208])
     for kind in ("contiguous", "zigzag"):
-        problem = Problem(Layout(kind), Band(0, 10), 512, 512, 4, "ring", documents)
+        problem = AttentionProblem(Layout(kind), Band(0, 10), 512, 512, 4, "ring", documents)
         assert [plan(problem, rank).calls for rank in range(4)] == [1] * 4
 
 
 def test_packed_documents_send_only_what_crosses_ranks():
     documents = Documents.from_lengths([8] * 8)
-    problem = Problem(Layout("contiguous"), CAUSAL, 64, 64, 4, "ring", documents)
+    problem = AttentionProblem(Layout("contiguous"), CAUSAL, 64, 64, 4, "ring", documents)
     assert [plan(problem, rank).rows_sent for rank in range(4)] == [0, 0, 0, 0]
-    straddling = Problem(Layout("contiguous"), CAUSAL, 64, 64, 4, "gather", Documents.from_lengths([14, 4, 46]))
+    straddling = AttentionProblem(Layout("contiguous"), CAUSAL, 64, 64, 4, "gather", Documents.from_lengths([14, 4, 46]))
     assert [plan(straddling, rank).rows_sent for rank in range(4)] == [2, 14 + 14, 16, 0]
 
 

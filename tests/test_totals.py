@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from dtensor_ring.planning.documents import Documents, Slices
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
-from dtensor_ring.planning.schedule import Problem, plan
+from dtensor_ring.planning.schedule import AttentionProblem, plan
 from dtensor_ring.tools import totals as module
 from dtensor_ring.tools.totals import Totals, fetched_by, totals
 
@@ -35,9 +35,9 @@ def problems(draw, lengths=short, most=8):
     if layout.cut or draw(st.booleans()):
         parts = draw(st.lists(lengths, max_size=most))
         total = sum(parts)
-        return Problem(layout, draw(bands()), total, total, world, strategy, Documents.from_lengths(parts))
+        return AttentionProblem(layout, draw(bands()), total, total, world, strategy, Documents.from_lengths(parts))
     total = draw(st.integers(0, 96))
-    return Problem(layout, draw(bands()), total, total, world, strategy)
+    return AttentionProblem(layout, draw(bands()), total, total, world, strategy)
 
 
 def of_plans(problem):
@@ -51,8 +51,8 @@ def of_plans(problem):
 
 
 @given(problems())
-@example(Problem(Layout("stripe", 2), Band(0, 1), 95, 95, 3))
-@example(Problem(Layout("zigzag"), Band(0, 3), 96, 96, 6))
+@example(AttentionProblem(Layout("stripe", 2), Band(0, 1), 95, 95, 3))
+@example(AttentionProblem(Layout("zigzag"), Band(0, 3), 96, 96, 6))
 def test_totals_are_those_of_the_plans(problem):
     assert totals(problem) == of_plans(problem)
 
@@ -71,7 +71,7 @@ def test_totals_of_long_documents_are_those_of_the_plans(problem):
     st.sampled_from(["ring", "gather"]),
 )
 def test_totals_of_two_lengths_are_those_of_the_plans(layout, band, q_length, k_length, world, strategy):
-    problem = Problem(Layout.parse(layout), band, q_length, k_length, world, strategy)
+    problem = AttentionProblem(Layout.parse(layout), band, q_length, k_length, world, strategy)
     assert totals(problem) == of_plans(problem)
 
 
@@ -80,7 +80,7 @@ def test_totals_of_two_lengths_are_those_of_the_plans(layout, band, q_length, k_
 )
 def test_totals_of_batch_rows_that_differ_are_those_of_the_plans(ends, band, layout):
     documents = Documents(tuple((0, end, 40) for end in ends))
-    problem = Problem(Layout.parse(layout), band, 40, 40, 3, "ring", documents)
+    problem = AttentionProblem(Layout.parse(layout), band, 40, 40, 3, "ring", documents)
     assert totals(problem) == of_plans(problem)
 
 
@@ -89,13 +89,13 @@ def test_totals_of_batch_rows_that_differ_are_those_of_the_plans(ends, band, lay
 @pytest.mark.parametrize("band", [Band(0, 0), Band(0, 2), Band(-1, 1), Band(-2, 0)])
 def test_windows_narrower_than_a_stripe_leave_gaps_that_are_counted(layout, documents, band):
     """Rounds left out inside documents are added again: the sequence has many more than the window reaches."""
-    problem = Problem(Layout.parse(layout), band, 400, 400, 5, "ring", documents)
+    problem = AttentionProblem(Layout.parse(layout), band, 400, 400, 5, "ring", documents)
     assert module._has_gaps(problem)
     assert totals(problem) == of_plans(problem)
 
 
 def test_slices_are_counted_by_their_plans():
-    problem = Problem(Layout("contiguous"), Band(0, None), 8, 16, 2, "gather", Slices((0, 3, 8), (0, 5, 12), 2))
+    problem = AttentionProblem(Layout("contiguous"), Band(0, None), 8, 16, 2, "gather", Slices((0, 3, 8), (0, 5, 12), 2))
     assert totals(problem) == of_plans(problem)
 
 
@@ -105,7 +105,9 @@ def test_totals_make_no_plan(monkeypatch, layout, strategy):
     monkeypatch.setattr(module, "plan", lambda *_: pytest.fail("a plan was made"))
     documents = Documents.from_lengths([300_000, 700_000])
     for band in (Band(0, None), Band(), Band(0, 4096), Band(0, 16)):
-        problem = Problem(Layout.parse(layout), band, 1_000_000, 1_000_000, 64, strategy, documents if "/" in layout else None)
+        problem = AttentionProblem(
+            Layout.parse(layout), band, 1_000_000, 1_000_000, 64, strategy, documents if "/" in layout else None
+        )
         counted = totals(problem)
         assert sum(counted.tokens) == 1_000_000
         assert 0 < counted.balance <= 1

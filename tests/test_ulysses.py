@@ -49,17 +49,17 @@ def test_it_is_exact_on_every_layout(pools, world, heads):
 def bytes_sent():
     world = dist.get_world_size()
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("cp",))
-    wire = transport_of(mesh.get_group())
+    transport = transport_of(mesh.get_group())
     for heads, kv_heads in ((8, 4), (8, 2)):
         case = make_case(16, heads=(heads, kv_heads), dtype=torch.float32)
         placed = [distribute_tensor(x, mesh, [Zigzag(1)], src_data_rank=None) for x in case.inputs]
         ring_attention(*placed, strategy="ulysses")
-        before = wire.traffic.bytes
+        before = transport.traffic.bytes
         ring_attention(*placed, strategy="ulysses")
         batch, _, _, dim = case.q.shape
         rows = 16 // world
         rest = (world - 1) / world * batch * rows * 4
-        assert wire.traffic.bytes - before == rest * (2 * heads * dim + heads + 2 * max(kv_heads, world) * dim)
+        assert transport.traffic.bytes - before == rest * (2 * heads * dim + heads + 2 * max(kv_heads, world) * dim)
 
 
 def test_bytes_are_those_of_the_formula(pools):

@@ -102,27 +102,27 @@ def _take_shards(x: Tensor, dim: int, split: Split, world: int) -> list[Tensor]:
     return [x.index_select(dim, tokens) for tokens in order.to(x.device).split(counts)]
 
 
-def gather_shards(x: Tensor, dim: int, split: Split, length: int, wire: Transport) -> Tensor:
+def gather_shards(x: Tensor, dim: int, split: Split, length: int, transport: Transport) -> Tensor:
     """The whole tensor from every rank's share. Each rank sends its share, padded to the largest, to every other rank."""
     first = x.movedim(dim, 0)
-    largest = -(-length // wire.world)
+    largest = -(-length // transport.world)
     if first.shape[0] < largest:
         first = torch.cat([first, first.new_zeros((largest - first.shape[0], *first.shape[1:]))])
-    stacked = wire.all_gather(first).wait().flatten(0, 1)
-    return stacked.index_select(0, _padded_places(split, length, wire.world).to(x.device)).movedim(0, dim).contiguous()
+    stacked = transport.all_gather(first).wait().flatten(0, 1)
+    return stacked.index_select(0, _padded_places(split, length, transport.world).to(x.device)).movedim(0, dim).contiguous()
 
 
-def reduce_shards(x: Tensor, dim: int, split: Split, op: str, wire: Transport) -> Tensor:
+def reduce_shards(x: Tensor, dim: int, split: Split, op: str, transport: Transport) -> Tensor:
     """This rank's share of the sum over ranks ("avg": the mean). Each rank sends every other rank its share, padded."""
-    world = wire.world
+    world = transport.world
     if op not in ("sum", "avg"):
-        return take_shard(wire.all_reduce(x, op), dim, split, world, wire.rank)
+        return take_shard(transport.all_reduce(x, op), dim, split, world, transport.rank)
     length, first = x.shape[dim], x.movedim(dim, 0)
     counts = [local_size(split, length, world, rank) for rank in range(world)]
     largest = max(counts)
     stacked = first.new_zeros((world * largest, *first.shape[1:]))
     stacked[_padded_places(split, length, world).to(x.device)] = first
-    mine = wire.reduce_scatter(stacked.unflatten(0, (world, largest))).wait()[: counts[wire.rank]]
+    mine = transport.reduce_scatter(stacked.unflatten(0, (world, largest))).wait()[: counts[transport.rank]]
     return (mine / world if op == "avg" else mine).movedim(0, dim).contiguous()
 
 
@@ -154,64 +154,64 @@ def _make_reshard_rows(
     return torch.argsort(targets, stable=True), sent, arrival, received
 
 
-def reshard(x: Tensor, dim: int, old: Split, new: Split, length: int, wire: Transport) -> Tensor:
+def reshard(x: Tensor, dim: int, old: Split, new: Split, length: int, transport: Transport) -> Tensor:
     """From one split of a dim to another. Each rank sends exactly the tokens that change rank."""
-    rows, sent, arrival, received = _reshard_rows(old, new, length, wire.world, wire.rank)
+    rows, sent, arrival, received = _reshard_rows(old, new, length, transport.world, transport.rank)
     first = x.movedim(dim, 0)
     leaving = first.index_select(0, rows.to(x.device)).split(sent)
-    arriving = list(wire.empty((sum(received), *first.shape[1:]), x).split(received))
-    _swap(list(leaving), arriving, wire)
+    arriving = list(transport.empty((sum(received), *first.shape[1:]), x).split(received))
+    _swap(list(leaving), arriving, transport)
     out = torch.empty((sum(received), *first.shape[1:]), dtype=x.dtype, device=x.device)
     out[arrival.to(x.device)] = torch.cat(arriving)
     return out.movedim(0, dim).contiguous()
 
 
-def exchange_dims(x: Tensor, gathered: tuple[int, Split, int], scattered: tuple[int, Split, int], wire: Transport) -> Tensor:
+def exchange_dims(x: Tensor, gathered: tuple[int, Split, int], scattered: tuple[int, Split, int], transport: Transport) -> Tensor:
     """Gather one dim while another is scattered, each given as (dim, split, length): sequence to heads and back.
 
     Each rank sends exactly the blocks that change rank.
     """
     gather_dim, gather_split, gather_length = gathered
     scatter_dim, scatter_split, scatter_length = scattered
-    world, rank = wire.world, wire.rank
+    world, rank = transport.world, transport.rank
     assert x.shape[scatter_dim] == scatter_length, "the scattered dim is whole before the exchange"
     leaving = _take_shards(x, scatter_dim, scatter_split, world)
     shape = list(leaving[rank].shape)
     order, counts = _orders(gather_split, gather_length, world)
-    arriving = [wire.empty((*shape[:gather_dim], count, *shape[gather_dim + 1 :]), x) for count in counts]
-    _swap(leaving, arriving, wire)
+    arriving = [transport.empty((*shape[:gather_dim], count, *shape[gather_dim + 1 :]), x) for count in counts]
+    _swap(leaving, arriving, transport)
     stacked = torch.cat(arriving, gather_dim)
     return stacked.index_select(gather_dim, torch.argsort(order).to(x.device))
 
 
-def scatter_shards(x: Tensor, dim: int, split: Split, source: int, wire: Transport) -> Tensor:
+def scatter_shards(x: Tensor, dim: int, split: Split, source: int, transport: Transport) -> Tensor:
     """Each rank's share of the whole tensor that rank `source` holds. The source sends every other rank its share."""
-    world, rank = wire.world, wire.rank
+    world, rank = transport.world, transport.rank
     if rank == source:
         shards = _take_shards(x, dim, split, world)
-        wire.exchange([Message(r, shard) for r, shard in enumerate(shards) if r != rank], []).wait()
+        transport.exchange([Message(r, shard) for r, shard in enumerate(shards) if r != rank], []).wait()
         return shards[rank]
     shape = *x.shape[:dim], local_size(split, x.shape[dim], world, rank), *x.shape[dim + 1 :]
-    received = wire.empty(shape, x)
-    wire.exchange([], [Message(source, received)]).wait()
+    received = transport.empty(shape, x)
+    transport.exchange([], [Message(source, received)]).wait()
     return received
 
 
-def broadcast(x: Tensor, source: int, wire: Transport) -> Tensor:
+def broadcast(x: Tensor, source: int, transport: Transport) -> Tensor:
     """The tensor of rank `source` on every rank. The source sends it to every other rank."""
-    if wire.rank == source:
+    if transport.rank == source:
         whole = x.contiguous()
-        wire.exchange([Message(r, whole) for r in range(wire.world) if r != source], []).wait()
+        transport.exchange([Message(r, whole) for r in range(transport.world) if r != source], []).wait()
         return x
-    received = wire.empty(x.shape, x)
-    wire.exchange([], [Message(source, received)]).wait()
+    received = transport.empty(x.shape, x)
+    transport.exchange([], [Message(source, received)]).wait()
     return received
 
 
-def _swap(leaving: Sequence[Tensor], arriving: list[Tensor], wire: Transport) -> None:
+def _swap(leaving: Sequence[Tensor], arriving: list[Tensor], transport: Transport) -> None:
     """Send block r to rank r and receive rank r's block for this rank; the own block stays."""
-    others = [r for r in range(wire.world) if r != wire.rank]
+    others = [r for r in range(transport.world) if r != transport.rank]
     sends = [Message(r, leaving[r].contiguous()) for r in others]
     receives = [Message(r, arriving[r]) for r in others]
-    wire.exchange(sends, receives).wait()
-    arriving[wire.rank] = leaving[wire.rank]
+    transport.exchange(sends, receives).wait()
+    arriving[transport.rank] = leaving[transport.rank]

@@ -1,6 +1,6 @@
 """Ranks as threads of one process: the executors run on it unchanged, with no process group.
 
-    outs = LoopbackTransport.run(4, lambda wire: forward(plan(problem, wire.rank), wire, ...))
+    outs = LoopbackTransport.run(4, lambda transport: forward(plan(problem, transport.rank), transport, ...))
 
 Transfers are as late as the interface allows: what is sent is read when the receiver waits, so a rank that changes a tensor
 under transfer is found out. Fresh buffers are filled with NaN.

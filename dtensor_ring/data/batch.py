@@ -98,8 +98,8 @@ def shard_batch(
     """
     placement = Zigzag(1) if placement is None else placement
     check_mesh(mesh)
-    wire = transport_along(mesh)
-    with refused_together(lambda: [wire] if check else []):
+    transport = transport_along(mesh)
+    with refused_together(lambda: [transport] if check else []):
         check_placement(placement)
         if isinstance(batch, ShardedBatch):
             raise ValueError("this batch is a share already, made by shard_batch: pass the whole batch")
@@ -108,9 +108,9 @@ def shard_batch(
         refuse_unknown(batch, length)
         found = find_documents(batch, length, documents)
     if check:
-        check_same(batch, length, found, placement, wire)
-    warn_of_imbalance(found, batch, placement, wire)
-    return cut_batch(batch, placement, wire, length, found)
+        check_same(batch, length, found, placement, transport)
+    warn_of_imbalance(found, batch, placement, transport)
+    return cut_batch(batch, placement, transport, length, found)
 
 
 def is_packed(documents: Documents | None, batch: Mapping[str, object]) -> bool:
@@ -174,7 +174,7 @@ def check_placement(placement: SequencePlacement) -> None:
 
 
 def check_same(
-    batch: Mapping[str, object], length: int, documents: Documents | None, placement: SequencePlacement, wire: Transport
+    batch: Mapping[str, object], length: int, documents: Documents | None, placement: SequencePlacement, transport: Transport
 ) -> None:
     """Raises ValueError on every rank unless all hold the same batch and cut it alike; the host waits once."""
     tensors = [(key, value) for key in (*CUT_KEYS, "attention_mask") if isinstance(value := batch.get(key), Tensor)]
@@ -188,28 +188,28 @@ def check_same(
     items = batch.get("num_items_in_batch")
     count = float(items) if isinstance(items, (Tensor, int, float)) else -1.0
     mine = [rows, length, number, sum(sums) % (1 << 61), *struct.unpack("q", struct.pack("d", count))]
-    for rank, theirs in enumerate(meet(wire, "a batch that every rank holds whole", mine)):
+    for rank, theirs in enumerate(meet(transport, "a batch that every rank holds whole", mine)):
         if theirs[:2] != mine[:2]:
             raise ValueError(
-                f"rank {wire.rank} has a batch of {rows} rows of {length} tokens, rank {rank} one of {theirs[0]} rows of "
+                f"rank {transport.rank} has a batch of {rows} rows of {length} tokens, rank {rank} one of {theirs[0]} rows of "
                 f"{theirs[1]} tokens: every rank of the sequence axis needs the same whole batch"
             )
         if theirs[:4] != mine[:4]:
             raise ValueError(
-                f"ranks {wire.rank} and {rank} of the sequence axis hold different batches, or cut them otherwise ({words}): "
+                f"ranks {transport.rank} and {rank} of the sequence axis hold different batches, or cut them otherwise ({words}): "
                 "give all of them the same data, as a sampler does that shards over the data-parallel axis only, and the same "
                 f"placement. {PERHAPS_A_SHARE}"
             )
         if theirs != mine:
             (its_count,) = struct.unpack("d", struct.pack("q", theirs[4]))
             raise ValueError(
-                f"num_items_in_batch is {count:g} on rank {wire.rank}, {its_count:g} on rank {rank} of the sequence axis (-1: not "
-                "given): it counts the labels of the whole batch, so every rank of the axis passes the same number"
+                f"num_items_in_batch is {count:g} on rank {transport.rank}, {its_count:g} on rank {rank} of the sequence axis (-1: "
+                "not given): it counts the labels of the whole batch, so every rank of the axis passes the same number"
             )
 
 
 def cut_batch(
-    batch: Mapping[str, object], placement: SequencePlacement, wire: Transport, length: int, documents: Documents | None
+    batch: Mapping[str, object], placement: SequencePlacement, transport: Transport, length: int, documents: Documents | None
 ) -> ShardedBatch:
     """This rank's share of a checked batch."""
     whole = dict(batch)
@@ -236,7 +236,7 @@ def cut_batch(
     found = ShardedBatch()
     for key, value in whole.items():
         is_cut = key in CUT_KEYS and isinstance(value, Tensor)
-        found[key] = take_shard(value, 1, split, wire.world, wire.rank) if is_cut and isinstance(value, Tensor) else value
+        found[key] = take_shard(value, 1, split, transport.world, transport.rank) if is_cut and isinstance(value, Tensor) else value
     found.length, found.documents = length, documents
     found.num_items = (shifted != IGNORED).sum() if isinstance(shifted, Tensor) else None
     return found

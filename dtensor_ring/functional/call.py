@@ -61,7 +61,7 @@ class Settings:
         """Ranks that share the sequence."""
         return dist.get_world_size(self.process_group)
 
-    def arguments(self, strategy: Strategy | None, heads_at_once: int) -> Arguments:
+    def arguments(self, strategy: Strategy | None, kv_head_group_size: int) -> Arguments:
         """As `ring_attention` takes them."""
         left, right = self.window_size
         return Arguments(
@@ -72,7 +72,7 @@ class Settings:
             self.dropout_p,
             self.deterministic,
             strategy,
-            heads_at_once=heads_at_once,
+            kv_head_group_size=kv_head_group_size,
         )
 
 
@@ -84,12 +84,12 @@ def attend(
     layout: Layout,
     strategy: Strategy | None = None,
     documents: Documents | Slices | None = None,
-    heads_at_once: int = 0,
+    kv_head_group_size: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Out (B, S/W, H, Dv) and lse (B, H, S/W) of this rank's tokens.
 
-    Every rank holds as many tokens, unless documents tell the length of the whole. `heads_at_once` key heads travel at a time, 0 is
-    all.
+    Every rank holds as many tokens, unless documents tell the length of the whole. `kv_head_group_size` key heads travel at a
+    time, 0 is all.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -99,7 +99,7 @@ def attend(
     lengths = (documents.length, documents.length) if isinstance(documents, Documents) else None
     place = place_in_group(tensors, settings.process_group, layout, lengths)
     inputs = Inputs(*tensors, settings.sinks, settings.alibi_slopes, documents)
-    prepared = prepare(inputs, settings.arguments(strategy, heads_at_once), place, "attention")
+    prepared = prepare(inputs, settings.arguments(strategy, kv_head_group_size), place, "attention")
     return operators.attend(*tensors, prepared, return_lse=True)
 
 

@@ -200,7 +200,7 @@ def attend_by_heads(
     """
     if stride < 1 or k.shape[1] % stride:
         raise ValueError(f"heads_k_stride must divide the {k.shape[1]} key heads, found {stride}")
-    out, lse = attend(q[None], k[None], v[None], settings, layout, "gather", documents, heads_at_once=stride)
+    out, lse = attend(q[None], k[None], v[None], settings, layout, "gather", documents, kv_head_group_size=stride)
     return out[0], lse[0]
 
 

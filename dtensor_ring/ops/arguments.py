@@ -77,7 +77,7 @@ class Arguments(NamedTuple):
     deterministic: bool = False
     strategy: Strategy | None = None
     kernel: KernelName | None = None
-    heads_at_once: int = 0
+    kv_head_group_size: int = 0
 
 
 def check_numbers(asked: Arguments) -> None:

@@ -18,11 +18,11 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from dtensor_ring.ops.kernels import Kernel, Need, Options, choose_kernel
+from dtensor_ring.ops.kernels import Kernel, KernelRequirements, SoftmaxParams, choose_kernel
 from dtensor_ring.planning.documents import Documents, Slices
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
-from dtensor_ring.planning.schedule import Problem, ends_together
+from dtensor_ring.planning.schedule import AttentionProblem, ends_together
 
 AUTO = "auto"
 
@@ -48,7 +48,7 @@ class AttentionCall:
         dropout_p: probability of dropping an attention weight.
         deterministic: gradients are bitwise the same from run to run.
         training: a backward pass may follow.
-        heads_at_once: key heads whose keys travel at a time, 0 for all.
+        kv_head_group_size: key heads whose keys travel at a time, 0 for all.
     """
 
     band: Band
@@ -60,14 +60,14 @@ class AttentionCall:
     dropout_p: float = 0.0
     deterministic: bool = False
     training: bool = False
-    heads_at_once: int = 0
+    kv_head_group_size: int = 0
 
     def __str__(self) -> str:
         """The text that `parse` reads: no float is rounded."""
         return (
             f"mask={self.band.text} layout={self.layout} strategy={self.strategy} kernel={self.kernel} scale={self.scale!r} "
             f"softcap={self.softcap!r} dropout_p={self.dropout_p!r} deterministic={int(self.deterministic)} "
-            f"training={int(self.training)} heads_at_once={self.heads_at_once}"
+            f"training={int(self.training)} kv_head_group_size={self.kv_head_group_size}"
         )
 
     @classmethod
@@ -85,23 +85,23 @@ class AttentionCall:
             float(words["dropout_p"]),
             words["deterministic"] == "1",
             words["training"] == "1",
-            int(words["heads_at_once"]),
+            int(words["kv_head_group_size"]),
         )
 
     @property
-    def options(self) -> Options:
+    def options(self) -> SoftmaxParams:
         """What every kernel call of this attention is given."""
-        return Options(self.scale, self.softcap, self.deterministic, self.dropout_p)
+        return SoftmaxParams(self.scale, self.softcap, self.deterministic, self.dropout_p)
 
-    def problem(self, lengths: Sequence[int], world: int, documents: Documents | Slices | None) -> Problem:
+    def problem(self, lengths: Sequence[int], world: int, documents: Documents | Slices | None) -> AttentionProblem:
         """What is planned for: this call on tensors of some lengths (of queries, of keys); "auto" is planned as "ring"."""
         q_length, k_length = lengths
         strategy = "ring" if self.strategy == AUTO else self.strategy
-        return Problem(self.layout, self.band, q_length, k_length, world, strategy, documents)
+        return AttentionProblem(self.layout, self.band, q_length, k_length, world, strategy, documents)
 
-    def need(self, device: str, dtype: torch.dtype, head_dim: int, v_head_dim: int) -> Need:
+    def need(self, device: str, dtype: torch.dtype, head_dim: int, v_head_dim: int) -> KernelRequirements:
         """What is asked of a kernel for tensors of a device type and dtype, ALiBi aside."""
-        return Need(
+        return KernelRequirements(
             device=device,
             dtype=dtype,
             head_dim=head_dim,
@@ -112,7 +112,7 @@ class AttentionCall:
             dropout=self.dropout_p > 0,
         )
 
-    def choose(self, need: Need, has_alibi: bool = False, problem: Problem | None = None) -> Choice:
+    def choose(self, need: KernelRequirements, has_alibi: bool = False, problem: AttentionProblem | None = None) -> Choice:
         """The strategy and the kernel; the same on every rank, and in forward and backward.
 
         Args:
@@ -132,7 +132,7 @@ class AttentionCall:
         return Choice(strategy, choose_kernel(None if self.kernel == AUTO else self.kernel, need))
 
 
-def _choose_for_alibi(strategy: str, problem: Problem) -> tuple[str, Literal["aligned", "shifted"]]:
+def _choose_for_alibi(strategy: str, problem: AttentionProblem) -> tuple[str, Literal["aligned", "shifted"]]:
     """The strategy, and whether blocks are "aligned" so that flash kernels measure ALiBi distances rightly, or "shifted"."""
     if strategy == "ulysses":
         problem = replace(problem, world=1)

@@ -30,10 +30,10 @@ from dtensor_ring.ops.executors import head_groups
 from dtensor_ring.ops.executors.merge import accumulate_dtype
 from dtensor_ring.ops.executors.plan_executor import Executor
 from dtensor_ring.ops.executors.ulysses import UlyssesExecutor
-from dtensor_ring.ops.kernels import Kernel, Options
+from dtensor_ring.ops.kernels import Kernel, SoftmaxParams
 from dtensor_ring.placements import SequencePlacement, redistribute
 from dtensor_ring.planning.documents import Documents, Slices
-from dtensor_ring.planning.schedule import Problem, plan
+from dtensor_ring.planning.schedule import AttentionProblem, plan
 
 Pair = Sequence[int]
 
@@ -68,9 +68,9 @@ def _attention(
     executor = _executor(call, q, v, (sinks, alibi), documents, lengths, origin, group)
     seed = torch.randint(1 << 62, (1,)) if asked.dropout_p else torch.empty(0, dtype=torch.int64)
     if not torch.is_autocast_enabled(q.device.type):
-        return *head_groups.forward(executor, _inner(q), _inner(k), _inner(v), asked.heads_at_once, _value(seed)), seed
+        return *head_groups.forward(executor, _inner(q), _inner(k), _inner(v), asked.kv_head_group_size, _value(seed)), seed
     with torch.autocast(q.device.type, enabled=False):
-        return *head_groups.forward(executor, _inner(q), _inner(k), _inner(v), asked.heads_at_once, _value(seed)), seed
+        return *head_groups.forward(executor, _inner(q), _inner(k), _inner(v), asked.kv_head_group_size, _value(seed)), seed
 
 
 @torch.library.register_fake("dtensor_ring::attention")
@@ -101,10 +101,10 @@ def _attention_backward(
     executor = _executor(call, q, v, (sinks, alibi), documents, lengths, origin, group)
     tensors = dout.contiguous(), _inner(q), _inner(k), _inner(v), out, lse
     if not torch.is_autocast_enabled(q.device.type):
-        dq, dk, dv, dsinks = head_groups.backward(executor, *tensors, asked.heads_at_once, _value(seed))
+        dq, dk, dv, dsinks = head_groups.backward(executor, *tensors, asked.kv_head_group_size, _value(seed))
     else:
         with torch.autocast(q.device.type, enabled=False):
-            dq, dk, dv, dsinks = head_groups.backward(executor, *tensors, asked.heads_at_once, _value(seed))
+            dq, dk, dv, dsinks = head_groups.backward(executor, *tensors, asked.kv_head_group_size, _value(seed))
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
@@ -172,7 +172,7 @@ def _executor(
     facts = q.device.type, q.dtype, q.shape[3], v.shape[3], torch.are_deterministic_algorithms_enabled()
     q_length, k_length = lengths
     bounds = Documents.unpack(documents)
-    way = _way(call, facts, q_length, k_length, transport.world, bounds, extras[1] is not None)
+    way = _resolved(call, facts, q_length, k_length, transport.world, bounds, extras[1] is not None)
     row, head = origin
     rest = way.kernel, way.options, *extras, (row, head)
     if way.problem.strategy == "ulysses":
@@ -180,20 +180,20 @@ def _executor(
     return Executor(plan(way.problem, transport.rank), transport, *rest)
 
 
-class _Way(NamedTuple):
+class _Resolved(NamedTuple):
     """How a call is carried out on tensors of some lengths."""
 
-    problem: Problem
+    problem: AttentionProblem
     kernel: Kernel
-    options: Options
+    options: SoftmaxParams
 
 
-def _way_bytes(way: _Way, *_others: object) -> int:
+def _resolved_bytes(way: _Resolved, *_others: object) -> int:
     return 2000 + way.problem.nbytes
 
 
-@cached("ways of carrying calls out", most_bytes=2 << 20, most_entries=64, size=_way_bytes)
-def _way(
+@cached("ways of carrying calls out", most_bytes=2 << 20, most_entries=64, size=_resolved_bytes)
+def _resolved(
     call: str,
     facts: tuple[str, torch.dtype, int, int, bool],
     q_length: int,
@@ -201,9 +201,9 @@ def _way(
     world: int,
     documents: Documents | Slices | None,
     has_alibi: bool,
-) -> _Way:
+) -> _Resolved:
     """What `AttentionCall.choose` decides; `facts` are what kernels are asked of tensors, and a setting they read."""
     asked = AttentionCall.parse(call)
     problem = asked.problem((q_length, k_length), world, documents)
     strategy, kernel = asked.choose(asked.need(*facts[:4]), has_alibi, problem)
-    return _Way(replace(problem, strategy=strategy), kernel, asked.options)
+    return _Resolved(replace(problem, strategy=strategy), kernel, asked.options)

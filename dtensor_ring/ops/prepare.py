@@ -165,7 +165,7 @@ def _call(asked: Arguments, layout: Layout, head_dim: int, training: bool) -> At
         float(asked.dropout_p),
         bool(asked.deterministic),
         training,
-        asked.heads_at_once,
+        asked.kv_head_group_size,
     )
 
 

@@ -35,20 +35,20 @@ def check_documents(transports: Sequence[Transport], documents: Documents) -> No
 
 def check_shares(local: Tensor, mesh: DeviceMesh, axis: int, placement: SequencePlacement, length: int) -> None:
     """Raises ValueError on every rank unless each passes the share that its layout gives it, of one tensor."""
-    wire = transport_along(mesh, axis)
-    call = f"from_local over {wire.axis}"
+    transport = transport_along(mesh, axis)
+    call = f"from_local over {transport.axis}"
     others = [size for dim, size in enumerate(local.shape) if dim != placement.dim][:8]  # as many as a record has room for
     mine = [local.ndim, length, local.shape[placement.dim], _dtype_number(local.dtype), *others]
-    every = meet(wire, call, (mine + [-1] * 12)[:12])
+    every = meet(transport, call, (mine + [-1] * 12)[:12])
     for rank, (ndim, its_length, tokens, dtype, *its_others) in enumerate(every):
         agree = (ndim, its_length, dtype, its_others[: len(others)]) == (local.ndim, length, _dtype_number(local.dtype), others)
         if not agree:
             raise ValueError(
-                f"{call}: rank {wire.rank} has length={length}, {local.dtype} and other "
+                f"{call}: rank {transport.rank} has length={length}, {local.dtype} and other "
                 f"dims {others}, rank {rank} has length={its_length}, {_DTYPES[dtype]} and other dims {its_others[: ndim - 1]}: "
                 "every rank passes its share of one tensor"
             )
-        needed = collectives.local_size(placement.layout, length, wire.world, rank)
+        needed = collectives.local_size(placement.layout, length, transport.world, rank)
         if tokens != needed:
             raise ValueError(
                 f"{call}: rank {rank} passes {tokens} tokens in dim {placement.dim}, "

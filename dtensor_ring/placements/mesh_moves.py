@@ -83,14 +83,14 @@ def _step(
     """One mesh axis from one placement to another; `length` gives a dim's size over this axis and the axes inside it."""
     if old == new or mesh.size(axis) == 1:
         return x
-    wire = transport_along(mesh, axis)
-    with wire.during(f"redistribute from {old!r} to {new!r}"):
-        return _moved(x, wire, (old, new), length, documents)
+    transport = transport_along(mesh, axis)
+    with transport.during(f"redistribute from {old!r} to {new!r}"):
+        return _moved(x, transport, (old, new), length, documents)
 
 
 def _moved(
     x: Tensor,
-    wire: Transport,
+    transport: Transport,
     placements: tuple[Placement, Placement],
     length: Callable[[int], int],
     documents: Documents | None,
@@ -98,16 +98,16 @@ def _moved(
     old, new = placements
     old_split, new_split = split_of(old, documents), split_of(new, documents)
     if isinstance(new, Partial):
-        raise ValueError(f"{wire.axis}: {old!r} cannot become {new!r}: nothing is left to reduce")
+        raise ValueError(f"{transport.axis}: {old!r} cannot become {new!r}: nothing is left to reduce")
     if isinstance(old, Partial):
         if isinstance(new, Replicate):
-            return wire.all_reduce(x, old.reduce_op)
-        return collectives.reduce_shards(x, dim_of(new), new_split, old.reduce_op, wire)
+            return transport.all_reduce(x, old.reduce_op)
+        return collectives.reduce_shards(x, dim_of(new), new_split, old.reduce_op, transport)
     if isinstance(old, Replicate):
-        return collectives.take_shard(x, dim_of(new), new_split, wire.world, wire.rank)
+        return collectives.take_shard(x, dim_of(new), new_split, transport.world, transport.rank)
     if isinstance(new, Replicate):
-        return collectives.gather_shards(x, dim_of(old), old_split, length(dim_of(old)), wire)
+        return collectives.gather_shards(x, dim_of(old), old_split, length(dim_of(old)), transport)
     a, b = dim_of(old), dim_of(new)
     if a == b:
-        return collectives.reshard(x, a, old_split, new_split, length(a), wire)
-    return collectives.exchange_dims(x, (a, old_split, length(a)), (b, new_split, x.shape[b]), wire)
+        return collectives.reshard(x, a, old_split, new_split, length(a), transport)
+    return collectives.exchange_dims(x, (a, old_split, length(a)), (b, new_split, x.shape[b]), transport)

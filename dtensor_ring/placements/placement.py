@@ -104,8 +104,8 @@ class SequencePlacement(PlacementBase):
         self, local_tensor: Tensor, mesh: DeviceMesh, mesh_dim: int, current_logical_shape: Sequence[int]
     ) -> Tensor:
         self._one_dimensional(mesh)
-        wire = transport_along(mesh, mesh_dim)
-        return gather_shards(local_tensor, self.dim, self.layout, int(current_logical_shape[self.dim]), wire)
+        transport = transport_along(mesh, mesh_dim)
+        return gather_shards(local_tensor, self.dim, self.layout, int(current_logical_shape[self.dim]), transport)
 
     @override
     def _replicate_to_strided_shard(  # pyrefly: ignore[bad-override]

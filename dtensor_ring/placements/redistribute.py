@@ -336,14 +336,16 @@ class _Distribute(torch.autograd.Function):
         ctx.mesh, ctx.targets, ctx.shape, ctx.documents = mesh, targets, tensor.shape, documents
         local = tensor
         for i, target in enumerate(targets):
-            wire = transport_along(mesh, i)
-            with wire.during(f"distribute_tensor as {target!r}"):
+            transport = transport_along(mesh, i)
+            with transport.during(f"distribute_tensor as {target!r}"):
                 if isinstance(target, Replicate):
-                    local = local if source is None else collectives.broadcast(local, source, wire)
+                    local = local if source is None else collectives.broadcast(local, source, transport)
                 elif source is None:
-                    local = collectives.take_shard(local, dim_of(target), split_of(target, documents), wire.world, wire.rank)
+                    local = collectives.take_shard(
+                        local, dim_of(target), split_of(target, documents), transport.world, transport.rank
+                    )
                 else:
-                    local = collectives.scatter_shards(local, dim_of(target), split_of(target, documents), source, wire)
+                    local = collectives.scatter_shards(local, dim_of(target), split_of(target, documents), source, transport)
         return local.view_as(local) if local is tensor else local
 
     @staticmethod

@@ -17,7 +17,7 @@ from dtensor_ring.planning.layout import Piece
 from dtensor_ring.planning.mask import Band, Tile, coalesce, tiles_between
 
 
-class Rows(NamedTuple):
+class TokenRange(NamedTuple):
     """Rows [start, stop) of a rank's stored keys."""
 
     source: int
@@ -41,7 +41,7 @@ class Segment(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class KernelCall:
     """One kernel call: segments with disjoint, increasing rows and keys under one bottom-right window (left, right)."""
 
     window: tuple[int, int]
@@ -56,8 +56,8 @@ class Step:
     travel; calls on other batch rows add zeros, which round nothing. `cells` counts the scores.
     """
 
-    keys: tuple[Rows, ...] = ()
-    calls: tuple[Call, ...] = ()
+    keys: tuple[TokenRange, ...] = ()
+    calls: tuple[KernelCall, ...] = ()
     cells: int = 0
     sums: bool = False
 
@@ -82,18 +82,18 @@ def document_tiles(queries: Sequence[Piece], keys: Sequence[Piece], band: Band) 
     return [part for tile in found for part in tile.split_misread()]
 
 
-def keep_needed(keys: Sequence[Rows], tiles: list[tuple[int, Tile]]) -> tuple[tuple[Rows, ...], list[tuple[int, Tile]]]:
+def keep_needed(keys: Sequence[TokenRange], tiles: list[tuple[int, Tile]]) -> tuple[tuple[TokenRange, ...], list[tuple[int, Tile]]]:
     """Drop key rows that no tile reads, and renumber the columns of the tiles."""
     needed = unions((tile.k0, tile.k1) for _, tile in tiles)
     lows = [low for low, _ in needed]
-    kept: list[Rows] = []
+    kept: list[TokenRange] = []
     offset = 0
     for rows in keys:
         first = max(bisect_right(lows, offset) - 1, 0)
         for low, high in needed[first : bisect_left(lows, offset + rows.size)]:
             start, stop = max(low - offset, 0), min(high - offset, rows.size)
             if start < stop:
-                kept.append(Rows(rows.source, rows.start + start, rows.start + stop))
+                kept.append(TokenRange(rows.source, rows.start + start, rows.start + stop))
         offset += rows.size
     starts = list(accumulate((high - low for low, high in needed), initial=0))
     moved = []
@@ -103,13 +103,13 @@ def keep_needed(keys: Sequence[Rows], tiles: list[tuple[int, Tile]]) -> tuple[tu
     return tuple(kept), moved
 
 
-def step_of(keys: tuple[Rows, ...], tiles: list[tuple[int, Tile]]) -> Step:
+def step_of(keys: tuple[TokenRange, ...], tiles: list[tuple[int, Tile]]) -> Step:
     """The step that computes tiles, given as (batch row, tile), on a buffer of keys."""
     sums = any(deepest([(t.k0, t.k1) for r, t in tiles if r == row]) > 1 for row in {row for row, _ in tiles})
     return Step(keys, _group(tiles), sum(tile.cells for _, tile in tiles), sums)
 
 
-def _group(tiles: list[tuple[int, Tile]]) -> tuple[Call, ...]:
+def _group(tiles: list[tuple[int, Tile]]) -> tuple[KernelCall, ...]:
     """Put tiles that one kernel call can serve together: one window, rows and keys both increasing and disjoint."""
     open_calls: list[tuple[tuple[int, int], list[Segment]]] = []
     for row, tile in sorted(tiles):
@@ -122,7 +122,7 @@ def _group(tiles: list[tuple[int, Tile]]) -> tuple[Call, ...]:
                 break
         else:
             open_calls.append((tile.window, [segment]))
-    return tuple(Call(window, tuple(segments)) for window, segments in open_calls)
+    return tuple(KernelCall(window, tuple(segments)) for window, segments in open_calls)
 
 
 def unions(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

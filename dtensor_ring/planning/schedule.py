@@ -22,21 +22,21 @@ from typing import NamedTuple
 
 from dtensor_ring.cache import cached
 from dtensor_ring.planning.documents import Documents, Slices
-from dtensor_ring.planning.kernel_calls import Rows, Segment, Step, deepest, document_tiles, keep_needed, step_of, unions
+from dtensor_ring.planning.kernel_calls import Segment, Step, TokenRange, deepest, document_tiles, keep_needed, step_of, unions
 from dtensor_ring.planning.layout import Layout, Piece, Run, cut
 from dtensor_ring.planning.mask import Band, Tile, whole_sequence
 
 
-class Send(NamedTuple):
+class KeySend(NamedTuple):
     """Rows of this rank's keys that `rank` needs in a step, and whether their gradients come back summed in float32."""
 
     rank: int
-    rows: tuple[Rows, ...]
+    rows: tuple[TokenRange, ...]
     sums: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class AttentionProblem:
     """Everything a plan depends on but the rank."""
 
     layout: Layout
@@ -133,10 +133,10 @@ class Plan:
     `q_parts` and `k_parts` are the most contributions any query row's output, or any own key row's gradient, is summed from.
     """
 
-    problem: Problem
+    problem: AttentionProblem
     rank: int
     steps: tuple[Step, ...]
-    sends: tuple[tuple[Send, ...], ...]
+    sends: tuple[tuple[KeySend, ...], ...]
     q_parts: int
     k_parts: int
 
@@ -196,7 +196,7 @@ class _Book:
     most of a step, belong to the other ranks.
     """
 
-    problem: Problem
+    problem: AttentionProblem
     plans: dict[int, Plan] = field(default_factory=dict)
     needs: dict[tuple[int, int], Step] = field(default_factory=dict)  # (rank, step)
     halo_rows: int | None = None
@@ -234,16 +234,16 @@ def _step_bytes(step: Step) -> int:
     return 250 + 250 * len(step.calls) + 160 * len(step.keys) + 232 * segments
 
 
-def _book_bytes(book: _Book, problem: Problem) -> int:
+def _book_bytes(book: _Book, problem: AttentionProblem) -> int:
     return 1000 + problem.nbytes + book.nbytes
 
 
 @cached("plans", most_bytes=32 << 20, most_entries=32, size=_book_bytes)
-def _book(problem: Problem) -> _Book:
+def _book(problem: AttentionProblem) -> _Book:
     return _Book(problem)
 
 
-def plan(problem: Problem, rank: int) -> Plan:
+def plan(problem: AttentionProblem, rank: int) -> Plan:
     """The plan of one rank."""
     book = _book(problem)
     made = book.plans.get(rank)
@@ -265,7 +265,7 @@ def _plan(book: _Book, rank: int) -> Plan:
     return Plan(problem, rank, steps, sends, q_parts, deepest(returned + own))
 
 
-def ends_together(problem: Problem) -> bool:
+def ends_together(problem: AttentionProblem) -> bool:
     """Whether `Plan.ends_together` holds on every rank."""
     book = _book(problem)
     if book.ends_together is None:
@@ -273,7 +273,7 @@ def ends_together(problem: Problem) -> bool:
     return book.ends_together
 
 
-def halo_rows(problem: Problem) -> int:
+def halo_rows(problem: AttentionProblem) -> int:
     """Key rows that the most loaded rank fetches for a window, at most."""
     book = _book(problem)
     if book.halo_rows is None:
@@ -281,11 +281,11 @@ def halo_rows(problem: Problem) -> int:
     return book.halo_rows
 
 
-def _step_count(problem: Problem) -> int:
+def _step_count(problem: AttentionProblem) -> int:
     return problem.world if problem.strategy == "ring" and not problem.is_halo else 1
 
 
-def _sends(book: _Book, rank: int, index: int) -> Iterable[Send]:
+def _sends(book: _Book, rank: int, index: int) -> Iterable[KeySend]:
     """Who needs which of this rank's keys in a step, read off the other ranks' plans."""
     problem = book.problem
     if problem.collective:
@@ -298,32 +298,32 @@ def _sends(book: _Book, rank: int, index: int) -> Iterable[Send]:
         step = book.need(other, index)
         rows = tuple(piece for piece in step.keys if piece.source == rank)
         if rows:
-            yield Send(other, rows, step.sums)
+            yield KeySend(other, rows, step.sums)
 
 
-def _step(problem: Problem, rank: int, index: int) -> Step:
+def _step(problem: AttentionProblem, rank: int, index: int) -> Step:
     if problem.is_halo:
         return _halo_step(problem, rank)
     if problem.strategy == "ring":
         source = (rank - index) % problem.world
-        keys = [Rows(source, 0, problem.k_rows(source))]
+        keys = [TokenRange(source, 0, problem.k_rows(source))]
         return _finish(problem, rank, keys, problem.k_runs(source))
     shards = [(r, problem.k_runs(r)) for r in range(problem.world)]
     if not problem.in_order:
-        keys = [Rows(r, 0, problem.k_rows(r)) for r, _ in shards]
+        keys = [TokenRange(r, 0, problem.k_rows(r)) for r, _ in shards]
         return _finish(problem, rank, keys, *(runs for _, runs in shards))
     starts = sorted((run.start, run.count, rows) for r, runs in shards for run, rows in _with_rows(r, runs))
     return _finish(problem, rank, [rows for _, _, rows in starts], whole_sequence(problem.k_length))
 
 
-def _with_rows(rank: int, runs: Sequence[Run]) -> Iterable[tuple[Run, Rows]]:
+def _with_rows(rank: int, runs: Sequence[Run]) -> Iterable[tuple[Run, TokenRange]]:
     offset = 0
     for run in runs:
-        yield run, Rows(rank, offset, offset + run.count)
+        yield run, TokenRange(rank, offset, offset + run.count)
         offset += run.count
 
 
-def _finish(problem: Problem, rank: int, keys: list[Rows], *shards: tuple[Run, ...]) -> Step:
+def _finish(problem: AttentionProblem, rank: int, keys: list[TokenRange], *shards: tuple[Run, ...]) -> Step:
     """Tiles of this rank's queries and the keys given, shard after shard in buffer order; keys without a tile are dropped."""
     tiles: list[tuple[int, Tile]] = []
     for row in range(len(problem.bounds)):
@@ -337,7 +337,7 @@ def _finish(problem: Problem, rank: int, keys: list[Rows], *shards: tuple[Run, .
     return step_of(*keep_needed(keys, tiles))
 
 
-def _halo_rows(problem: Problem) -> int:
+def _halo_rows(problem: AttentionProblem) -> int:
     band = problem.position_band
     assert band.lo is not None and band.hi is not None, "a halo needs a window"
     reach = max(0, band.hi - min(band.lo, 0))
@@ -350,7 +350,7 @@ def _halo_rows(problem: Problem) -> int:
     )
 
 
-def _halo_step(problem: Problem, rank: int) -> Step:
+def _halo_step(problem: AttentionProblem, rank: int) -> Step:
     """A window's keys around each local run, fetched into position order run by run: one window serves every run."""
     band = problem.position_band
     assert band.lo is not None and band.hi is not None, "a halo needs a window"
@@ -358,7 +358,7 @@ def _halo_step(problem: Problem, rank: int) -> Step:
         (run.start, run.start + run.count, rows) for r in range(problem.world) for run, rows in _with_rows(r, problem.k_runs(r))
     )
     ends = [stop for _, stop, _ in holders]
-    keys: list[Rows] = []
+    keys: list[TokenRange] = []
     offset = 0
     tiles: list[tuple[int, Tile]] = []
     for piece in cut(problem.q_runs(rank), None):
@@ -373,7 +373,7 @@ def _halo_step(problem: Problem, rank: int) -> Step:
         at = bisect_right(ends, low)
         while at < len(holders) and holders[at][0] < high:
             a, b, rows = holders[at]
-            keys.append(Rows(rows.source, rows.start + max(low, a) - a, rows.start + min(high, b) - a))
+            keys.append(TokenRange(rows.source, rows.start + max(low, a) - a, rows.start + min(high, b) - a))
             at += 1
         offset += high - low
     return step_of(*keep_needed(keys, tiles))

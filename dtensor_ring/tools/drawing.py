@@ -8,9 +8,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from dtensor_ring.planning.kernel_calls import Call, Rows, Step
+from dtensor_ring.planning.kernel_calls import KernelCall, Step, TokenRange
 from dtensor_ring.planning.layout import Run
-from dtensor_ring.planning.schedule import Plan, Problem, plan
+from dtensor_ring.planning.schedule import AttentionProblem, Plan, plan
 from dtensor_ring.tools.facts import asks_too_much
 from dtensor_ring.tools.totals import Totals, totals
 
@@ -26,7 +26,7 @@ _LARGEST_PICTURE = 4096  # queries, or keys; the picture visits every score's ro
 _TIED = "\u00a0"  # a space at which no line is broken
 
 
-def draw(problem: Problem, ranks: Sequence[int] | None = None) -> str:
+def draw(problem: AttentionProblem, ranks: Sequence[int] | None = None) -> str:
     """A plan as text: who holds what, what each rank computes and exchanges in each step, work and balance.
 
     Args:
@@ -50,7 +50,7 @@ def draw(problem: Problem, ranks: Sequence[int] | None = None) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def summary(problem: Problem) -> str:
+def summary(problem: AttentionProblem) -> str:
     """The totals of all ranks as text; no plan is made for them.
 
     Raises:
@@ -66,7 +66,7 @@ def _excerpt(counted: Totals) -> list[int]:
     return sorted({*range(RANKS_OF_EXCERPT), counted.most_loaded})
 
 
-def _title(problem: Problem) -> str:
+def _title(problem: AttentionProblem) -> str:
     exchange = "halo: the keys around each chunk" if problem.is_halo else problem.strategy
     ranks = "1 rank" if problem.world == 1 else f"{problem.world} ranks"
     facts = [str(problem.layout), str(problem.band), f"{problem.q_length} tokens over {ranks}", exchange]
@@ -75,7 +75,7 @@ def _title(problem: Problem) -> str:
     return _folded("", [", ".join(fact.replace(" ", _TIED) for fact in facts)], 2)
 
 
-def _holdings(problem: Problem, shown: Sequence[int]) -> str:
+def _holdings(problem: AttentionProblem, shown: Sequence[int]) -> str:
     lines = ["who holds what"]
     for rank in shown:
         runs = problem.q_runs(rank)
@@ -100,7 +100,7 @@ def _tokens(run: Run) -> str:
     return f"{span}{_TIED}" + (f"{run.block}{_TIED}in{_TIED}{run.stride}" if run.block > 1 else f"every{_TIED}{run.stride}th")
 
 
-def _picture(problem: Problem) -> str:
+def _picture(problem: AttentionProblem) -> str:
     """The step in which each score is computed, queries down and keys across, both in position order."""
     longest = max(problem.q_length, problem.k_length)
     if not 0 < min(problem.q_length, problem.k_length) <= longest <= _LARGEST_PICTURE:
@@ -124,7 +124,7 @@ def _picture(problem: Problem) -> str:
     return "\n".join([*head, *("  " + " ".join(row) for row in cells)])
 
 
-def _samples(call: Call, queries: Sequence[int], keys: Sequence[int], scale: int) -> Iterable[tuple[int, int]]:
+def _samples(call: KernelCall, queries: Sequence[int], keys: Sequence[int], scale: int) -> Iterable[tuple[int, int]]:
     """Scores of a call, one or more for each sign of the picture that it touches."""
     left, right = call.window
     for segment in call.segments:
@@ -147,7 +147,7 @@ def _thinned(start: int, stop: int, tokens: Sequence[int], scale: int) -> Iterab
             yield i
 
 
-def _steps(problem: Problem, each: Plan, most: int | None) -> str:
+def _steps(problem: AttentionProblem, each: Plan, most: int | None) -> str:
     """Three columns where every step's fit, otherwise a paragraph a step."""
     shown = [
         (_fetched(step, each.rank), _calls(step), _sends(problem, each, index)) for index, step in enumerate(each.steps[:most])
@@ -165,7 +165,7 @@ def _steps(problem: Problem, each: Plan, most: int | None) -> str:
 
 
 def _fetched(step: Step, rank: int) -> str:
-    by_source: dict[int, list[Rows]] = {}
+    by_source: dict[int, list[TokenRange]] = {}
     for rows in step.keys:
         by_source.setdefault(rows.source, []).append(rows)
     if not by_source:
@@ -175,7 +175,7 @@ def _fetched(step: Step, rank: int) -> str:
     )
 
 
-def _rows(rows: Sequence[Rows]) -> str:
+def _rows(rows: Sequence[TokenRange]) -> str:
     ranges = " + ".join(f"[{part.start},{_TIED}{part.stop})" for part in rows[:ITEMS_SHOWN])
     return ranges + (f" and {len(rows) - ITEMS_SHOWN} more" if len(rows) > ITEMS_SHOWN else "")
 
@@ -186,13 +186,13 @@ def _calls(step: Step) -> str:
     return f"{_listed(_call(call) for call in step.calls)}: {step.cells} scores"
 
 
-def _call(call: Call) -> str:
+def _call(call: KernelCall) -> str:
     left, right = call.window
     name = {(-1, -1): "full", (-1, 0): "causal"}.get(call.window, f"window ({left},{_TIED}{right})")
     return name if len(call.segments) == 1 else f"{name} x {len(call.segments)} segments"
 
 
-def _sends(problem: Problem, each: Plan, index: int) -> str:
+def _sends(problem: AttentionProblem, each: Plan, index: int) -> str:
     if problem.collective:
         return "sends its keys to every rank"
     sends = (f"{_rows(send.rows)} to{_TIED}rank{_TIED}{send.rank}" for send in each.sends[index])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.mask import Band, mask_text
-from dtensor_ring.planning.schedule import Plan, Problem, plan
+from dtensor_ring.planning.schedule import AttentionProblem, Plan, plan
 from dtensor_ring.tools.totals import Totals, fetched_by, totals
 
 Facts = dict[str, object]
@@ -14,7 +14,7 @@ Facts = dict[str, object]
 MOST_TILES = 65536  # blocks of scores that plans are made of without being asked for by rank
 
 
-def asks_too_much(problem: Problem, ranks: int) -> bool:
+def asks_too_much(problem: AttentionProblem, ranks: int) -> bool:
     """Whether plans of so many ranks take more than moments: one block of scores a step, or one for each block of a stripe."""
     steps = problem.world if problem.strategy == "ring" else 1
     block = problem.layout.block
@@ -22,7 +22,7 @@ def asks_too_much(problem: Problem, ranks: int) -> bool:
     return ranks * max(steps, blocks) > MOST_TILES
 
 
-def facts(problem: Problem, ranks: Sequence[int] | None = None, *, only_totals: bool = False) -> Facts:
+def facts(problem: AttentionProblem, ranks: Sequence[int] | None = None, *, only_totals: bool = False) -> Facts:
     """What is planned, the totals of all ranks, and unless `only_totals`, what each rank, or each one of `ranks`, does.
 
     Keys stay as they are from one version to the next; new ones may come. Key tokens travel with their values.

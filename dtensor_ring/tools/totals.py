@@ -24,7 +24,7 @@ from dtensor_ring.planning.documents import Documents, Slices
 from dtensor_ring.planning.kernel_calls import unions
 from dtensor_ring.planning.layout import Run, cut
 from dtensor_ring.planning.mask import Band
-from dtensor_ring.planning.schedule import Plan, Problem, plan
+from dtensor_ring.planning.schedule import AttentionProblem, Plan, plan
 
 Runs = tuple[Run, ...]
 Range = tuple[int, int]  # positions [low, high)
@@ -58,7 +58,7 @@ def fetched_by(each: Plan) -> int:
     return sum(rows.size for step in each.steps for rows in step.keys if rows.source != each.rank)
 
 
-def totals(problem: Problem) -> Totals:
+def totals(problem: AttentionProblem) -> Totals:
     """The totals of all ranks, equal to those of their plans.
 
     Raises:
@@ -88,7 +88,7 @@ def _tokens(runs: Runs) -> int:
 # Work: pairs of a query and a key of its document under the band.
 
 
-def _scores(problem: Problem, runs: Runs) -> int:
+def _scores(problem: AttentionProblem, runs: Runs) -> int:
     """Scores of a rank's queries, over all batch rows whose documents differ."""
     band = problem.position_band
     return sum(
@@ -98,7 +98,7 @@ def _scores(problem: Problem, runs: Runs) -> int:
     )
 
 
-def _document(problem: Problem, bounds: tuple[int, ...] | None, index: int) -> Range:
+def _document(problem: AttentionProblem, bounds: tuple[int, ...] | None, index: int) -> Range:
     """The keys of a document."""
     return (0, problem.k_length) if bounds is None else (bounds[index], bounds[index + 1])
 
@@ -122,7 +122,7 @@ def _scores_of_run(run: Run, band: Band, start: int, stop: int) -> int:
 # Exchange: key tokens a rank fetches, and how often its own are sent.
 
 
-def _exchanged(problem: Problem, queries: list[Runs], keys: list[Runs]) -> list[tuple[int, int]]:
+def _exchanged(problem: AttentionProblem, queries: list[Runs], keys: list[Runs]) -> list[tuple[int, int]]:
     """(fetched, sent) of each rank."""
     if problem.collective:  # one all-gather of shards that are padded to the largest
         held = [_tokens(runs) for runs in keys]
@@ -132,7 +132,7 @@ def _exchanged(problem: Problem, queries: list[Runs], keys: list[Runs]) -> list[
     return _covered(problem, queries, keys)
 
 
-def _covered(problem: Problem, queries: list[Runs], keys: list[Runs]) -> list[tuple[int, int]]:
+def _covered(problem: AttentionProblem, queries: list[Runs], keys: list[Runs]) -> list[tuple[int, int]]:
     is_halo = problem.is_halo
     needed = [_needed(problem, runs, is_halo) for runs in queries]
     cover = _Cover([each for ranges in needed for each in ranges])
@@ -144,7 +144,7 @@ def _covered(problem: Problem, queries: list[Runs], keys: list[Runs]) -> list[tu
     return exchanged
 
 
-def _needed(problem: Problem, runs: Runs, is_halo: bool) -> list[Range]:
+def _needed(problem: AttentionProblem, runs: Runs, is_halo: bool) -> list[Range]:
     """Positions whose keys the queries of a rank see. A halo fetches them for each run by itself, what two runs see twice."""
     band = problem.position_band
     needed: list[Range] = []
@@ -218,7 +218,7 @@ def _lines(edges: Iterable[tuple[int, int]]) -> Callable[[int], int]:
     return value
 
 
-def _has_gaps(problem: Problem) -> bool:
+def _has_gaps(problem: AttentionProblem) -> bool:
     """Whether a rank's queries see ranges with gaps between them, one a block: a window narrower than a stripe's stride."""
     lo, hi = problem.position_band.lo, problem.position_band.hi
     if problem.layout.kind != "stripe" or problem.world == 1 or lo is None or hi is None or lo > hi:
@@ -227,7 +227,7 @@ def _has_gaps(problem: Problem) -> bool:
     return problem.q_length == problem.k_length and len(problem.bounds) == 1 and problem.world * block > block + hi - lo
 
 
-def _without_inner_rounds(problem: Problem, queries: list[Runs], keys: list[Runs]) -> list[tuple[int, int]]:
+def _without_inner_rounds(problem: AttentionProblem, queries: list[Runs], keys: list[Runs]) -> list[tuple[int, int]]:
     """As `_covered`, with rounds left out inside each document, and added again as often as one more round adds.
 
     A round deals a block to every rank. Deep inside a document every round is like the next, since a window reaches no document's
@@ -249,7 +249,7 @@ def _without_inner_rounds(problem: Problem, queries: list[Runs], keys: list[Runs
     return [(f + rounds * (g - f), s + rounds * (t - s)) for (f, s), (g, t) in zip(base, more, strict=True)]
 
 
-def _covered_of_lengths(problem: Problem, lengths: Sequence[int]) -> list[tuple[int, int]]:
+def _covered_of_lengths(problem: AttentionProblem, lengths: Sequence[int]) -> list[tuple[int, int]]:
     total = sum(lengths)
     documents = None if problem.documents is None else Documents.from_lengths(lengths)
     shorter = replace(problem, q_length=total, k_length=total, documents=documents)

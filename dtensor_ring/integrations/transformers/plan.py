@@ -243,8 +243,8 @@ class RingPlan(dict[str, ParallelStyle]):
     @torch.compiler.disable
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         """The whole batch in, this rank's share out."""
-        wire = transport_along(self._applied())
-        with refused_together(lambda: [wire]):
+        transport = transport_along(self._applied())
+        with refused_together(lambda: [transport]):
             self._check_attention_name()
             parameters = inspect.signature(self._model.forward).parameters
             named = dict(zip(parameters, args, strict=False))
@@ -258,12 +258,12 @@ class RingPlan(dict[str, ParallelStyle]):
             documents = given.pop("documents", None)
             given.pop("cache_position", None)  # places in a cache, of which there is none
             length = sequence_length(given)
-            check_length(length, wire.world, self._placement)
+            check_length(length, transport.world, self._placement)
             found = find_documents(given, length, documents)
-        check_same(given, length, found, self._placement, wire)
-        warn_of_imbalance(found, given, self._placement, wire, self._reach)
+        check_same(given, length, found, self._placement, transport)
+        warn_of_imbalance(found, given, self._placement, transport, self._reach)
         self._is_packed = is_packed(found, given)
-        batch = cut_batch(given, self._placement, wire, length, found)
+        batch = cut_batch(given, self._placement, transport, length, found)
         found = self._documents = batch.documents
         count = batch.num_items
         if batch.get("num_items_in_batch") is not None or batch.get("labels") is None:

@@ -21,8 +21,8 @@ from typing_extensions import override
 from dtensor_ring.comm import Message, Pending, Transport
 from dtensor_ring.ops.executors.merge import GradSum, accumulate_dtype
 from dtensor_ring.ops.executors.routes import Route, Slot, routes
-from dtensor_ring.planning.kernel_calls import Rows, Step
-from dtensor_ring.planning.schedule import Plan, Problem, Send
+from dtensor_ring.planning.kernel_calls import Step, TokenRange
+from dtensor_ring.planning.schedule import AttentionProblem, KeySend, Plan
 
 Pair = tuple[Tensor, Tensor]
 Direction = Literal["forward", "backward"]
@@ -31,7 +31,7 @@ Direction = Literal["forward", "backward"]
 class Activity(NamedTuple):
     """What a transfer is part of: its text is made only for an error."""
 
-    problem: Problem
+    problem: AttentionProblem
     direction: Direction
     what: str
     step: int | None = None
@@ -49,35 +49,35 @@ class Exchange:
 
     Attributes:
         plan: which rows go where.
-        wire: how to exchange.
+        transport: how to exchange.
         grad_dtype: the dtype of the kernel's gradients for keys of a dtype.
     """
 
     plan: Plan
-    wire: Transport
+    transport: Transport
     grad_dtype: Callable[[torch.dtype], torch.dtype]
 
     def fetch(self, index: int, kv: Pair, direction: Direction) -> Pending[Pair]:
         """Start to send what others need in this step and to receive what this rank needs."""
-        with self.wire.during(Activity(self.plan.problem, direction, "keys", index, len(self.plan.steps))):
+        with self.transport.during(Activity(self.plan.problem, direction, "keys", index, len(self.plan.steps))):
             return self._fetch(index, kv)
 
     def give_back(self, index: int, grads: Pair, own: tuple[GradSum, GradSum]) -> Pending[None]:
         """Start to return the gradients of a step's keys; once it is over, `own` holds what this rank's keys got in the step."""
-        with self.wire.during(Activity(self.plan.problem, "backward", "gradients", index, len(self.plan.steps))):
+        with self.transport.during(Activity(self.plan.problem, "backward", "gradients", index, len(self.plan.steps))):
             return self._reduce(index, grads, own) if self.plan.problem.collective else self._give_back(index, grads, own)
 
     def _fetch(self, index: int, kv: Pair) -> Pending[Pair]:
-        step, sends, rank, wire = self.plan.steps[index], self.plan.sends[index], self.plan.rank, self.wire
+        step, sends, rank, transport = self.plan.steps[index], self.plan.sends[index], self.plan.rank, self.transport
         if self.plan.problem.collective:
             shards = [_padded(self.plan, x) for x in kv]
-            gathered = wire.all_gather(torch.cat([shard.flatten() for shard in shards]))
+            gathered = transport.all_gather(torch.cat([shard.flatten() for shard in shards]))
             return Pending(lambda: _pair(_assemble(step, x, y) for x, y in zip(kv, _apart(gathered, shards), strict=True)))
         route = self._route(index, kv[0])
         k_taken, v_taken = (_taken(sends, route, x) for x in kv)
-        (k_slots, k_keys), (v_slots, v_keys) = (_landing(wire, rank, route, x) for x in kv)
+        (k_slots, k_keys), (v_slots, v_keys) = (_landing(transport, rank, route, x) for x in kv)
         peers = [slot.source for slot in route.slots if slot.source != rank]
-        pending = wire.exchange(
+        pending = transport.exchange(
             _in_turn([send.rank for send in sends], k_taken, v_taken),
             _in_turn(peers, [k_slots[peer] for peer in peers], [v_slots[peer] for peer in peers]),
         )
@@ -98,7 +98,7 @@ class Exchange:
         (k_buffers, add_k), (v_buffers, add_v) = (
             self._returns(sends, route, grad, total) for grad, total in zip(grads, own, strict=True)
         )
-        pending = self.wire.exchange(
+        pending = self.transport.exchange(
             _in_turn([slot.source for slot in peers], k_leaving, v_leaving),
             _in_turn([send.rank for send in sends], k_buffers, v_buffers),
         )
@@ -114,7 +114,7 @@ class Exchange:
         return routes(self.plan.problem, self.plan.rank, x_BSHD.shape[0], x_BSHD.device)[index]
 
     def _returns(
-        self, sends: Sequence[Send], route: Route, grad: Tensor, total: GradSum
+        self, sends: Sequence[KeySend], route: Route, grad: Tensor, total: GradSum
     ) -> tuple[list[Tensor], Callable[[], None]]:
         """Buffers for what comes back of each send, and what adds them and the own part of `grad` to the total."""
         like, sums, own = total.like, route.sums, route.own
@@ -125,7 +125,7 @@ class Exchange:
                 total.add(own.start, grad[:, own.at : own.at + own.rows])
             ranges = [send.rows[0] for send in sends]
             buffers = [
-                self.wire.empty((batch, rows.size, *dims), like, wide if send.sums else narrow)
+                self.transport.empty((batch, rows.size, *dims), like, wide if send.sums else narrow)
                 for send, rows in zip(sends, ranges, strict=True)
             ]
 
@@ -137,11 +137,11 @@ class Exchange:
         mine, summed, others = (batch * rows for rows in sums.rows)
         keeps_narrow = sums.offsets is None and not summed and (own is None or grad.dtype == narrow)
         count = mine + summed + others
-        parts = self.wire.empty((count + sums.gaps, *dims), like, narrow if keeps_narrow else wide)
+        parts = self.transport.empty((count + sums.gaps, *dims), like, narrow if keeps_narrow else wide)
         if sums.gaps:
             parts[count].zero_()
         last = parts[mine + summed : count]
-        landing = last if parts.dtype == narrow else self.wire.empty(last.shape, like, narrow)
+        landing = last if parts.dtype == narrow else self.transport.empty(last.shape, like, narrow)
         if own is not None:
             _own_part(own.at, own.rows, own.back, grad, parts[:mine])
         buffers = []
@@ -172,7 +172,7 @@ class Exchange:
             whole = part.view(problem.world, *shape)
             for start, rows in _offsets(step):
                 whole[rows.source, :, rows.start : rows.stop] = grad[:, start : start + rows.size]
-        summed = self.wire.reduce_scatter(shards)
+        summed = self.transport.reduce_scatter(shards)
 
         def finish() -> None:
             for total, shape, part in zip(own, shapes, summed.wait().split(sizes), strict=True):
@@ -215,7 +215,7 @@ def _in_turn(peers: Sequence[int], keys: Sequence[Tensor], values: Sequence[Tens
     return [Message(peer, x) for peer, k, v in zip(peers, keys, values, strict=True) for x in (k, v)]
 
 
-def _taken(sends: Sequence[Send], route: Route, x_BSHD: Tensor) -> list[Tensor]:
+def _taken(sends: Sequence[KeySend], route: Route, x_BSHD: Tensor) -> list[Tensor]:
     """The rows that each send carries, contiguous: one copy for all of them where some have several ranges."""
     if route.take is None:
         return [x_BSHD[:, rows.start : rows.stop].contiguous() for send in sends for rows in send.rows]
@@ -235,7 +235,7 @@ def _split(x_BSHD: Tensor, index: Tensor, rows: Sequence[int]) -> list[Tensor]:
     return [part.view(batch, n, *dims) for part, n in zip(parts, rows, strict=True)]
 
 
-def _landing(wire: Transport, rank: int, route: Route, x_BSHD: Tensor) -> tuple[dict[int, Tensor], Callable[[], Tensor]]:
+def _landing(transport: Transport, rank: int, route: Route, x_BSHD: Tensor) -> tuple[dict[int, Tensor], Callable[[], Tensor]]:
     """Buffers for the rows of each peer, and what gives the step's key buffer once they are full.
 
     Where the order of arrival is that of the key buffer, peers' rows land in their place and only this rank's own are copied.
@@ -246,13 +246,13 @@ def _landing(wire: Transport, rank: int, route: Route, x_BSHD: Tensor) -> tuple[
     if not peers:
         return {}, lambda: x_BSHD[:, :0] if own is None else _own_part(own.start, own.rows, own.take, x_BSHD)
     if route.order is None and (batch > 1 or len(slots) == 1):
-        apart = {slot.source: wire.empty((batch, slot.rows, *dims), x_BSHD) for slot in peers}
+        apart = {slot.source: transport.empty((batch, slot.rows, *dims), x_BSHD) for slot in peers}
         if len(slots) == 1:
             return apart, lambda: apart[slots[0].source]
         mine = [] if own is None else [_own_part(own.start, own.rows, own.take, x_BSHD)]
         return apart, lambda: torch.cat([mine[0] if slot.source == rank else apart[slot.source] for slot in slots], 1)
     total = sum(slot.rows for slot in slots)
-    landed = wire.empty((batch * total, *dims), x_BSHD)
+    landed = transport.empty((batch * total, *dims), x_BSHD)
     parts = dict(zip([slot.source for slot in slots], landed.split([batch * slot.rows for slot in slots]), strict=True))
     if own is not None:
         _own_part(own.start, own.rows, own.take, x_BSHD, parts[rank])
@@ -278,7 +278,7 @@ def _own_part(start: int, rows: int, index: Tensor | None, x_BSHD: Tensor, targe
     return part if target is None else target.view(batch, rows, *dims).copy_(part)
 
 
-def _offsets(step: Step) -> Iterator[tuple[int, Rows]]:
+def _offsets(step: Step) -> Iterator[tuple[int, TokenRange]]:
     start = 0
     for rows in step.keys:
         yield start, rows

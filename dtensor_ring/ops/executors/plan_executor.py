@@ -24,9 +24,9 @@ from dtensor_ring.comm import Pending, Transport
 from dtensor_ring.comm.rank_checks import number_of
 from dtensor_ring.ops.executors.exchange import Direction, Exchange, Pair
 from dtensor_ring.ops.executors.merge import GradSum, OutputSum, sink_gradient, with_sinks
-from dtensor_ring.ops.kernels import Extras, Kernel, Options, Packing, Result, Span
-from dtensor_ring.planning.kernel_calls import Call
-from dtensor_ring.planning.schedule import Plan, Problem, plan
+from dtensor_ring.ops.kernels import Kernel, PositionContext, Result, SoftmaxParams, VarlenMetadata, VarlenSegment
+from dtensor_ring.planning.kernel_calls import KernelCall
+from dtensor_ring.planning.schedule import AttentionProblem, Plan, plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Executor:
 
     Attributes:
         plan: what to do.
-        wire: how to exchange.
+        transport: how to exchange.
         kernel: what computes a block.
         options: scale, softcap, dropout.
         sinks: a score (H,) that every query of a head also sees, with no value; None for none.
@@ -44,9 +44,9 @@ class Executor:
     """
 
     plan: Plan
-    wire: Transport
+    transport: Transport
     kernel: Kernel
-    options: Options
+    options: SoftmaxParams
     sinks: Tensor | None = None
     alibi: Tensor | None = None
     origin: tuple[int, int] = (0, 0)
@@ -54,7 +54,7 @@ class Executor:
     @property
     def exchange(self) -> Exchange:
         """What moves keys and gradients."""
-        return Exchange(self.plan, self.wire, self.kernel.grad_dtype)
+        return Exchange(self.plan, self.transport, self.kernel.grad_dtype)
 
     @property
     def forward_order(self) -> list[int]:
@@ -142,8 +142,8 @@ class Executor:
         kv: Pair,
         out: Tensor,
         lse: Tensor,
-        only: tuple[Call, Packing | None],
-        extras: Extras | None,
+        only: tuple[KernelCall, VarlenMetadata | None],
+        extras: PositionContext | None,
         coming: Pending[Pair] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What the only call gives; gradients of keys that came from other ranks go back to them."""
@@ -155,7 +155,7 @@ class Executor:
             dk, dv = own[0].result(), own[1].result()
         return dq.to(q.dtype).contiguous(), dk.to(kv[0].dtype).contiguous(), dv.to(kv[1].dtype).contiguous()
 
-    def _only_call(self, q_BSHD: Tensor) -> tuple[Call, Packing | None] | None:
+    def _only_call(self, q_BSHD: Tensor) -> tuple[KernelCall, VarlenMetadata | None] | None:
         """The call of a plan that has no other, if it covers all queries and all keys of its step; what it returns is the result.
 
         A packed call covers everything: it gives rows in no segment out 0 and lse -inf, and keys in none gradients 0.
@@ -177,14 +177,14 @@ class Executor:
             coming = self.exchange.fetch(0, kv, direction)
         return coming.wait()
 
-    def _only_extras(self, device: torch.device, seed: int) -> Extras | None:
+    def _only_extras(self, device: torch.device, seed: int) -> PositionContext | None:
         extras = self._extras(device, seed)
         return None if extras is None else extras(0, 0)
 
-    def _packs(self, q_BSHD: Tensor) -> tuple[tuple[Packing | None, ...], ...]:
+    def _packs(self, q_BSHD: Tensor) -> tuple[tuple[VarlenMetadata | None, ...], ...]:
         return _packings(self.plan.problem, self.plan.rank, q_BSHD.shape[0], q_BSHD.device)
 
-    def _extras(self, device: torch.device, seed: int) -> Callable[[int, int], Extras] | None:
+    def _extras(self, device: torch.device, seed: int) -> Callable[[int, int], PositionContext] | None:
         """What makes the extras of a call from the numbers of its step and of the call in it; None where no call needs any."""
         if not self.options.dropout_p and self.alibi is None:
             return None
@@ -193,16 +193,16 @@ class Executor:
         reads_positions = self.alibi is not None or kernel.hashes_positions
         queries, keys = _positions(self.plan.problem, rank, device) if reads_positions else (None, None)
 
-        def of_call(index: int, number: int) -> Extras:
+        def of_call(index: int, number: int) -> PositionContext:
             own_seed = seed
             if not kernel.hashes_positions:  # equal seeds would give every call and rank the same mask
                 own_seed = number_of(repr((seed, rank, first_calls[index] + number, self.origin)))
-            return Extras(self.alibi, own_seed, queries, None if keys is None else keys[index], self.origin)
+            return PositionContext(self.alibi, own_seed, queries, None if keys is None else keys[index], self.origin)
 
         return of_call
 
     def _forward_call(
-        self, q: Tensor, k: Tensor, v: Tensor, call: Call, pack: Packing | None, extras: Extras | None
+        self, q: Tensor, k: Tensor, v: Tensor, call: KernelCall, pack: VarlenMetadata | None, extras: PositionContext | None
     ) -> tuple[int, int, Result]:
         """First and last row, out and lse of one call."""
         if pack is None:
@@ -222,9 +222,9 @@ class Executor:
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        call: Call,
-        pack: Packing | None,
-        extras: Extras | None,
+        call: KernelCall,
+        pack: VarlenMetadata | None,
+        extras: PositionContext | None,
     ) -> tuple[int, int, tuple[Tensor, Tensor, Tensor]]:
         """First query and key row, and the gradients of one call."""
         if pack is None:
@@ -257,24 +257,24 @@ def _rows(x_BSHD: Tensor, start: int, stop: int) -> Tensor:
     return x_BSHD if stop - start == x_BSHD.shape[1] else x_BSHD[:, start:stop]
 
 
-_Packings = tuple[tuple[Packing | None, ...], ...]
+_Packings = tuple[tuple[VarlenMetadata | None, ...], ...]
 _Positions = tuple[Tensor, tuple[Tensor, ...]]
 
 
-def _packed_bytes(packings: _Packings, problem: Problem, *_others: object) -> int:
+def _packed_bytes(packings: _Packings, problem: AttentionProblem, *_others: object) -> int:
     """Spans are four integers in a tuple each; the cumulative lengths lie on the device."""
     packs = [pack for step in packings for pack in step if pack is not None]
     spans = sum(len(pack.spans) for pack in packs)
     return problem.nbytes + 500 * len(packs) + 224 * spans + sum(pack.cu_q.nbytes + pack.cu_k.nbytes for pack in packs)
 
 
-def _position_bytes(positions: _Positions, problem: Problem, *_others: object) -> int:
+def _position_bytes(positions: _Positions, problem: AttentionProblem, *_others: object) -> int:
     queries, keys = positions
     return problem.nbytes + queries.nbytes + sum(each.nbytes for each in keys)
 
 
 @cached("segments of packed calls", most_bytes=8 << 20, most_entries=32, size=_packed_bytes)
-def _packings(problem: Problem, rank: int, batch: int, device: torch.device) -> _Packings:
+def _packings(problem: AttentionProblem, rank: int, batch: int, device: torch.device) -> _Packings:
     """For each call of each step the packing of a batch, None where one segment goes to the kernel as a dense block."""
     q_rows, steps = problem.q_rows(rank), plan(problem, rank).steps
     return tuple(
@@ -282,20 +282,20 @@ def _packings(problem: Problem, rank: int, batch: int, device: torch.device) -> 
     )
 
 
-def _packing(call: Call, doc_rows: int, batch: int, q_rows: int, k_rows: int, device: torch.device) -> Packing | None:
+def _packing(call: KernelCall, doc_rows: int, batch: int, q_rows: int, k_rows: int, device: torch.device) -> VarlenMetadata | None:
     if doc_rows == 1 and len(call.segments) == 1:
         return None
     spans = [
-        Span(row * q_rows + s.q0, row * q_rows + s.q1, row * k_rows + s.k0, row * k_rows + s.k1)
+        VarlenSegment(row * q_rows + s.q0, row * q_rows + s.q1, row * k_rows + s.k0, row * k_rows + s.k1)
         for row in range(batch)
         for s in call.segments
         if doc_rows == 1 or s.row == row
     ]
-    return Packing.of(spans, batch * q_rows, batch * k_rows, device)
+    return VarlenMetadata.of(spans, batch * q_rows, batch * k_rows, device)
 
 
 @cached("positions for dropout and ALiBi", most_bytes=16 << 20, most_entries=32, size=_position_bytes)
-def _positions(problem: Problem, rank: int, device: torch.device) -> _Positions:
+def _positions(problem: AttentionProblem, rank: int, device: torch.device) -> _Positions:
     """Positions of this rank's queries, and of the keys in each step's buffer."""
     q_positions, k_positions = plan(problem, rank).positions
     keys = tuple(torch.tensor(positions, dtype=torch.int64, device=device) for positions in k_positions)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dtensor_ring.cache import cached
 from dtensor_ring.planning.kernel_calls import Step
-from dtensor_ring.planning.schedule import Plan, Problem, Send, plan
+from dtensor_ring.planning.schedule import AttentionProblem, KeySend, Plan, plan
 
 _Range = tuple[int, int]
 
@@ -109,13 +109,13 @@ class Route:
         return [tensor for tensor in (self.take, self.order, self.leave, *own, *sums) if tensor is not None]
 
 
-def _route_bytes(kept: tuple[Route, ...], problem: Problem, *_others: object) -> int:
+def _route_bytes(kept: tuple[Route, ...], problem: AttentionProblem, *_others: object) -> int:
     """Index tensors on the device, and a few objects a step."""
     return problem.nbytes + sum(600 + sum(tensor.nbytes for tensor in route.tensors) for route in kept)
 
 
 @cached("rows of transfers", most_bytes=16 << 20, most_entries=32, size=_route_bytes)
-def routes(problem: Problem, rank: int, batch: int, device: torch.device) -> tuple[Route, ...]:
+def routes(problem: AttentionProblem, rank: int, batch: int, device: torch.device) -> tuple[Route, ...]:
     """The routes of a plan's steps for a batch; plans whose exchange is collective have none."""
     whole = plan(problem, rank)
     return () if problem.collective else tuple(_route(whole, index, batch, device) for index in range(len(whole.steps)))
@@ -167,7 +167,7 @@ def _by_source(step: Step) -> tuple[dict[int, list[_Range]], dict[int, list[_Ran
     return stored, held
 
 
-def _sums(mine: list[_Range], sends: Sequence[Send], batch: int, length: int | None, device: torch.device) -> Sums:
+def _sums(mine: list[_Range], sends: Sequence[KeySend], batch: int, length: int | None, device: torch.device) -> Sums:
     """The sums of own part and sends; they cover all `length` rows if given, else those from first to last contribution."""
     blocks = [mine, *([(rows.start, rows.stop) for rows in send.rows] for send in sends)]
     low = min(a for ranges in blocks for a, _ in ranges) if length is None else 0

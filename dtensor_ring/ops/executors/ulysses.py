@@ -22,10 +22,10 @@ from dtensor_ring.comm.collectives import Chunks, Split, exchange_dims
 from dtensor_ring.ops.executors.exchange import Activity
 from dtensor_ring.ops.executors.merge import accumulate_dtype
 from dtensor_ring.ops.executors.plan_executor import Executor
-from dtensor_ring.ops.kernels import Kernel, Options
+from dtensor_ring.ops.kernels import Kernel, SoftmaxParams
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import PackedLayout
-from dtensor_ring.planning.schedule import Problem, plan
+from dtensor_ring.planning.schedule import AttentionProblem, plan
 
 
 def refuses(ranks: int, heads: int, kv_heads: int) -> str | None:
@@ -49,7 +49,7 @@ class UlyssesExecutor:
 
     Attributes:
         problem: the attention; its strategy plays no part.
-        wire: how to exchange.
+        transport: how to exchange.
         kernel: what computes.
         options: scale, softcap, dropout.
         sinks: (H,), or None.
@@ -57,10 +57,10 @@ class UlyssesExecutor:
         origin: first batch row and head of this rank's tensors in the whole batch.
     """
 
-    problem: Problem
-    wire: Transport
+    problem: AttentionProblem
+    transport: Transport
     kernel: Kernel
-    options: Options
+    options: SoftmaxParams
     sinks: Tensor | None = None
     alibi: Tensor | None = None
     origin: tuple[int, int] = (0, 0)
@@ -68,10 +68,10 @@ class UlyssesExecutor:
     def forward(self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Out (B, Sq/W, H, Dv) in the dtype of q, and lse (B, H, Sq/W)."""
         heads = q_BSHD.shape[2]
-        with self.wire.during(Activity(self.problem, "forward", "tokens to heads and back")):
+        with self.transport.during(Activity(self.problem, "forward", "tokens to heads and back")):
             out, lse = self._inner(heads).forward(self._to_heads(q_BSHD), self._kv(k_BSHD), self._kv(v_BSHD), seed)
             by_head = (1, Chunks(), heads)
-            return self._to_tokens(out, heads), exchange_dims(lse, by_head, (2, self._split, self.problem.q_length), self.wire)
+            return self._to_tokens(out, heads), exchange_dims(lse, by_head, (2, self._split, self.problem.q_length), self.transport)
 
     def backward(
         self,
@@ -84,7 +84,7 @@ class UlyssesExecutor:
         seed: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """dq, dk, dv of this rank's shares, and the part of dsinks (H,) of its heads."""
-        with self.wire.during(Activity(self.problem, "backward", "tokens to heads and back")):
+        with self.transport.during(Activity(self.problem, "backward", "tokens to heads and back")):
             return self._backward(dout_BSHD, q_BSHD, k_BSHD, v_BSHD, out_BSHD, lse_BHS, seed)
 
     def _backward(
@@ -99,7 +99,7 @@ class UlyssesExecutor:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         heads, kv_heads = q_BSHD.shape[2], k_BSHD.shape[2]
         dout, q, out = (self._to_heads(x) for x in (dout_BSHD, q_BSHD, out_BSHD))
-        lse = exchange_dims(lse_BHS, (2, self._split, self.problem.q_length), (1, Chunks(), heads), self.wire)
+        lse = exchange_dims(lse_BHS, (2, self._split, self.problem.q_length), (1, Chunks(), heads), self.transport)
         dq, dk, dv, dmine = self._inner(heads).backward(dout, q, self._kv(k_BSHD), self._kv(v_BSHD), out, lse, seed)
         dsinks = None
         if self.sinks is not None and dmine is not None:
@@ -115,8 +115,8 @@ class UlyssesExecutor:
         return problem.layout
 
     def _mine(self, heads: int) -> slice:
-        each = heads // self.wire.world
-        return slice(self.wire.rank * each, (self.wire.rank + 1) * each)
+        each = heads // self.transport.world
+        return slice(self.transport.rank * each, (self.transport.rank + 1) * each)
 
     def _inner(self, heads: int) -> Executor:
         """Attention of this rank's heads on one device."""
@@ -128,19 +128,19 @@ class UlyssesExecutor:
 
     def _to_heads(self, x_BSHD: Tensor, length: int | None = None) -> Tensor:
         length = self.problem.q_length if length is None else length
-        return exchange_dims(x_BSHD, (1, self._split, length), (2, Chunks(), x_BSHD.shape[2]), self.wire)
+        return exchange_dims(x_BSHD, (1, self._split, length), (2, Chunks(), x_BSHD.shape[2]), self.transport)
 
     def _to_tokens(self, x_BSHD: Tensor, heads: int, length: int | None = None) -> Tensor:
         length = self.problem.q_length if length is None else length
-        return exchange_dims(x_BSHD, (2, Chunks(), heads), (1, self._split, length), self.wire)
+        return exchange_dims(x_BSHD, (2, Chunks(), heads), (1, self._split, length), self.transport)
 
     def _kv(self, x_BSHD: Tensor) -> Tensor:
-        copies = max(1, self.wire.world // x_BSHD.shape[2])
+        copies = max(1, self.transport.world // x_BSHD.shape[2])
         return self._to_heads(x_BSHD.repeat_interleave(copies, 2) if copies > 1 else x_BSHD, self.problem.k_length)
 
     def _kv_grad(self, grad: Tensor, kv_heads: int) -> Tensor:
         """Gradients of copies of a key head are summed in float32."""
-        copies = max(1, self.wire.world // kv_heads)
+        copies = max(1, self.transport.world // kv_heads)
         if copies == 1:
             return self._to_tokens(grad, kv_heads, self.problem.k_length)
         parts = self._to_tokens(grad, kv_heads * copies, self.problem.k_length).unflatten(2, (kv_heads, copies))

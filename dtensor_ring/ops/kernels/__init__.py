@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from dtensor_ring.ops.kernels.base import Extras, Kernel, Need, Options, Packing, Result, Span
+from dtensor_ring.ops.kernels.base import (
+    Kernel,
+    KernelRequirements,
+    PositionContext,
+    Result,
+    SoftmaxParams,
+    VarlenMetadata,
+    VarlenSegment,
+)
 from dtensor_ring.ops.kernels.flash_attn_2 import FlashAttn2Kernel
 from dtensor_ring.ops.kernels.flash_attn_3 import FlashAttn3Kernel
 from dtensor_ring.ops.kernels.flash_attn_4 import FlashAttn4Kernel
@@ -33,7 +41,7 @@ def check_kernel_name(name: str | None) -> None:
         raise ValueError(f"unknown kernel {name!r}: choose one of {', '.join(KERNELS)}, or None for the first that does not refuse")
 
 
-def choose_kernel(name: str | None, need: Need) -> Kernel:
+def choose_kernel(name: str | None, need: KernelRequirements) -> Kernel:
     """The kernel called `name`, or with None the first in `KERNELS` that does not refuse.
 
     Raises:
@@ -54,14 +62,14 @@ def choose_kernel(name: str | None, need: Need) -> Kernel:
 
 __all__ = [
     "KERNELS",
-    "Extras",
     "Kernel",
     "KernelName",
-    "Need",
-    "Options",
-    "Packing",
+    "KernelRequirements",
+    "PositionContext",
     "Result",
-    "Span",
+    "SoftmaxParams",
+    "VarlenMetadata",
+    "VarlenSegment",
     "check_kernel_name",
     "choose_kernel",
 ]

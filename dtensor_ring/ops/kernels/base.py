@@ -23,7 +23,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Need:
+class KernelRequirements:
     """What a call asks of a kernel; `Kernel.refuses` judges it."""
 
     device: str
@@ -38,7 +38,7 @@ class Need:
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class SoftmaxParams:
     """The arguments of attention that change no shapes.
 
     `scale` multiplies q.k, `softcap` > 0 bounds scores by a tanh, `dropout_p` is the probability that a weight is dropped.
@@ -51,7 +51,7 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
-class Extras:
+class PositionContext:
     """What ALiBi and dropout need of a block besides its tensors.
 
     Attributes:
@@ -71,7 +71,7 @@ class Extras:
     origin: tuple[int, int] = (0, 0)
     batch: int = 0
 
-    def part(self, rows: slice, columns: slice, batch: int | None = None) -> Extras:
+    def part(self, rows: slice, columns: slice, batch: int | None = None) -> PositionContext:
         """Those of rows and columns of the block, in one batch row if given."""
         alibi = self.alibi
         if alibi is not None and alibi.dim() == 2 and batch is not None:
@@ -95,7 +95,7 @@ class Result(NamedTuple):
     lse: Tensor
 
 
-class Span(NamedTuple):
+class VarlenSegment(NamedTuple):
     """Flattened query rows [q0, q1) against flattened key rows [k0, k1)."""
 
     q0: int
@@ -105,24 +105,24 @@ class Span(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Packing:
+class VarlenMetadata:
     """The segments of one packed call, for loops (`spans`) and for varlen kernels (`cu_q`, `cu_k`, int32 on the device).
 
     The cumulative lengths cover all flattened rows: a gap in the queries is a sequence without keys, a gap in the keys a
     sequence without queries.
     """
 
-    spans: tuple[Span, ...]
+    spans: tuple[VarlenSegment, ...]
     cu_q: Tensor
     cu_k: Tensor
     max_q: int
     max_k: int
 
     @classmethod
-    def of(cls, spans: Sequence[Span], q_rows: int, k_rows: int, device: torch.device) -> Packing:
+    def of(cls, spans: Sequence[VarlenSegment], q_rows: int, k_rows: int, device: torch.device) -> VarlenMetadata:
         """The packing of increasing, disjoint spans in `q_rows` x `k_rows` flattened rows."""
         cu_q, cu_k = [0], [0]
-        for span in (*spans, Span(q_rows, q_rows, k_rows, k_rows)):
+        for span in (*spans, VarlenSegment(q_rows, q_rows, k_rows, k_rows)):
             if span.q0 > cu_q[-1]:
                 cu_q.append(span.q0)
                 cu_k.append(cu_k[-1])
@@ -148,16 +148,16 @@ class Kernel(ABC):
     name: ClassVar[str]
     hashes_positions: ClassVar[bool] = True  # whether a dropout mask depends on nothing but seed, row, head and positions
 
-    def refuses(self, need: Need) -> str | None:
+    def refuses(self, need: KernelRequirements) -> str | None:
         """Why this kernel cannot do what is needed, or None if it can."""
         return self.unavailable(need) or self.lacks(need)
 
     @abstractmethod
-    def unavailable(self, need: Need) -> str | None:
+    def unavailable(self, need: KernelRequirements) -> str | None:
         """Why it cannot run here: device, package, build. None if it can."""
 
     @abstractmethod
-    def lacks(self, need: Need) -> str | None:
+    def lacks(self, need: KernelRequirements) -> str | None:
         """What it has not wherever it runs: dtypes, head dims, features. None if it has all that is needed."""
 
     @abstractmethod
@@ -167,8 +167,8 @@ class Kernel(ABC):
         k_BSHD: Tensor,
         v_BSHD: Tensor,
         window: tuple[int, int],
-        options: Options,
-        extras: Extras | None = None,
+        options: SoftmaxParams,
+        extras: PositionContext | None = None,
     ) -> Result:
         """Out and lse of one block; `extras` is given where there is dropout or ALiBi."""
 
@@ -182,8 +182,8 @@ class Kernel(ABC):
         out_BSHD: Tensor,
         lse_BHS: Tensor,
         window: tuple[int, int],
-        options: Options,
-        extras: Extras | None = None,
+        options: SoftmaxParams,
+        extras: PositionContext | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """This block's share of dq, dk, dv, given the out and lse of the whole attention."""
 
@@ -196,10 +196,10 @@ class Kernel(ABC):
         q_THD: Tensor,
         k_THD: Tensor,
         v_THD: Tensor,
-        packing: Packing,
+        packing: VarlenMetadata,
         window: tuple[int, int],
-        options: Options,
-        extras: Extras | None = None,
+        options: SoftmaxParams,
+        extras: PositionContext | None = None,
     ) -> Result:
         """Out (T, H, Dv) and lse (H, T) of many segments; here one block after the other."""
         accumulate = torch.float64 if q_THD.dtype == torch.float64 else torch.float32
@@ -220,10 +220,10 @@ class Kernel(ABC):
         v_THD: Tensor,
         out_THD: Tensor,
         lse_HT: Tensor,
-        packing: Packing,
+        packing: VarlenMetadata,
         window: tuple[int, int],
-        options: Options,
-        extras: Extras | None = None,
+        options: SoftmaxParams,
+        extras: PositionContext | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The share of many segments in dq, dk, dv."""
         dq, dk, dv = (torch.zeros_like(x, dtype=self.grad_dtype(x.dtype)) for x in (q_THD, k_THD, v_THD))
@@ -235,7 +235,7 @@ class Kernel(ABC):
         return dq, dk, dv
 
 
-def _parts(packing: Packing, extras: Extras | None) -> Iterator[tuple[slice, slice, Extras | None]]:
+def _parts(packing: VarlenMetadata, extras: PositionContext | None) -> Iterator[tuple[slice, slice, PositionContext | None]]:
     """Flattened rows and keys of each span, and its extras, whose positions are those of one batch row."""
     for q0, q1, k0, k1 in packing.spans:
         part = None

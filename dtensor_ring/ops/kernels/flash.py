@@ -19,7 +19,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dtensor_ring._torch import constant_when_compiled
-from dtensor_ring.ops.kernels.base import Extras, Kernel, Need, Options, Packing, Result
+from dtensor_ring.ops.kernels.base import Kernel, KernelRequirements, PositionContext, Result, SoftmaxParams, VarlenMetadata
 
 
 class Bounds(NamedTuple):
@@ -57,7 +57,7 @@ class Side(NamedTuple):
         return {"causal": self.is_causal, "window_size_left": self.left, "window_size_right": right}
 
 
-def lacks_gpu(need: Need, smallest_capability: tuple[int, int] = (8, 0)) -> str | None:
+def lacks_gpu(need: KernelRequirements, smallest_capability: tuple[int, int] = (8, 0)) -> str | None:
     """Why kernels for GPUs of a compute capability cannot run here, or None."""
     if need.device != "cuda":
         return f"runs on CUDA tensors, found {need.device}"
@@ -79,7 +79,7 @@ def _capability(device: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def lacks_tensors(need: Need, largest_head_dim: int = 256) -> str | None:
+def lacks_tensors(need: KernelRequirements, largest_head_dim: int = 256) -> str | None:
     """Why flash kernels cannot take tensors of this dtype and head dim, or None."""
     if need.dtype not in (torch.bfloat16, torch.float16):
         return f"needs bfloat16 or float16, found {need.dtype}"
@@ -109,7 +109,7 @@ def _loaded(module: str, package: str, needs: tuple[str, ...]) -> ModuleType | s
 
 
 @contextmanager
-def _drawing(like: Tensor, options: Options, extras: Extras | None) -> Iterator[None]:
+def _drawing(like: Tensor, options: SoftmaxParams, extras: PositionContext | None) -> Iterator[None]:
     """The device's generator at the start of this call's seed, and afterwards as it was: dropout masks come from nowhere else."""
     if not options.dropout_p or extras is None:
         yield
@@ -123,7 +123,7 @@ def _drawing(like: Tensor, options: Options, extras: Extras | None) -> Iterator[
         generator.set_state(state)
 
 
-def drawn(like: Tensor, options: Options, extras: Extras | None) -> Tensor | None:
+def drawn(like: Tensor, options: SoftmaxParams, extras: PositionContext | None) -> Tensor | None:
     """The generator's state as the forward call found it: seed and offset (2,) int64 on the device; None without dropout."""
     if not options.dropout_p or extras is None:
         return None
@@ -145,8 +145,8 @@ class FlashKernel(Kernel):
         v: Tensor,
         bounds: Bounds | None,
         window: tuple[int, int],
-        options: Options,
-        extras: Extras | None,
+        options: SoftmaxParams,
+        extras: PositionContext | None,
     ) -> Result:
         """The package's forward: (B, S, H, D) tensors without bounds, (T, H, D) with them; lse (B, H, S) or (H, T)."""
 
@@ -161,8 +161,8 @@ class FlashKernel(Kernel):
         lse: Tensor,
         bounds: Bounds | None,
         window: tuple[int, int],
-        options: Options,
-        extras: Extras | None,
+        options: SoftmaxParams,
+        extras: PositionContext | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The package's backward."""
 
@@ -173,8 +173,8 @@ class FlashKernel(Kernel):
         k_BSHD: Tensor,
         v_BSHD: Tensor,
         window: tuple[int, int],
-        options: Options,
-        extras: Extras | None = None,
+        options: SoftmaxParams,
+        extras: PositionContext | None = None,
     ) -> Result:
         """One dense call."""
         with _drawing(q_BSHD, options, extras):
@@ -190,8 +190,8 @@ class FlashKernel(Kernel):
         out_BSHD: Tensor,
         lse_BHS: Tensor,
         window: tuple[int, int],
-        options: Options,
-        extras: Extras | None = None,
+        options: SoftmaxParams,
+        extras: PositionContext | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One dense call."""
         tensors = dout_BSHD, q_BSHD, k_BSHD, v_BSHD, out_BSHD, lse_BHS.contiguous()
@@ -203,10 +203,10 @@ class FlashKernel(Kernel):
         q_THD: Tensor,
         k_THD: Tensor,
         v_THD: Tensor,
-        packing: Packing,
+        packing: VarlenMetadata,
         window: tuple[int, int],
-        options: Options,
-        extras: Extras | None = None,
+        options: SoftmaxParams,
+        extras: PositionContext | None = None,
     ) -> Result:
         """One varlen call; rows without keys, whose lse the kernels give as +inf or -inf, get -inf."""
         bounds = Bounds(packing.cu_q, packing.cu_k, packing.max_q, packing.max_k)
@@ -223,10 +223,10 @@ class FlashKernel(Kernel):
         v_THD: Tensor,
         out_THD: Tensor,
         lse_HT: Tensor,
-        packing: Packing,
+        packing: VarlenMetadata,
         window: tuple[int, int],
-        options: Options,
-        extras: Extras | None = None,
+        options: SoftmaxParams,
+        extras: PositionContext | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One varlen call; keys without queries get gradients 0."""
         bounds = Bounds(packing.cu_q, packing.cu_k, packing.max_q, packing.max_k)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from dtensor_ring.ops.kernels.base import Extras, Need, Options, Result
+from dtensor_ring.ops.kernels.base import KernelRequirements, PositionContext, Result, SoftmaxParams
 from dtensor_ring.ops.kernels.flash import Bounds, FlashKernel, Side, drawn, lacks_gpu, lacks_tensors, load
 
 
@@ -23,7 +23,7 @@ class FlashAttn2Kernel(FlashKernel):
     name: ClassVar[str] = "flash_attn_2"
 
     @override
-    def unavailable(self, need: Need) -> str | None:
+    def unavailable(self, need: KernelRequirements) -> str | None:
         """Needs the package, and CUDA of compute capability 8.0 or more."""
         reason = lacks_gpu(need)
         if reason is not None:
@@ -32,7 +32,7 @@ class FlashAttn2Kernel(FlashKernel):
         return module if isinstance(module, str) else None
 
     @override
-    def lacks(self, need: Need) -> str | None:
+    def lacks(self, need: KernelRequirements) -> str | None:
         """Needs 16-bit tensors and one head dim, a multiple of 8 up to 256."""
         reason = lacks_tensors(need)
         if reason is not None:
@@ -51,8 +51,8 @@ class FlashAttn2Kernel(FlashKernel):
         v: Tensor,
         bounds: Bounds | None,
         window: tuple[int, int],
-        options: Options,
-        extras: Extras | None,
+        options: SoftmaxParams,
+        extras: PositionContext | None,
     ) -> Result:
         """Called by keyword."""
         op = _operator("forward", bounds)
@@ -71,8 +71,8 @@ class FlashAttn2Kernel(FlashKernel):
         lse: Tensor,
         bounds: Bounds | None,
         window: tuple[int, int],
-        options: Options,
-        extras: Extras | None,
+        options: SoftmaxParams,
+        extras: PositionContext | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The operators write dq, dk, dv into tensors given to them."""
         op = _operator("backward", bounds)
@@ -94,7 +94,7 @@ def _operator(direction: str, bounds: Bounds | None) -> Callable[..., Any]:
     return getattr(torch.ops.flash_attn, f"_flash_attn_{direction}" if bounds is None else f"_flash_attn_varlen_{direction}")
 
 
-def _slopes(bounds: Bounds | None, extras: Extras | None) -> Tensor | None:
+def _slopes(bounds: Bounds | None, extras: PositionContext | None) -> Tensor | None:
     """Slopes (H,), or a row of them for each batch row, which in a varlen call is each sequence."""
     if extras is None or extras.alibi is None or extras.alibi.dim() == 1 or bounds is None:
         return None if extras is None else extras.alibi
@@ -102,7 +102,7 @@ def _slopes(bounds: Bounds | None, extras: Extras | None) -> Tensor | None:
     return extras.alibi.index_select(0, rows)
 
 
-def _alibi_shift(bounds: Bounds | None, window: tuple[int, int], extras: Extras | None, q: Tensor) -> Tensor | None:
+def _alibi_shift(bounds: Bounds | None, window: tuple[int, int], extras: PositionContext | None, q: Tensor) -> Tensor | None:
     """What the lse of a causal call has too much: its bias is slope * (key's place), which is larger by slope * (query's place).
 
     (H or B, H, Sq), or (H, T) in a varlen call; None where distances are the bias.
@@ -120,7 +120,9 @@ def _alibi_shift(bounds: Bounds | None, window: tuple[int, int], extras: Extras 
     return slopes.reshape(slopes.shape[0], -1) * place
 
 
-def _common(bounds: Bounds | None, window: tuple[int, int], options: Options, extras: Extras | None) -> dict[str, Any]:
+def _common(
+    bounds: Bounds | None, window: tuple[int, int], options: SoftmaxParams, extras: PositionContext | None
+) -> dict[str, Any]:
     return {
         "dropout_p": options.dropout_p,
         "softmax_scale": options.scale,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from dtensor_ring.ops.kernels.base import Extras, Need, Options, Result
+from dtensor_ring.ops.kernels.base import KernelRequirements, PositionContext, Result, SoftmaxParams
 from dtensor_ring.ops.kernels.flash import Bounds, FlashKernel, Side, capability, lacks_gpu, lacks_tensors, load
 
 
@@ -24,7 +24,7 @@ class FlashAttn3Kernel(FlashKernel):
     name: ClassVar[str] = "flash_attn_3"
 
     @override
-    def unavailable(self, need: Need) -> str | None:
+    def unavailable(self, need: KernelRequirements) -> str | None:
         """Needs the package and a Hopper GPU, and a backward where gradients are needed."""
         reason = lacks_gpu(need, (9, 0))
         if reason is not None:
@@ -39,7 +39,7 @@ class FlashAttn3Kernel(FlashKernel):
         return None
 
     @override
-    def lacks(self, need: Need) -> str | None:
+    def lacks(self, need: KernelRequirements) -> str | None:
         """Needs 16-bit tensors and one head dim; has no dropout and no ALiBi, and softcap in forward only."""
         reason = lacks_tensors(need)
         if reason is not None:
@@ -60,8 +60,8 @@ class FlashAttn3Kernel(FlashKernel):
         v: Tensor,
         bounds: Bounds | None,
         window: tuple[int, int],
-        options: Options,
-        extras: Extras | None,
+        options: SoftmaxParams,
+        extras: PositionContext | None,
     ) -> Result:
         """Out is the result shaped as q, lse the float32 result without a head dim."""
         module = _module()
@@ -85,8 +85,8 @@ class FlashAttn3Kernel(FlashKernel):
         lse: Tensor,
         bounds: Bounds | None,
         window: tuple[int, int],
-        options: Options,
-        extras: Extras | None,
+        options: SoftmaxParams,
+        extras: PositionContext | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The function writes dq, dk, dv into tensors given to it."""
         module = _module()
@@ -109,7 +109,7 @@ def _has_backward(device: str) -> bool:
     module = _module()
     if isinstance(module, str) or not hasattr(module, "_flash_attn_backward"):
         return False
-    kernel, options = FlashAttn3Kernel(), Options(1.0)
+    kernel, options = FlashAttn3Kernel(), SoftmaxParams(1.0)
     x = torch.zeros((1, 8, 1, 64), dtype=torch.bfloat16, device=device)
     try:
         found = kernel.call_forward(x, x, x, None, (-1, -1), options, None)

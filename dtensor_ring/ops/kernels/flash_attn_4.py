@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import override
 
-from dtensor_ring.ops.kernels.base import Extras, Need, Options, Result
+from dtensor_ring.ops.kernels.base import KernelRequirements, PositionContext, Result, SoftmaxParams
 from dtensor_ring.ops.kernels.flash import Bounds, FlashKernel, Side, lacks_gpu, lacks_tensors, load
 
 
@@ -18,7 +18,7 @@ class FlashAttn4Kernel(FlashKernel):
     name: ClassVar[str] = "flash_attn_4"
 
     @override
-    def unavailable(self, need: Need) -> str | None:
+    def unavailable(self, need: KernelRequirements) -> str | None:
         """Needs the package and compute capability 9.0 or more."""
         reason = lacks_gpu(need, (9, 0))
         if reason is not None:
@@ -27,7 +27,7 @@ class FlashAttn4Kernel(FlashKernel):
         return module if isinstance(module, str) else None
 
     @override
-    def lacks(self, need: Need) -> str | None:
+    def lacks(self, need: KernelRequirements) -> str | None:
         """Needs 16-bit tensors and one head dim up to 128; has no dropout and no ALiBi."""
         reason = lacks_tensors(need, largest_head_dim=128)
         if reason is not None:
@@ -46,8 +46,8 @@ class FlashAttn4Kernel(FlashKernel):
         v: Tensor,
         bounds: Bounds | None,
         window: tuple[int, int],
-        options: Options,
-        extras: Extras | None,
+        options: SoftmaxParams,
+        extras: PositionContext | None,
     ) -> Result:
         """Called by keyword."""
         module = _module()
@@ -69,8 +69,8 @@ class FlashAttn4Kernel(FlashKernel):
         lse: Tensor,
         bounds: Bounds | None,
         window: tuple[int, int],
-        options: Options,
-        extras: Extras | None,
+        options: SoftmaxParams,
+        extras: PositionContext | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The package's order is q, k, v, out, dout, lse."""
         module = _module()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from dtensor_ring.ops.kernels.base import Extras, Kernel, Need, Options, Result, band_mask, row_blocks
+from dtensor_ring.ops.kernels.base import Kernel, KernelRequirements, PositionContext, Result, SoftmaxParams, band_mask, row_blocks
 
 _SCORES_AT_ONCE = 1 << 24
 
@@ -25,12 +25,12 @@ class MathKernel(Kernel):
     name: ClassVar[str] = "math"
 
     @override
-    def unavailable(self, need: Need) -> str | None:
+    def unavailable(self, need: KernelRequirements) -> str | None:
         """Runs everywhere."""
         return None
 
     @override
-    def lacks(self, need: Need) -> str | None:
+    def lacks(self, need: KernelRequirements) -> str | None:
         """Takes any floating-point input."""
         return None if need.dtype.is_floating_point else f"needs floating-point tensors, found {need.dtype}"
 
@@ -46,8 +46,8 @@ class MathKernel(Kernel):
         k_BSHD: Tensor,
         v_BSHD: Tensor,
         window: tuple[int, int],
-        options: Options,
-        extras: Extras | None = None,
+        options: SoftmaxParams,
+        extras: PositionContext | None = None,
     ) -> Result:
         """Out and lse in float32 (float64 for float64)."""
         work = self.grad_dtype(q_BSHD.dtype)
@@ -74,8 +74,8 @@ class MathKernel(Kernel):
         out_BSHD: Tensor,
         lse_BHS: Tensor,
         window: tuple[int, int],
-        options: Options,
-        extras: Extras | None = None,
+        options: SoftmaxParams,
+        extras: PositionContext | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv in float32 (float64 for float64); delta = sum(dout * out) is that of the whole attention."""
         work = self.grad_dtype(q_BSHD.dtype)
@@ -116,8 +116,8 @@ class _Strip:
         columns: range,
         offset: int,
         window: tuple[int, int],
-        options: Options,
-        extras: Extras | None,
+        options: SoftmaxParams,
+        extras: PositionContext | None,
     ) -> _Strip:
         scores, slope, kept = q @ k.transpose(-1, -2) * options.scale, None, None
         groups = q.shape[2] // len(rows)
@@ -144,7 +144,7 @@ class _Strip:
         return p if self.kept is None else p * self.kept
 
 
-def _alibi(part: Extras, kv_heads: int, work: torch.dtype) -> Tensor:
+def _alibi(part: PositionContext, kv_heads: int, work: torch.dtype) -> Tensor:
     """What scores lose with distance: (B or 1, Hk, G * rows, columns)."""
     assert part.alibi is not None, "called where there are slopes"
     q_positions, k_positions = part.positions

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from dtensor_ring.ops.kernels.base import Extras, Kernel, Need, Options, Result, band_mask, row_blocks
+from dtensor_ring.ops.kernels.base import Kernel, KernelRequirements, PositionContext, Result, SoftmaxParams, band_mask, row_blocks
 
 _STRIP = 512
 
@@ -24,12 +24,12 @@ class TorchCpuKernel(Kernel):
     name: ClassVar[str] = "torch_cpu"
 
     @override
-    def unavailable(self, need: Need) -> str | None:
+    def unavailable(self, need: KernelRequirements) -> str | None:
         """Runs on CPUs."""
         return None if need.device == "cpu" else f"runs on CPU tensors, found {need.device}"
 
     @override
-    def lacks(self, need: Need) -> str | None:
+    def lacks(self, need: KernelRequirements) -> str | None:
         """Needs q and v of one head dim; has no softcap, dropout or ALiBi."""
         if need.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             return f"needs float64, float32, bfloat16 or float16, found {need.dtype}"
@@ -50,8 +50,8 @@ class TorchCpuKernel(Kernel):
         k_BSHD: Tensor,
         v_BSHD: Tensor,
         window: tuple[int, int],
-        options: Options,
-        extras: Extras | None = None,
+        options: SoftmaxParams,
+        extras: PositionContext | None = None,
     ) -> Result:
         """Out in the input dtype, lse in float32 (float64 for float64)."""
         q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BSHD, v_BSHD))
@@ -75,8 +75,8 @@ class TorchCpuKernel(Kernel):
         out_BSHD: Tensor,
         lse_BHS: Tensor,
         window: tuple[int, int],
-        options: Options,
-        extras: Extras | None = None,
+        options: SoftmaxParams,
+        extras: PositionContext | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv in the input dtype; strips add up in float32."""
         q, k, v, dout, out = (x.transpose(1, 2) for x in (q_BSHD, k_BSHD, v_BSHD, dout_BSHD, out_BSHD))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from dtensor_ring.ops.kernels.base import Extras, Need, Options, Result
+from dtensor_ring.ops.kernels.base import KernelRequirements, PositionContext, Result, SoftmaxParams
 from dtensor_ring.ops.kernels.flash import Bounds, FlashKernel, Side, drawn, lacks_gpu, lacks_tensors
 
 
@@ -18,7 +18,7 @@ class TorchFlashKernel(FlashKernel):
     name: ClassVar[str] = "torch_flash"
 
     @override
-    def unavailable(self, need: Need) -> str | None:
+    def unavailable(self, need: KernelRequirements) -> str | None:
         """Needs CUDA of compute capability 8.0 or more and a PyTorch built with flash attention."""
         reason = lacks_gpu(need)
         if reason is None and not torch.backends.cuda.is_flash_attention_available():
@@ -26,7 +26,7 @@ class TorchFlashKernel(FlashKernel):
         return reason
 
     @override
-    def lacks(self, need: Need) -> str | None:
+    def lacks(self, need: KernelRequirements) -> str | None:
         """Needs 16-bit tensors and one head dim, a multiple of 8 up to 256; has no softcap and no ALiBi."""
         reason = lacks_tensors(need)
         if reason is not None:
@@ -47,8 +47,8 @@ class TorchFlashKernel(FlashKernel):
         v: Tensor,
         bounds: Bounds | None,
         window: tuple[int, int],
-        options: Options,
-        extras: Extras | None,
+        options: SoftmaxParams,
+        extras: PositionContext | None,
     ) -> Result:
         """Out and lse are the first two results."""
         arguments, sides = _arguments(q, k, bounds, window)
@@ -68,8 +68,8 @@ class TorchFlashKernel(FlashKernel):
         lse: Tensor,
         bounds: Bounds | None,
         window: tuple[int, int],
-        options: Options,
-        extras: Extras | None,
+        options: SoftmaxParams,
+        extras: PositionContext | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Without dropout the op does not read its generator arguments."""
         arguments, sides = _arguments(q, k, bounds, window)
