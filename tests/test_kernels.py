@@ -140,6 +140,18 @@ def test_a_packing_gives_gaps_to_sequences_without_keys_or_without_queries():
     assert packing.cu_q.dtype == torch.int32
 
 
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
+def test_a_packed_block_without_segments_is_nothing_of_the_right_shape(kernel):
+    case = make_case(6, v_dim=8, batch=1, dtype=torch.float32)
+    q, k, v, dout = (x[0] for x in (*case.inputs, case.dout))
+    nothing, softmax = VarlenMetadata.of([], 6, 6, q.device), SoftmaxParams(8**-0.5)
+    out, lse = KERNELS[kernel].forward_packed(q, k, v, nothing, (-1, 0), softmax)
+    assert torch.equal(out, torch.zeros(6, 4, 8))
+    assert torch.equal(lse, torch.full((4, 6), -torch.inf))
+    grads = KERNELS[kernel].backward_packed(dout, q, k, v, out, lse, nothing, (-1, 0), softmax)
+    assert all(torch.equal(grad, torch.zeros_like(x)) for grad, x in zip(grads, (q, k, v), strict=True))
+
+
 def test_softcap_and_its_gradient_are_exact_in_math():
     case = make_case(11, softcap=1.5)
     options = SoftmaxParams(8**-0.5, softcap=1.5)

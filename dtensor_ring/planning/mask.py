@@ -237,8 +237,6 @@ def _line_tiles(q: Piece, k: Piece, band: Band) -> list[Tile]:
     """P - t = d + s * (i - j): dividing the band by the stride gives the band of storage indices."""
     s = q.run.stride if k.run.count == 1 else k.run.stride
     assert q.run.count == 1 or k.run.count == 1 or q.run.stride == k.run.stride, "runs of two strides have no common band"
-    if q.run.count == 1 and k.run.count == 1:
-        s = 1
     d = q.run.start - k.run.start - s * (q.offset - k.offset)
     lo = None if band.lo is None else -((d - band.lo) // s)
     hi = None if band.hi is None else (band.hi - d) // s
