@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy, rms_norm
 from tqdm import trange
 
 from dtensor_ring import Zigzag, from_local, ring_attention, shard_batch
-from dtensor_ring.placements import ShardedBatch
+from dtensor_ring.data import ShardedBatch
 
 WIDTH, HEADS, LAYERS, VOCABULARY, LENGTH = 64, 4, 2, 256, 512
 PLACEMENT = Zigzag(1)
