@@ -89,6 +89,11 @@ class AttentionCall:
         )
 
     @property
+    def default_strategy(self) -> str:
+        """The strategy asked for; "ring" where it is left open and nothing speaks for another."""
+        return "ring" if self.strategy == AUTO else self.strategy
+
+    @property
     def options(self) -> SoftmaxParams:
         """What every kernel call of this attention is given."""
         return SoftmaxParams(self.scale, self.softcap, self.deterministic, self.dropout_p)
@@ -96,8 +101,7 @@ class AttentionCall:
     def problem(self, lengths: Sequence[int], world: int, documents: Documents | Slices | None) -> AttentionProblem:
         """What is planned for: this call on tensors of some lengths (of queries, of keys); "auto" is planned as "ring"."""
         q_length, k_length = lengths
-        strategy = "ring" if self.strategy == AUTO else self.strategy
-        return AttentionProblem(self.layout, self.band, q_length, k_length, world, strategy, documents)
+        return AttentionProblem(self.layout, self.band, q_length, k_length, world, self.default_strategy, documents)
 
     def need(self, device: str, dtype: torch.dtype, head_dim: int, v_head_dim: int) -> KernelRequirements:
         """What is asked of a kernel for tensors of a device type and dtype, ALiBi aside."""
@@ -124,7 +128,7 @@ class AttentionCall:
         Raises:
             NotImplementedError: no kernel does what is asked; the text has each kernel's reason.
         """
-        strategy = "ring" if self.strategy == AUTO else self.strategy
+        strategy = self.default_strategy
         if has_alibi:
             assert problem is not None, "distances depend on lengths"
             strategy, alignment = _choose_for_alibi(self.strategy, problem)

@@ -15,6 +15,7 @@ call costs twice as much under the decorator `torch.library.custom_op`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -67,9 +68,7 @@ def _attention(
     asked = AttentionCall.parse(call)
     executor = _executor(call, q, v, (sinks, alibi), documents, lengths, origin, group)
     seed = torch.randint(1 << 62, (1,)) if asked.dropout_p else torch.empty(0, dtype=torch.int64)
-    if not torch.is_autocast_enabled(q.device.type):
-        return *head_groups.forward(executor, _inner(q), _inner(k), _inner(v), asked.kv_head_group_size, _value(seed)), seed
-    with torch.autocast(q.device.type, enabled=False):
+    with _without_autocast(q.device.type):
         return *head_groups.forward(executor, _inner(q), _inner(k), _inner(v), asked.kv_head_group_size, _value(seed)), seed
 
 
@@ -100,11 +99,8 @@ def _attention_backward(
     asked = AttentionCall.parse(call)
     executor = _executor(call, q, v, (sinks, alibi), documents, lengths, origin, group)
     tensors = dout.contiguous(), _inner(q), _inner(k), _inner(v), out, lse
-    if not torch.is_autocast_enabled(q.device.type):
+    with _without_autocast(q.device.type):
         dq, dk, dv, dsinks = head_groups.backward(executor, *tensors, asked.kv_head_group_size, _value(seed))
-    else:
-        with torch.autocast(q.device.type, enabled=False):
-            dq, dk, dv, dsinks = head_groups.backward(executor, *tensors, asked.kv_head_group_size, _value(seed))
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
@@ -149,6 +145,11 @@ def placed_as(dout: DTensor, placements: tuple[Any, ...], documents: Tensor) -> 
     return redistribute(dout, placements, documents=bounds)
 
 
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    """Kernels choose their own dtypes. Entering autocast costs the host as much as a launch, so only where it is on."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def _value(seed: Tensor) -> int:
     return int(seed[0]) if seed.numel() else 0
 
@@ -172,12 +173,12 @@ def _executor(
     facts = q.device.type, q.dtype, q.shape[3], v.shape[3], torch.are_deterministic_algorithms_enabled()
     q_length, k_length = lengths
     bounds = Documents.unpack(documents)
-    way = _resolved(call, facts, q_length, k_length, transport.world, bounds, extras[1] is not None)
+    resolved = _resolved(call, facts, q_length, k_length, transport.world, bounds, extras[1] is not None)
     row, head = origin
-    rest = way.kernel, way.options, *extras, (row, head)
-    if way.problem.strategy == "ulysses":
-        return UlyssesExecutor(way.problem, transport, *rest)
-    return Executor(plan(way.problem, transport.rank), transport, *rest)
+    rest = resolved.kernel, resolved.options, *extras, (row, head)
+    if resolved.problem.strategy == "ulysses":
+        return UlyssesExecutor(resolved.problem, transport, *rest)
+    return Executor(plan(resolved.problem, transport.rank), transport, *rest)
 
 
 class _Resolved(NamedTuple):
@@ -188,8 +189,8 @@ class _Resolved(NamedTuple):
     options: SoftmaxParams
 
 
-def _resolved_bytes(way: _Resolved, *_others: object) -> int:
-    return 2000 + way.problem.nbytes
+def _resolved_bytes(resolved: _Resolved, *_others: object) -> int:
+    return 2000 + resolved.problem.nbytes
 
 
 @cached("ways of carrying calls out", most_bytes=2 << 20, most_entries=64, size=_resolved_bytes)
