@@ -1,4 +1,4 @@
-"""`python -m dtensor_ring plan ...` prints the plan of an attention, `python -m dtensor_ring kernels` what each kernel supports.
+"""`python -m dtensor_ring plan ...` prints the plan of an attention, `kernels` and `transports` what each of these supports.
 
 `plan` loads no torch: see `dtensor_ring/__init__.py`.
 """
@@ -23,12 +23,13 @@ from dtensor_ring.tools.facts import facts
 _LENGTH = 64
 _UNITS = {"": 1, "k": 1000, "M": 1000**2, "G": 1000**3, "Ki": 1024, "Mi": 1024**2, "Gi": 1024**3}
 
-_ABOUT = "Look at dtensor_ring: at plans of attention, and at what kernels support."
+_ABOUT = "Look at plans of attention, and at what kernels and transports support."
 _EXAMPLES = """\
 examples:
   python -m dtensor_ring plan --layout zigzag --world 4 --length 64
   python -m dtensor_ring plan --world 1024 --length 10M --summary
   python -m dtensor_ring kernels
+  python -m dtensor_ring transports
 """
 _ABOUT_PLAN = """\
 Print a plan: who holds what, which step computes each score, what every step
@@ -64,11 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     _add_plan_arguments(planning)
     commands.add_parser("kernels", help="which kernel supports which argument, and why not", formatter_class=_formatter)
+    commands.add_parser("transports", help="which transport connects which ranks, and why not", formatter_class=_formatter)
     options = parser.parse_args(arguments)
-    if options.command == "kernels":
-        from dtensor_ring.debug import kernel_table  # it asks the kernels, which need torch
+    if options.command != "plan":
+        from dtensor_ring import debug  # it asks the kernels and transports, which need torch
 
-        _write(kernel_table() + "\n")
+        _write((debug.kernel_table() if options.command == "kernels" else debug.transport_table()) + "\n")
         return 0
     try:
         _write(_plan(options) + "\n")

@@ -1,6 +1,7 @@
-"""Look at plans, count what was sent and what is kept, and let ranks compare every call.
+"""Look at plans, count what was sent and what is kept, see which transport was chosen, and let ranks compare every call.
 
-print(draw(Problem(Layout("zigzag"), Band(0), 64, 64, world=4)))       # as `python -m dtensor_ring plan`
+print(draw(AttentionProblem(Layout("zigzag"), Band(0), 64, 64, world=4)))       # as `python -m dtensor_ring plan`
+print(explain_transport(mesh["cp"]))                                   # and why the others were not
 before = traffic(mesh["cp"])
 ...
 print(traffic(mesh["cp"]).since(before).bytes)
@@ -9,21 +10,34 @@ print(sum(cache.bytes for cache in caches()))                          # what is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtensor_ring.cache import CacheUse, caches
-from dtensor_ring.comm import Traffic, transport_of
+from dtensor_ring.comm import TRANSPORTS, Traffic, TransportRequirements, explain_transport, transport_of
 from dtensor_ring.comm.rank_checks import check_every_call
 from dtensor_ring.ops.kernels import KERNELS, KernelRequirements
 from dtensor_ring.planning.document_sharding import balance_of
 from dtensor_ring.planning.schedule import Plan
 from dtensor_ring.tools.drawing import draw
 
-__all__ = ["CacheUse", "balance", "caches", "check_every_call", "draw", "kernel_table", "traffic"]
+T = TypeVar("T")
+
+__all__ = [
+    "CacheUse",
+    "balance",
+    "caches",
+    "check_every_call",
+    "draw",
+    "explain_transport",
+    "kernel_table",
+    "traffic",
+    "transport_table",
+]
 
 
 def traffic(mesh: DeviceMesh) -> Traffic:
@@ -52,18 +66,33 @@ def kernel_table() -> str:
         "ALiBi, any blocks": replace(base, alibi="shifted"),
         "deterministic backward": replace(base, deterministic=True),
     }
-    names = list(KERNELS)
-    lines = ["| | " + " | ".join(f"`{name}`" for name in names) + " |", "|---" * (len(names) + 1) + "|"]
-    reasons: dict[str, list[str]] = {name: [] for name in names}
+    return _table(probes, {name: kernel.lacks for name, kernel in KERNELS.items()})
+
+
+def transport_table() -> str:
+    """Which transport carries what between which ranks, as Markdown, asked of the transports themselves; reasons follow."""
+    probes = {
+        "one rank": TransportRequirements(0, 1),
+        "processes with a gloo group": TransportRequirements(0, 4, "gloo"),
+        "processes with an NCCL group": TransportRequirements(0, 4, "nccl"),
+        "threads of one process": TransportRequirements(0, 4),
+    }
+    return _table(probes, {name: transport.refuses for name, transport in TRANSPORTS.items()})
+
+
+def _table(probes: Mapping[str, T], refusals: Mapping[str, Callable[[T], str | None]]) -> str:
+    """A Markdown table with a line for each probe and a column for each candidate; the reasons of those that refuse follow."""
+    lines = ["| | " + " | ".join(f"`{name}`" for name in refusals) + " |", "|---" * (len(refusals) + 1) + "|"]
+    reasons: dict[str, dict[str, None]] = {name: {} for name in refusals}
     for feature, need in probes.items():
         cells = []
-        for name in names:
-            reason = KERNELS[name].lacks(need)
+        for name, refuses in refusals.items():
+            reason = refuses(need)
             cells.append("yes" if reason is None else "no")
-            if reason is not None and reason not in reasons[name]:
-                reasons[name].append(reason)
+            if reason is not None:
+                reasons[name][reason] = None
         lines.append(f"| {feature} | " + " | ".join(cells) + " |")
-    notes = [f"- `{name}`: {'; '.join(found)}." for name, found in reasons.items() if found]
+    notes = [f"- `{name}`: {'; '.join(listed)}." for name, listed in reasons.items() if listed]
     return "\n".join([*lines, "", *notes])
 
 

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor
 from typing_extensions import override
 
-from dtensor_ring.comm.transport import Message, Pending, Transport
+from dtensor_ring.comm.transport import Message, Pending, Transport, TransportRequirements
 
 
 class AloneTransport(Transport):
-    """The transport of a single device."""
+    """The transport of a group of one rank, and of a device without a group."""
 
-    def __init__(self) -> None:
-        super().__init__(0, 1)
+    name: ClassVar[str] = "alone"
+
+    def __init__(self, axis: str = "this group") -> None:
+        super().__init__(0, 1, axis)
+
+    @classmethod
+    @override
+    def refuses(cls, need: TransportRequirements) -> str | None:
+        """None for one rank."""
+        return None if need.world == 1 else f"is for one rank, and the group has {need.world}"
+
+    @classmethod
+    @override
+    def connect(cls, need: TransportRequirements) -> AloneTransport:
+        """The end of the only rank."""
+        return cls() if need.group is None else cls(f"process group {need.group.group_name!r}")
 
     @override
     def _exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending[None]:

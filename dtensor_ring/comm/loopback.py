@@ -14,13 +14,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import TypeVar
+from typing import ClassVar, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from dtensor_ring.comm.transport import Message, Pending, Transport
+from dtensor_ring.comm.transport import Message, Pending, Transport, TransportRequirements
 
 T = TypeVar("T")
 
@@ -58,6 +58,20 @@ class LoopbackTransport(Transport):
         world: number of ends.
         board: what the ends of one run share.
     """
+
+    name: ClassVar[str] = "loopback"
+
+    @classmethod
+    @override
+    def refuses(cls, need: TransportRequirements) -> str | None:
+        """None for ranks that are threads."""
+        return f"connects threads of one process, and the ranks are processes ({need.backend})" if need.backend else None
+
+    @classmethod
+    @override
+    def connect(cls, need: TransportRequirements) -> NoReturn:
+        """Raises RuntimeError: `LoopbackTransport.run` makes all ends at once, with what they share."""
+        raise RuntimeError("the ends of a loopback are made together, by LoopbackTransport.run")
 
     def __init__(self, rank: int, world: int, board: _Switchboard) -> None:
         super().__init__(rank, world)

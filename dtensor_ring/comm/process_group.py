@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
-from weakref import WeakKeyDictionary, ref
+from typing import ClassVar, TypeVar
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from dtensor_ring._torch import all_gather_flat, reduce_scatter_flat, store_of
 from dtensor_ring.comm.rank_checks import meet
-from dtensor_ring.comm.transport import Message, Pending, SilentRankError, Transport
+from dtensor_ring.comm.transport import Message, Pending, SilentRankError, Transport, TransportRequirements
 
 T = TypeVar("T")
 
@@ -26,39 +26,13 @@ _REDUCE = {
     "min": dist.ReduceOp.MIN,
     "product": dist.ReduceOp.PRODUCT,
 }
-_transports: WeakKeyDictionary[dist.ProcessGroup, ProcessGroupTransport] = WeakKeyDictionary()
-
-
 _GRACE = 2.0  # seconds that a rank which waited in vain waits to hear what the others wait for
 _LARGEST_TAG = (1 << 31) - 1
-
-
-def transport_of(group: dist.ProcessGroup, axis: str | None = None) -> ProcessGroupTransport:
-    """The transport of a process group: one for each, kept as long as the group lives, with its traffic count.
-
-    Sends nothing, so that a rank may ask for it alone. `axis` is what errors call the group from now on.
-    """
-    if group not in _transports:
-        _transports[group] = ProcessGroupTransport(group)
-    transport = _transports[group]
-    if axis is not None:
-        transport.axis = axis
-    return transport
 
 
 def axis_name(mesh: DeviceMesh, i: int) -> str:
     """`'cp'`, or the number of an axis without a name."""
     return repr(mesh.mesh_dim_names[i]) if mesh.mesh_dim_names else str(i)
-
-
-def transport_along(mesh: DeviceMesh, i: int = 0) -> ProcessGroupTransport:
-    """The transport of a mesh axis, named in errors after it."""
-    return transport_of(mesh.get_group(i), f"mesh axis {axis_name(mesh, i)}")
-
-
-def transports_of(mesh: DeviceMesh) -> list[Transport]:
-    """The transports of all mesh axes, in order."""
-    return [transport_along(mesh, i) for i in range(mesh.ndim)]
 
 
 def several_ranks() -> bool:
@@ -73,7 +47,25 @@ class ProcessGroupTransport(Transport):
     the group, which point-to-point transfers among some of the ranks need. On gloo, where a message of an unexpected size ends
     the process, the size is part of a message's tag, so that it waits instead, and collectives compare sizes first; a wait that
     ends in vain says who waited for whom. The group is not kept alive: it ends with `destroy_process_group` as without us.
+
+    What ranks compare always goes over the group itself, also in a class that derives from this one and carries tensors by other
+    means: ranks find out that they are in different calls, or over different transports, where these means would wait in vain.
     """
+
+    name: ClassVar[str] = "process_group"
+
+    @classmethod
+    @override
+    def refuses(cls, need: TransportRequirements) -> str | None:
+        """None for the ranks of any process group."""
+        return None if need.backend else "needs a process group: call torch.distributed.init_process_group"
+
+    @classmethod
+    @override
+    def connect(cls, need: TransportRequirements) -> ProcessGroupTransport:
+        """This rank's end; sends nothing."""
+        assert need.group is not None, "a group of processes has a process group"
+        return cls(need.group)
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(dist.get_rank(group), dist.get_world_size(group), f"process group {group.group_name!r}")
@@ -94,6 +86,14 @@ class ProcessGroupTransport(Transport):
     def value_device(self) -> torch.device:
         """The GPU on NCCL, else the CPU."""
         return torch.device("cuda", torch.cuda.current_device()) if self._is_nccl() else torch.device("cpu")
+
+    @override
+    def gather_values(self, values: Sequence[int]) -> list[list[int]]:
+        """As of any transport, over the group whatever carries tensors."""
+        if self.world == 1:
+            return [list(values)]
+        mine = torch.tensor(values, dtype=torch.int64, device=self.value_device())
+        return ProcessGroupTransport._all_gather(self, mine).wait().tolist()
 
     @override
     def offer_values(self, values: Sequence[int], patience: float) -> None:

@@ -64,7 +64,8 @@ def meet(transport: Transport, call: str, values: Sequence[int]) -> list[list[in
     if transport.world == 1:
         return [list(values)]
     assert len(values) <= _VALUES, "a record has room for so many values"
-    record = [0, number_of(call), *values, *[0] * (_VALUES - len(values))]
+    # Ranks over different transports are in different calls: neither would ever get what the other sends.
+    record = [0, number_of(f"{call}, over {transport.name}"), *values, *[0] * (_VALUES - len(values))]
     with transport.during(f"comparing the call of ranks: {call}"):
         records = transport.gather_values(record)
         if all(other[:2] == record[:2] for other in records):
@@ -175,10 +176,11 @@ def _explained(transport: Transport, call: str, records: list[list[int]]) -> Exc
             f"{call}: rank {rank} of {transport.axis} refuses this call: {transport.note_of(rank)}"
         )
     else:
-        texts = _texts(transport.gather_values(_encoded(call)))
+        mine = f"{call}, over {transport.name}"
+        texts = _texts(transport.gather_values(_encoded(mine)))
         rank = next(r for r, record in enumerate(records) if record[1] != records[transport.rank][1])
         failure = RuntimeError(
-            f"rank {transport.rank} of {transport.axis} is in: {call}. Rank {rank} is in: {texts[rank]}. Every rank must make the "
+            f"rank {transport.rank} of {transport.axis} is in: {mine}. Rank {rank} is in: {texts[rank]}. Every rank must make the "
             "same calls in the same order"
         )
     setattr(failure, _KNOWN, True)

@@ -10,10 +10,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
+
+from dtensor_ring._torch import store_of
 
 T = TypeVar("T")
 
@@ -68,16 +72,71 @@ class Pending(Generic[T]):
         return finish()
 
 
+@dataclass(frozen=True, slots=True)
+class TransportRequirements:
+    """What a group asks of a transport; `Transport.refuses` judges it.
+
+    Attributes:
+        rank: this rank of the group.
+        world: number of ranks.
+        backend: the backend of the process group, such as "nccl" or "gloo"; "" where ranks are threads, or there is one rank.
+        group: the process group, or None where there is none.
+    """
+
+    rank: int
+    world: int
+    backend: str = ""
+    group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup) -> TransportRequirements:
+        """The requirements of a process group."""
+        return cls(dist.get_rank(group), dist.get_world_size(group), dist.get_backend(group), group)
+
+    def every_rank(self, subject: str, answer: str) -> list[str]:
+        """The answers of all ranks to one question, in rank order: for a refusal that depends on the machine of a rank.
+
+        Ranks must come to the same choice, so what only this rank knows (its host, its driver, a package) counts for the choice
+        once every rank knows it. Answers travel through the group's store, not by a collective: a rank may ask at any time, and
+        waits until every rank has been asked. The answer to a question stays the same as long as the group lives.
+        """
+        if self.group is None:
+            return [answer] * self.world
+        store = store_of(self.group)
+        store.set(f"dtensor_ring/{subject}/{self.rank}", answer)
+        return [store.get(f"dtensor_ring/{subject}/{rank}").decode() for rank in range(self.world)]
+
+
 class Transport(ABC):
     """Data exchange among the `world` ranks of one group, seen from `rank`.
 
     Attributes:
+        name: what the transport is called in `dtensor_ring.comm.TRANSPORTS`, in errors and in tables.
         axis: what errors call the group, such as "mesh axis 'cp'".
         traffic: what this rank has sent.
         activity: what the transfers started now are part of; its text is made only where one fails. See `during`.
         agreements: the calls that the ranks of this group have compared; see `rank_checks`.
         batches: packed batches whose balance was looked at; see `placements.batch`.
     """
+
+    name: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def refuses(cls, need: TransportRequirements) -> str | None:
+        """Why this transport cannot carry what the group sends, or None if it can; the same answer on every rank of the group.
+
+        An answer that needs to know more than `need` says asks the other ranks with `need.every_rank`.
+        """
+
+    @classmethod
+    @abstractmethod
+    def connect(cls, need: TransportRequirements) -> Transport:
+        """This rank's end for a group that the transport does not refuse. It holds the group weakly, if at all.
+
+        Sends nothing and waits for no rank, since a rank may ask for the transport of its group alone; a transport that must meet
+        the other ranks first does so in its first transfer.
+        """
 
     def __init__(self, rank: int, world: int, axis: str = "this group") -> None:
         self.rank = rank
@@ -87,6 +146,10 @@ class Transport(ABC):
         self.activity: object = "a transfer"
         self.agreements: dict[Hashable, None] = {}
         self.batches = 0
+
+    @override
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(rank {self.rank} of {self.world}, {self.axis})"
 
     @contextmanager
     def during(self, activity: object) -> Iterator[None]:

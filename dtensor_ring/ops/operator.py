@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from dtensor_ring._torch import local_of, resolve_group
 from dtensor_ring.cache import cached
-from dtensor_ring.comm import AloneTransport, Transport, transport_of
+from dtensor_ring.comm import transport_of
 from dtensor_ring.ops.call import AttentionCall
 from dtensor_ring.ops.executors import head_groups
 from dtensor_ring.ops.executors.merge import accumulate_dtype
@@ -169,7 +169,7 @@ def _executor(
     origin: Pair,
     group: str,
 ) -> Executor | UlyssesExecutor:
-    transport: Transport = transport_of(resolve_group(group)) if group else AloneTransport()
+    transport = transport_of(resolve_group(group) if group else None)
     facts = q.device.type, q.dtype, q.shape[3], v.shape[3], torch.are_deterministic_algorithms_enabled()
     q_length, k_length = lengths
     bounds = Documents.unpack(documents)

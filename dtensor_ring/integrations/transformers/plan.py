@@ -141,12 +141,14 @@ class RingPlan(dict[str, ParallelStyle]):
         """What the plan does, in a few lines."""
         where = "not applied yet" if self._mesh is None else f"over {self._mesh.size()} ranks of axis {_axis(self._mesh)}"
         attention = [name for name in self if name]
+        transport = "that of the axis" if self._mesh is None else transport_along(self._mesh).name
         return "\n".join(
             [
                 f"{type(self._model).__name__}: sequence parallel as {self._placement!r}, {where}",
                 f"  attention: {len(attention)} modules, {attention[0]} to {attention[-1]}",
                 f"  strategy:  {self._strategy or 'ring (chosen: memory does not grow with the ranks)'}",
                 f"  kernel:    {self._kernel or 'the first that does not refuse'}",
+                f"  transport: {transport}",
                 "  batch:     input_ids, inputs_embeds, position_ids and labels are cut; labels are shifted first",
                 "  loss:      mean over the whole batch; with num_items_in_batch this rank's sum / num_items_in_batch",
                 "  gradients: to be averaged over the axis: fully_shard or DDP over it, or average_gradients(model, mesh)",
