@@ -188,7 +188,7 @@ class Bench:
 
     def place(self, x: Tensor, layout: str, length: int) -> Tensor:
         """A share as a DTensor."""
-        return from_local(x, self.mesh, [PLACEMENTS[layout]], length=length, check=False)
+        return from_local(x, self.mesh, [PLACEMENTS[layout]], length=length, run_check=False)
 
     def check(self, layout: str, strategy: str) -> tuple[tuple[float, float], str]:
         """Relative rms errors of out and gradients against float32, over those of the kernel on one device, and what is wrong."""

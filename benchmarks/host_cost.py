@@ -109,10 +109,10 @@ def attention_calls(mesh: DeviceMesh, tokens: int, device: str) -> dict[str, Cal
     executor = Executor(plan(problem, 0), transport_along(mesh), kernel, options)
 
     def placed(tensors: list[Tensor]) -> list[Tensor]:
-        return [from_local(x, mesh, [Zigzag(1)], length=tokens, check=False) for x in tensors]
+        return [from_local(x, mesh, [Zigzag(1)], length=tokens, run_check=False) for x in tensors]
 
     ready, ready_leaves = placed([q, k, v]), placed(leaves)
-    local_dout = from_local(dout, mesh, [Zigzag(1)], length=tokens, check=False)
+    local_dout = from_local(dout, mesh, [Zigzag(1)], length=tokens, run_check=False)
 
     def kernel_both() -> tuple[Tensor, ...]:
         out, lse = kernel.forward(q, k, v, (-1, 0), options)
@@ -155,7 +155,7 @@ def packed_calls(mesh: DeviceMesh, tokens: int) -> Calls:
     )
 
     def attended(documents: Documents) -> object:
-        placed = [from_local(x, mesh, [Zigzag(1)], length=tokens, check=False) for x in (q, k, v)]
+        placed = [from_local(x, mesh, [Zigzag(1)], length=tokens, run_check=False) for x in (q, k, v)]
         return torch.autograd.grad(ring_attention(*placed, documents=documents).to_local(), (q, k, v), dout)
 
     lengths = {count: [tokens // count] * (count - 1) + [tokens - tokens // count * (count - 1)] for count in (2, 20, 200)}

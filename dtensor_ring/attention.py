@@ -106,7 +106,7 @@ def ring_attention(
     strategy: Strategy | None = None,
     kernel: KernelName | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Scaled dot-product attention of a sequence spread over the ranks of a mesh axis.
+    """Scaled dot-product attention of a sequence spread over the ranks of a mesh axis; CAUSAL unless you say is_causal=False.
 
         mesh = init_device_mesh("cuda", (2, 4), mesh_dim_names=("dp", "cp"))
         q, k, v = (distribute_tensor(x, mesh, [Shard(0), Zigzag(1)]) for x in (q, k, v))
@@ -122,7 +122,9 @@ def ring_attention(
         q: queries.
         k: keys, placed as q.
         v: values, placed as q.
-        is_causal: a query sees keys up to its own position, bottom-right aligned: queries count from Sk - Sq.
+        is_causal: a query sees keys up to its own position. This is the default, unlike in PyTorch's
+            `F.scaled_dot_product_attention`: pass is_causal=False for attention in both directions. With two lengths it is
+            aligned bottom-right, as in flash-attn and unlike in PyTorch: queries count from Sk - Sq.
         scale: multiplies q.k; None is D ** -0.5.
         window: (L, R), a query at p sees keys p-L <= t <= p+R; -1 is unbounded. Hugging Face's `sliding_window=w` is (w-1, 0).
         softcap: c > 0 bounds scores to c * tanh(score / c).

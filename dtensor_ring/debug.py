@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from dtensor_ring._renamed import renamed
 from dtensor_ring.cache import CacheUse, caches
 from dtensor_ring.comm import TRANSPORTS, Traffic, TransportRequirements, explain_transport, transport_of
 from dtensor_ring.comm.rank_checks import check_every_call
@@ -40,11 +41,12 @@ __all__ = [
 ]
 
 
-def traffic(mesh: DeviceMesh) -> Traffic:
+@renamed(mesh="device_mesh")
+def traffic(device_mesh: DeviceMesh) -> Traffic:
     """What this rank has sent over a mesh of one axis since its group was made, by attention and redistribution alike."""
-    if mesh.ndim != 1:
-        raise ValueError(f"traffic is counted for one mesh axis, such as mesh['cp'], found {mesh.ndim} axes")
-    return transport_of(mesh.get_group(0)).traffic.copy()
+    if device_mesh.ndim != 1:
+        raise ValueError(f"traffic is counted for one mesh axis, such as mesh['cp'], found {device_mesh.ndim} axes")
+    return transport_of(device_mesh.get_group(0)).traffic.copy()
 
 
 def kernel_table() -> str:

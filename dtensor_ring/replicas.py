@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from dtensor_ring._renamed import renamed
 from dtensor_ring._torch import local_of
 from dtensor_ring.comm import Transport, axis_name, transport_along
 from dtensor_ring.comm.rank_checks import checksum, meet, refused_together
@@ -24,7 +25,8 @@ _BUCKET = 1 << 25  # elements that travel at a time: 128 MiB of float32
 _SHOWN = 5  # names of parameters in an error
 
 
-def average_gradients(model: nn.Module | Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
+@renamed(mesh="device_mesh")
+def average_gradients(model: nn.Module | Iterable[nn.Parameter], device_mesh: DeviceMesh) -> None:
     """Average the gradients of weights that every rank of a mesh axis holds, in place: between `backward` and `step`.
 
         loss = model(input_ids=ids, labels=ids).loss          # a model under ring_plan, no num_items_in_batch
@@ -40,14 +42,14 @@ def average_gradients(model: nn.Module | Iterable[nn.Parameter], mesh: DeviceMes
 
     Args:
         model: a module, or parameters.
-        mesh: the mesh axis to average over, such as `mesh["cp"]`.
+        device_mesh: the mesh axis to average over, such as `mesh["cp"]`.
 
     Raises:
         ValueError: the mesh has more than one axis; ranks hold other parameters; or a parameter lies on a mesh that holds several
             ranks of this axis: its gradient is reduced there. On every rank, before a gradient is changed.
         NotImplementedError: a sparse gradient.
     """
-    transport, parameters = _replicated(model, mesh, "average_gradients")
+    transport, parameters = _replicated(model, device_mesh, "average_gradients")
     with refused_together(lambda: [transport]):
         for name, parameter in parameters:
             if parameter.grad is not None and parameter.grad.layout != torch.strided:
@@ -63,7 +65,8 @@ def average_gradients(model: nn.Module | Iterable[nn.Parameter], mesh: DeviceMes
             _average(bucket, transport)
 
 
-def check_replicas(model: nn.Module | Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
+@renamed(mesh="device_mesh")
+def check_replicas(model: nn.Module | Iterable[nn.Parameter], device_mesh: DeviceMesh) -> None:
     """Find weights that are not the same on all ranks of a mesh axis, bit by bit: gradients were not averaged, or seeds differ.
 
     For the parameters that `average_gradients` takes; FSDP2's over this axis, which differ by design, are left out, and so are
@@ -72,12 +75,12 @@ def check_replicas(model: nn.Module | Iterable[nn.Parameter], mesh: DeviceMesh) 
 
     Args:
         model: a module, or parameters.
-        mesh: the mesh axis, such as `mesh["cp"]`.
+        device_mesh: the mesh axis, such as `mesh["cp"]`.
 
     Raises:
         ValueError: the mesh has more than one axis, or parameters differ; the text names them. On every rank.
     """
-    transport, parameters = _replicated(model, mesh, "check_replicas", skip_reduced=True)
+    transport, parameters = _replicated(model, device_mesh, "check_replicas", skip_reduced=True)
     _check_alike(parameters, transport, "check_replicas")
     sums = torch.tensor([checksum(_local(p)) for _, p in parameters], dtype=torch.int64, device=transport.value_device())
     with transport.during("check_replicas"):

@@ -35,7 +35,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, length: int) -> Tensor:
         """The stream is (B, S/W, WIDTH)."""
         heads = self.qkv(rms_norm(x, (WIDTH,))).unflatten(2, (3, HEADS, WIDTH // HEADS)).unbind(2)
-        q, k, v = (from_local(part, self.mesh, [PLACEMENT], length=length, check=False) for part in heads)
+        q, k, v = (from_local(part, self.mesh, [PLACEMENT], length=length, run_check=False) for part in heads)
         x = x + self.out(ring_attention(q, k, v).to_local().flatten(2))
         return x + self.mlp(rms_norm(x, (WIDTH,)))
 

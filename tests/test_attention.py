@@ -304,7 +304,8 @@ def refusals():
         ),
         (
             lambda: ring_attention(
-                *[from_local(x[:, :2].to([torch.float32, torch.float64][rank % 2]), mesh, [Zigzag(1)], length=8, check=False)] * 3
+                *[from_local(x[:, :2].to([torch.float32, torch.float64][rank % 2]), mesh, [Zigzag(1)], length=8, run_check=False)]
+                * 3
             ),
             ValueError,
             "calls with another layout, dtype, mask, strategy, kernel, number or documents",
@@ -316,7 +317,7 @@ def refusals():
             "every rank must make the same call",
         ),
         (
-            lambda: ring_attention(*[from_local(x[:, : 1 + rank], mesh, [Zigzag(1)], length=10, check=False)] * 3),
+            lambda: ring_attention(*[from_local(x[:, : 1 + rank], mesh, [Zigzag(1)], length=10, run_check=False)] * 3),
             ValueError,
             "rank 0 holds 1 tokens of q, but zigzag of length 10 gives it 3",
         ),

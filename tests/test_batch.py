@@ -239,7 +239,7 @@ def batches_without_values():
     ]:
         for check in (True, False):
             with pytest.raises(ValueError, match=f"{name} is on the meta device, which has no values to read"):
-                shard_batch(batch, mesh, check=check)
+                shard_batch(batch, mesh, run_check=check)
     assert shard_batch({"input_ids": ids}, mesh)["input_ids"].shape == (2, 4), rank
 
 

@@ -167,7 +167,7 @@ def peak_memory_of_the_ring():
 
     def ring():
         with torch.no_grad():
-            placed = [from_local(x, mesh, [Zigzag(1)], length=world * tokens, check=False) for x in (q, k, v)]
+            placed = [from_local(x, mesh, [Zigzag(1)], length=world * tokens, run_check=False) for x in (q, k, v)]
             return ring_attention(*placed, kernel="torch_flash", return_lse=True)
 
     out, lse = (x.to_local() for x in ring())

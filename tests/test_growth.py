@@ -24,7 +24,7 @@ def packed_calls(changes: str) -> float:
         length, count = (512, 1 + 37 * i % 100) if changes == "documents" else (512 + 2 * i, 2)
         documents = Documents.from_lengths([1 + i % 3] * count + [length - count * (1 + i % 3)])
         shares = [torch.ones(1, length // 2, 1, 8, requires_grad=True) for _ in range(3)]
-        q, k, v = (from_local(x, mesh, [Contiguous(1)], length=length, check=False) for x in shares)
+        q, k, v = (from_local(x, mesh, [Contiguous(1)], length=length, run_check=False) for x in shares)
         ring_attention(q, k, v, documents=documents).to_local().sum().backward()
 
     for i in range(WARM_UP):

@@ -90,7 +90,7 @@ def test_a_kernel_is_chosen_in_compiled_code(mesh, packed):
     documents = Documents.from_lengths([100, 156]) if packed else None
 
     def attend(x):
-        placed = from_local(x, mesh, [Zigzag(1)], length=x.shape[1], check=False)
+        placed = from_local(x, mesh, [Zigzag(1)], length=x.shape[1], run_check=False)
         return ring_attention(placed, placed, placed, documents=documents).to_local()
 
     x = torch.randn(1, 256, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)

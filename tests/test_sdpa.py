@@ -299,7 +299,7 @@ def refusals():
         # what ranks do differently is told on all of them
         (lambda: sdpa(zigzag, zigzag, zigzag, is_causal=rank == 0), ValueError, "mesh axis 'cp'", "must make the same call"),
         (
-            lambda: sdpa(*[from_local(x[:, :, : 1 + rank], mesh, [Zigzag(2)], length=10, check=False)] * 3),
+            lambda: sdpa(*[from_local(x[:, :, : 1 + rank], mesh, [Zigzag(2)], length=10, run_check=False)] * 3),
             ValueError,
             "rank 0 holds 1 tokens of q, but zigzag of length 10 gives it 5",
         ),

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from dtensor_ring._renamed import renamed
 from dtensor_ring.comm import Transport, transport_along
 from dtensor_ring.comm.collectives import take_shard
 from dtensor_ring.comm.rank_checks import checksum, meet, number_of, refused_together
@@ -57,13 +58,14 @@ class ShardedBatch(dict[str, object]):
     num_items: Tensor | None
 
 
+@renamed(mesh="device_mesh", check="run_check")
 def shard_batch(
     batch: Mapping[str, object],
-    mesh: DeviceMesh,
+    device_mesh: DeviceMesh,
     placement: SequencePlacement | None = None,
     *,
     documents: Documents | Tensor | Sequence[int] | None = None,
-    check: bool = True,
+    run_check: bool = True,
 ) -> ShardedBatch:
     """Cut a batch that every rank of the mesh axis holds whole into this rank's share.
 
@@ -82,11 +84,11 @@ def shard_batch(
 
     Args:
         batch: the whole batch, the same on every rank of the axis.
-        mesh: the mesh axis that holds the sequence, such as `mesh["cp"]`.
+        device_mesh: the mesh axis that holds the sequence, such as `mesh["cp"]`.
         placement: how to cut; `Zigzag(1)` by default.
         documents: bounds of packed documents. Without it they are read from `cu_seq_lens_q`, `seq_idx` or restarting
             `position_ids`; what is given must agree.
-        check: compare the batch over the axis by a checksum, for which the host waits once.
+        run_check: compare the batch over the axis by a checksum, for which the host waits once.
 
     Raises:
         ValueError: the mesh has more than one axis, the placement is not of dim 1, shapes do not fit, documents do not end at
@@ -97,9 +99,9 @@ def shard_batch(
             long as the sequence.
     """
     placement = Zigzag(1) if placement is None else placement
-    check_mesh(mesh)
-    transport = transport_along(mesh)
-    with refused_together(lambda: [transport] if check else []):
+    check_mesh(device_mesh)
+    transport = transport_along(device_mesh)
+    with refused_together(lambda: [transport] if run_check else []):
         check_placement(placement)
         if isinstance(batch, ShardedBatch):
             raise ValueError("this batch is a share already, made by shard_batch: pass the whole batch")
@@ -107,7 +109,7 @@ def shard_batch(
         length = sequence_length(batch)
         refuse_unknown(batch, length)
         found = find_documents(batch, length, documents)
-    if check:
+    if run_check:
         check_same(batch, length, found, placement, transport)
     warn_of_imbalance(found, batch, placement, transport)
     return cut_batch(batch, placement, transport, length, found)
@@ -145,7 +147,7 @@ def warn_of_imbalance(
         warnings.warn(
             f"attention on this packed batch keeps its ranks busy for {balance:.0%} of the time that the most loaded one takes: "
             f"{documents} under {placement!r} over {transport.world} ranks. {remedy}",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 from typing_extensions import override
 
+from dtensor_ring._renamed import renamed
 from dtensor_ring._torch import dtensor_of, local_of
 from dtensor_ring.cache import Cache
 from dtensor_ring.comm import Transport, axis_name, collectives, transport_along, transports_of
@@ -36,47 +37,54 @@ DocumentsLike = Documents | Tensor | Sequence[int]
 _SEQUENCES = Cache("placements of from_local", most_bytes=128 << 10, most_entries=128)
 
 
+@renamed(local="local_tensor", mesh="device_mesh", check="run_check")
 def from_local(
-    local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], *, length: int | None = None, check: bool = True
+    local_tensor: Tensor,
+    device_mesh: DeviceMesh,
+    placements: Sequence[Placement],
+    *,
+    length: int | None = None,
+    run_check: bool = True,
 ) -> DTensor:
     """A DTensor from every rank's share of it; differentiable, sends nothing but the check.
 
     Args:
-        local: this rank's share; its sequence dim holds as many tokens as the layout gives this rank.
-        mesh: the mesh.
+        local_tensor: this rank's share; its sequence dim holds as many tokens as the layout gives this rank.
+        device_mesh: the mesh.
         placements: one placement a mesh axis, exactly one of them ours; dims under `Shard` are split evenly.
         length: global size of the sequence dim, always needed: uneven shares do not tell it, and `DTensor.from_local` guesses it
             wrong.
-        check: compare length, shape and dtype over the sequence axis, a few integers a rank for which the host waits. Without
+        run_check: compare length, shape and dtype over the sequence axis, a few integers a rank for which the host waits. Without
             it ranks that disagree hang or compute nonsense later. Compiled graphs never check.
 
     Raises:
         TypeError: no length.
         ValueError: the share has the wrong size, or ranks disagree on length, shape or dtype (raised on all of them).
     """
-    with refused_together(lambda: _sequence_axis_or_all(mesh, placements) if check else []):
+    with refused_together(lambda: _sequence_axis_or_all(device_mesh, placements) if run_check else []):
         if length is None:
             raise TypeError(
                 "from_local needs length=, the number of tokens of the whole sequence: ranks hold shares of different sizes where "
-                f"it does not divide, so that this rank's share of shape {tuple(local.shape)} does not tell it. Pass length=S, or "
-                "the batch.length of shard_batch"
+                f"it does not divide, so that this rank's share of shape {tuple(local_tensor.shape)} does not tell it. Pass "
+                "length=S, or the batch.length of shard_batch"
             )
         if not isinstance(length, (int, torch.SymInt)):
             raise TypeError(f"from_local: length is the number of tokens of the whole sequence, found {length!r}")
-        axis, placement, targets = _sequence_of(mesh, placements, local.ndim)
-    if check and not torch.compiler.is_compiling():
-        check_shares(local, mesh, axis, placement, length)
-    shape = list(local.shape)
+        axis, placement, targets = _sequence_of(device_mesh, placements, local_tensor.ndim)
+    if run_check and not torch.compiler.is_compiling():
+        check_shares(local_tensor, device_mesh, axis, placement, length)
+    shape = list(local_tensor.shape)
     for i, target in enumerate(targets):
         if isinstance(target, Shard):
-            shape[target.dim] *= mesh.size(i)
+            shape[target.dim] *= device_mesh.size(i)
     shape[placement.dim] = length
-    return wrap(local, mesh, targets, shape)
+    return wrap(local_tensor, device_mesh, targets, shape)
 
 
+@renamed(mesh="device_mesh")
 def distribute_tensor(
     tensor: Tensor,
-    mesh: DeviceMesh,
+    device_mesh: DeviceMesh,
     placements: Sequence[Placement],
     *,
     src_data_rank: int | None = 0,
@@ -88,7 +96,7 @@ def distribute_tensor(
 
     Args:
         tensor: the whole tensor, of the same shape and dtype on every rank.
-        mesh: the mesh.
+        device_mesh: the mesh.
         placements: `Replicate`, `Shard` or ours, one a mesh axis.
         src_data_rank: whose data counts, as a rank of each mesh axis; it sends every other rank its share. None: every rank
             has the same data and cuts its own share, so nothing is sent.
@@ -101,14 +109,14 @@ def distribute_tensor(
     """
     _refuse_compiling("distribute_tensor")
     meets = src_data_rank is not None or documents is not None
-    with refused_together(lambda: transports_of(mesh) if meets else []):
-        targets = _checked_for_distribution(tensor, mesh, placements, src_data_rank)
+    with refused_together(lambda: transports_of(device_mesh) if meets else []):
+        targets = _checked_for_distribution(tensor, device_mesh, placements, src_data_rank)
         given = _documents(documents, targets, tensor.shape)
     if src_data_rank is not None:
-        check_whole(tensor, mesh, targets, src_data_rank)
-    found = _agreed(given, mesh)
-    local = _Distribute.apply(tensor, mesh, targets, src_data_rank, found)
-    return wrap(local, mesh, targets, tensor.shape)
+        check_whole(tensor, device_mesh, targets, src_data_rank)
+    found = _agreed(given, device_mesh)
+    local = _Distribute.apply(tensor, device_mesh, targets, src_data_rank, found)
+    return wrap(local, device_mesh, targets, tensor.shape)
 
 
 def redistribute(

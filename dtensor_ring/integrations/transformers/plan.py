@@ -27,6 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 from typing_extensions import override
 
+from dtensor_ring._renamed import renamed
 from dtensor_ring._torch import tensors_in
 from dtensor_ring.comm import several_ranks, transport_along
 from dtensor_ring.comm.rank_checks import refused_together
@@ -80,28 +81,32 @@ class RingPlan(dict[str, ParallelStyle]):
         names = [name for name, module in model.named_modules() if _is_attention(module)]
         super().__init__({"": _RootStyle(self)} | {name: _AttentionStyle(self) for name in names})
 
-    def gather(self, local: Tensor, dim: int = 1, documents: Documents | None = None, *, grad: Convention = "mean") -> Tensor:
+    @renamed(local="local_tensor")
+    def gather(
+        self, local_tensor: Tensor, dim: int = 1, documents: Documents | None = None, *, grad: Convention = "mean"
+    ) -> Tensor:
         """All tokens, in order, of a tensor that holds this rank's tokens in `dim`, such as logits (B, S/W, V): (B, S, V).
 
         Every rank calls it, and computes the same loss from the result. Gradients fit averaging over the axis (FSDP2, DDP,
         `average_gradients`), as those of the model's own loss do.
 
         Args:
-            local: an output of the model, or a tensor made of one, token by token.
+            local_tensor: an output of the model, or a tensor made of one, token by token.
             dim: where its tokens are.
-            documents: with `Zigzag(1, per_document=True)` and packed documents, those of the batch that `local` is of: the plan's
-                `documents` after that batch's forward pass. Not needed for outputs of the model as they are.
+            documents: with `Zigzag(1, per_document=True)` and packed documents, those of the batch that `local_tensor` is of: the
+                plan's `documents` after that batch's forward pass. Not needed for outputs of the model as they are.
             grad: "mean", or "sum" where gradients are summed over the axis.
 
         Raises:
             RuntimeError: the plan was not applied yet.
             ValueError: it cannot be told which batch's documents lay out this tensor, or no such convention.
         """
-        mesh, placement = self._applied(), self._placement.moved_to(range(local.ndim)[dim])
+        mesh, placement = self._applied(), self._placement.moved_to(range(local_tensor.ndim)[dim])
         check_convention(grad)
-        return gather_tokens(local, mesh, placement, self._laid_out_by(local, documents), grad)
+        return gather_tokens(local_tensor, mesh, placement, self._laid_out_by(local_tensor, documents), grad)
 
-    def sum_over_tokens(self, local: Tensor, dim: int = 1, *, grad: Convention = "mean") -> Tensor:
+    @renamed(local="local_tensor")
+    def sum_over_tokens(self, local_tensor: Tensor, dim: int = 1, *, grad: Convention = "mean") -> Tensor:
         """The sum over all tokens of a sequence, such as its log-probability, of values that hold this rank's tokens in `dim`.
 
             log_probs = out.logits.log_softmax(-1).gather(2, targets[..., None])[..., 0]      # (B, S/W), this rank's tokens
@@ -116,7 +121,7 @@ class RingPlan(dict[str, ParallelStyle]):
         """
         mesh = self._applied()
         check_convention(grad)
-        return sum_over_tokens(local, mesh, dim, grad)
+        return sum_over_tokens(local_tensor, mesh, dim, grad)
 
     @property
     def documents(self) -> Documents | None:
