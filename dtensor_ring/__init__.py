@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING
 
 # `python -m dtensor_ring plan` works on integers and must not wait two seconds for torch. While Python looks for the module that
 # `-m` names, sys.argv is that module's arguments after a first "-m", so the name itself stands just before them in sys.orig_argv.
-# Only then are public names imported when they are first used. Every other process imports them here, because that registers the
-# operators, the rules of DTensor and what torch.load may load.
+# Only then are public names imported when they are first used. Every other process imports them here, and registers with PyTorch
+# what they need: compiled graphs and saved DTensors name our operators and placements, and may be loaded before either is used.
 if TYPE_CHECKING or not (sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv) :][:1] == ["dtensor_ring"]):
+    from dtensor_ring import _register
     from dtensor_ring.attention import ring_attention
     from dtensor_ring.data import ShardedBatch, shard_batch
     from dtensor_ring.placements import (
@@ -40,6 +41,8 @@ if TYPE_CHECKING or not (sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)
     )
     from dtensor_ring.planning.documents import Documents
     from dtensor_ring.replicas import average_gradients, check_replicas
+
+    _register.register()
 
 if TYPE_CHECKING:
     from dtensor_ring.integrations.transformers import RingPlan, ring_plan
@@ -81,6 +84,8 @@ def __getattr__(name: str) -> object:
     """What is imported when first used: `ring_plan` and `RingPlan`, which need transformers; all names for the command line."""
     if name not in __all__:
         raise AttributeError(f"module 'dtensor_ring' has no attribute {name!r}")
+    from dtensor_ring._register import register
     from dtensor_ring.optional import optional
 
+    register()
     return optional(_ROOMS.get(name, "dtensor_ring.placements"), name)

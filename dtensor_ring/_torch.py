@@ -45,6 +45,7 @@ __all__ = [
     "lasting",
     "ops_named",
     "refuse_methods",
+    "register",
     "register_attention_rule",
     "replicated",
     "resolve_group",
@@ -280,8 +281,10 @@ def _replicate(_mode: object, _op: object, _types: object, args: tuple[Tensor, D
     return _replicated(*args)
 
 
-torch.library.define("dtensor_ring::replicated", "(Tensor tensor, Tensor like) -> Tensor")
-torch.library.register_torch_dispatch("dtensor_ring::replicated", DTensor, _replicate)
+def register() -> None:
+    """Define the operator that `replicated` is in compiled code."""
+    torch.library.define("dtensor_ring::replicated", "(Tensor tensor, Tensor like) -> Tensor")
+    torch.library.register_torch_dispatch("dtensor_ring::replicated", DTensor, _replicate)
 
 
 def is_tracing() -> bool:

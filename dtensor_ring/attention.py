@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dtensor_ring.comm import several_ranks
-from dtensor_ring.ops import sdpa  # noqa: F401  F.scaled_dot_product_attention on our placements
 from dtensor_ring.ops.agree import refused_by_all
 from dtensor_ring.ops.arguments import Arguments, Strategy
 from dtensor_ring.ops.attend import attend

@@ -38,18 +38,25 @@ from dtensor_ring.planning.schedule import AttentionProblem, plan
 
 Pair = Sequence[int]
 
-torch.library.define(
-    "dtensor_ring::attention",
+# Neither documents nor lengths nor origin are constants of a graph: see the module's docstring.
+_FORWARD = (
     "(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? alibi, Tensor documents, SymInt[] lengths, SymInt[] origin, str call, "
-    "str group) -> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
+    "str group) -> (Tensor, Tensor, Tensor)"
 )
-torch.library.define(
-    "dtensor_ring::attention_backward",
+_BACKWARD = (
     "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? alibi, Tensor out, Tensor lse, Tensor seed, "
-    "Tensor documents, SymInt[] lengths, SymInt[] origin, str call, str group) -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    "Tensor documents, SymInt[] lengths, SymInt[] origin, str call, str group) -> (Tensor, Tensor, Tensor, Tensor)"
 )
+
+
+def attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
+    """The operator: out, lse and seed of q, k, v and a `Prepared`."""
+    return torch.ops.dtensor_ring.attention.default(*arguments)
+
+
+def attention_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: ANN401
+    """The operator of the gradients: dq, dk, dv and dsinks."""
+    return torch.ops.dtensor_ring.attention_backward.default(*arguments)
 
 
 def _attention(
@@ -72,8 +79,7 @@ def _attention(
         return *head_groups.forward(executor, _inner(q), _inner(k), _inner(v), asked.kv_head_group_size, _value(seed)), seed
 
 
-@torch.library.register_fake("dtensor_ring::attention")
-def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
+def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=accumulate_dtype(q.dtype))
     dropout_p = AttentionCall.parse(rest[5]).dropout_p
     return q.new_empty((*q.shape[:3], v.shape[3])), lse, torch.empty(int(dropout_p > 0), dtype=torch.int64)
@@ -104,17 +110,16 @@ def _attention_backward(
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
-@torch.library.register_fake("dtensor_ring::attention_backward")
-def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *_rest: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
+def _fake_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    *_rest: Any,  # noqa: ANN401
+) -> tuple[Tensor, ...]:
     dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
-
-
-# every backend: the implementation asks the tensors for their device
-torch.library.impl("dtensor_ring::attention", "CompositeExplicitAutograd", _attention)
-torch.library.impl("dtensor_ring::attention_backward", "CompositeExplicitAutograd", _attention_backward)
-attention = torch.ops.dtensor_ring.attention.default
-attention_backward = torch.ops.dtensor_ring.attention_backward.default
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:  # noqa: ANN401
@@ -131,8 +136,16 @@ def _backward(ctx: Any, dout: Tensor, *_others: Tensor | None) -> tuple[Tensor |
     return dq, dk, dv, None if sinks is None else dsinks, None, None, *(None for _ in ctx.rest)
 
 
-# For compilers, and for direct calls of the operator; `ring_attention` has an autograd function of its own.
-torch.library.register_autograd("dtensor_ring::attention", _backward, setup_context=_setup_context)
+def register() -> None:
+    """Define both operators, for every backend: the implementation asks the tensors for their device."""
+    torch.library.define("dtensor_ring::attention", _FORWARD, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded))
+    torch.library.define("dtensor_ring::attention_backward", _BACKWARD, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl("dtensor_ring::attention", "CompositeExplicitAutograd", _attention)
+    torch.library.impl("dtensor_ring::attention_backward", "CompositeExplicitAutograd", _attention_backward)
+    torch.library.register_fake("dtensor_ring::attention", _fake)
+    torch.library.register_fake("dtensor_ring::attention_backward", _fake_backward)
+    # For compilers, and for direct calls of the operator; `ring_attention` has an autograd function of its own.
+    torch.library.register_autograd("dtensor_ring::attention", _backward, setup_context=_setup_context)
 
 
 def placed_as(dout: DTensor, placements: tuple[Any, ...], documents: Tensor) -> DTensor:

@@ -200,10 +200,15 @@ def _register(op: OpOverload, act: Callable[..., object]) -> None:
     torch.library.register_torch_dispatch(op, DTensor, rule)
 
 
-_register(aten._scaled_dot_product_flash_attention_for_cpu.default, flash_cpu)
-_register(aten._scaled_dot_product_flash_attention_for_cpu_backward.default, flash_cpu_backward)
-_register(aten._scaled_dot_product_flash_attention.default, flash_cuda)
-_register(aten._scaled_dot_product_flash_attention_backward.default, flash_cuda_backward)
-_register(aten._scaled_dot_product_efficient_attention.default, partial(refuse, "memory-efficient"))
-_register(aten._scaled_dot_product_cudnn_attention.default, partial(refuse, "cuDNN"))
-_register(aten._scaled_dot_product_fused_attention_overrideable.default, partial(refuse, "overrideable"))
+def register() -> None:
+    """Let DTensors in our placements go through the backends of PyTorch's attention: flash attention runs, the others refuse."""
+    for op, act in {
+        aten._scaled_dot_product_flash_attention_for_cpu: flash_cpu,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: flash_cpu_backward,
+        aten._scaled_dot_product_flash_attention: flash_cuda,
+        aten._scaled_dot_product_flash_attention_backward: flash_cuda_backward,
+        aten._scaled_dot_product_efficient_attention: partial(refuse, "memory-efficient"),
+        aten._scaled_dot_product_cudnn_attention: partial(refuse, "cuDNN"),
+        aten._scaled_dot_product_fused_attention_overrideable: partial(refuse, "overrideable"),
+    }.items():
+        _register(op.default, act)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
@@ -23,7 +24,6 @@ from dtensor_ring.comm import axis_name
 from dtensor_ring.comm.collectives import Chunks
 from dtensor_ring.ops.arguments import BSHD, Order
 from dtensor_ring.ops.call import AttentionCall
-from dtensor_ring.ops.operator import attention, attention_backward
 from dtensor_ring.placements import SequencePlacement
 from dtensor_ring.planning.layout import Layout
 
@@ -182,5 +182,7 @@ def _check_sinks(schema: OpSchema, q: DTensorSpec, sinks: object) -> None:
         )
 
 
-register_attention_rule(attention, attention_rule, static_argnum=6)
-register_attention_rule(attention_backward, attention_backward_rule, static_argnum=10)
+def register() -> None:
+    """Give DTensor the rules of both operators; what comes after the tensors is part of its cache's keys."""
+    register_attention_rule(torch.ops.dtensor_ring.attention.default, attention_rule, static_argnum=6)
+    register_attention_rule(torch.ops.dtensor_ring.attention_backward.default, attention_backward_rule, static_argnum=10)

@@ -1,6 +1,5 @@
 """DTensor placements for a sequence, and the functions that make and move such DTensors."""
 
-from dtensor_ring.placements import rules  # noqa: F401  installs the rule for PyTorch's own ops
 from dtensor_ring.placements.placement import Contiguous, SequencePlacement, Stripe, Zigzag
 from dtensor_ring.placements.redistribute import distribute_tensor, from_local, full_tensor, redistribute
 

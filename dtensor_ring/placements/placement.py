@@ -251,7 +251,9 @@ class Stripe(SequencePlacement):
         return f"Stripe({self.dim}, block={self._block})"
 
 
-torch.serialization.add_safe_globals([Contiguous, Zigzag, Stripe])
+def register() -> None:
+    """Let `torch.load(weights_only=True)` load the placements, of which checkpoints of DTensors have some."""
+    torch.serialization.add_safe_globals([Contiguous, Zigzag, Stripe])
 
 
 def dim_of(placement: Placement) -> int:

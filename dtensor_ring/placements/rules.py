@@ -259,11 +259,6 @@ def _no_storage(tensor: DTensor) -> str | None:
     return "a DTensor has no storage of its own. Call it on x.to_local(), which shares its memory"
 
 
-install_rule(rule, is_ours)
-complete_cache_keys((*UNMARKED, *_INDEX_PUT, *_ANY_TRUE, *list_ops()))
-refuse_methods(("apply_", "share_memory_"), _no_storage)
-
-
 def _refuse_plain_gradients(name: str, op: OpOverload) -> None:
     def check(_cls: type, _op: OpOverload, _types: Sequence[type], args: tuple[object, ...], _kwargs: dict[str, object]) -> object:
         ours = any(isinstance(x, DTensor) and any(isinstance(p, SequencePlacement) for p in x.placements) for x in args)
@@ -275,6 +270,11 @@ def _refuse_plain_gradients(name: str, op: OpOverload) -> None:
     torch.library.register_torch_dispatch(op, DTensor, check)
 
 
-for _name in PLAIN_GRADIENTS:
-    for _op in overloads(_name):
-        _refuse_plain_gradients(_name, _op)
+def register() -> None:
+    """Put the rules of this package before PyTorch's own, for DTensors in our placements."""
+    install_rule(rule, is_ours)
+    complete_cache_keys((*UNMARKED, *_INDEX_PUT, *_ANY_TRUE, *list_ops()))
+    refuse_methods(("apply_", "share_memory_"), _no_storage)
+    for name in PLAIN_GRADIENTS:
+        for op in overloads(name):
+            _refuse_plain_gradients(name, op)
