@@ -222,9 +222,9 @@ def register_attention_rule(op: OpOverload, rule: Callable[[OpSchema], OutputSha
     register_prop_rule(op, schema_info=RuntimeSchemaInfo(static_argnum=static_argnum))(rule)
 
 
-def local_of(tensor: DTensor) -> Tensor:
-    """The local tensor without the autograd node of `to_local()`: for use inside autograd functions."""
-    return tensor._local_tensor
+def local_of(tensor: Tensor) -> Tensor:
+    """A DTensor's local tensor, for use inside autograd functions: without the node of `to_local()`. Other tensors as they are."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def dtensor_of(

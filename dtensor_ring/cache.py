@@ -22,13 +22,13 @@ from collections.abc import Callable, Hashable
 from functools import update_wrapper
 from threading import RLock
 from typing import Generic, NamedTuple, ParamSpec, TypeVar
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _KEYWORDS = object()  # stands between positional arguments and keywords in a key
-_CACHES: WeakValueDictionary[str, Cache] = WeakValueDictionary()
+_CACHES: WeakValueDictionary[str, Cache | CacheOfEach] = WeakValueDictionary()
 
 
 class CacheUse(NamedTuple):
@@ -58,16 +58,18 @@ class Cache:
         name: what is kept, for `dtensor_ring.debug.caches`.
         most_bytes: bytes that all values together may hold.
         most_entries: values that may be kept.
+        is_listed: whether `caches` shows it by itself, and not as part of a `CacheOfEach`.
     """
 
-    def __init__(self, name: str, most_bytes: int, most_entries: int) -> None:
+    def __init__(self, name: str, most_bytes: int, most_entries: int, *, is_listed: bool = True) -> None:
         assert most_bytes > 0 and most_entries > 0, "a cache that may keep nothing is none"
         self._name, self._most_bytes, self._most_entries = name, most_bytes, most_entries
         self._entries: OrderedDict[Hashable, tuple[object, int]] = OrderedDict()  # the least recently used first
         self._bytes = self._too_large = 0
         # A garbage collection, which may start at any line, can run finalizers that call a cached function in this thread.
         self._lock = RLock()
-        _CACHES[name] = self
+        if is_listed:
+            _CACHES[name] = self
 
     def keeps(self, size: Callable[..., int]) -> Callable[[Callable[P, T]], Cached[P, T]]:
         """A decorator: the function's values are kept here. `size(value, *arguments)` is the bytes that both hold."""
@@ -136,6 +138,38 @@ class Cache:
         return value
 
 
+class CacheOfEach:
+    """A cache for each object of a kind (a mesh), gone with the object; what it keeps must not refer to the object.
+
+    Args:
+        name: what is kept, for `dtensor_ring.debug.caches`, which adds up over the objects.
+        most_bytes: bytes that the values of one object may hold.
+        most_entries: values that may be kept for one object.
+    """
+
+    def __init__(self, name: str, most_bytes: int, most_entries: int) -> None:
+        self._limits = name, most_bytes, most_entries
+        self._of: WeakKeyDictionary[object, Cache] = WeakKeyDictionary()
+        _CACHES[name] = self
+
+    def of(self, owner: object) -> Cache:
+        """The cache of an object; equal objects share one."""
+        cache = self._of.get(owner)
+        return self._of.setdefault(owner, Cache(*self._limits, is_listed=False)) if cache is None else cache
+
+    def use(self) -> CacheUse:
+        """What is kept now, for all objects together."""
+        uses = [cache.use() for cache in list(self._of.values())]
+        return CacheUse(
+            self._limits[0],
+            entries=sum(use.entries for use in uses),
+            bytes=sum(use.bytes for use in uses),
+            most_entries=sum(use.most_entries for use in uses),
+            most_bytes=sum(use.most_bytes for use in uses),
+            too_large=sum(use.too_large for use in uses),
+        )
+
+
 class Cached(Generic[P, T]):
     """A function whose values are kept in a cache; its arguments must be hashable, and equal ones give equal values."""
 
@@ -183,6 +217,6 @@ def cached(name: str, *, most_bytes: int, most_entries: int, size: Callable[...,
 
 
 def caches() -> tuple[CacheUse, ...]:
-    """What every cache of this process holds, by name."""
+    """What every cache of this process holds, by name; those of single objects added up."""
     kept = [reference() for reference in _CACHES.valuerefs()]
     return tuple(sorted(cache.use() for cache in kept if cache is not None))

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from dtensor_ring._renamed import renamed
 from dtensor_ring._torch import local_of
 from dtensor_ring.comm import Transport, axis_name, transport_along
-from dtensor_ring.comm.rank_checks import checksum, meet, refused_together
+from dtensor_ring.comm.rank_checks import checksum, meet, number_of, refused_together
 
 _BUCKET = 1 << 25  # elements that travel at a time: 128 MiB of float32
 _SHOWN = 5  # names of parameters in an error
@@ -82,7 +82,7 @@ def check_replicas(model: nn.Module | Iterable[nn.Parameter], device_mesh: Devic
     """
     transport, parameters = _replicated(model, device_mesh, "check_replicas", skip_reduced=True)
     _check_alike(parameters, transport, "check_replicas")
-    sums = torch.tensor([checksum(_local(p)) for _, p in parameters], dtype=torch.int64, device=transport.value_device())
+    sums = torch.tensor([checksum(local_of(p)) for _, p in parameters], dtype=torch.int64, device=transport.value_device())
     with transport.during("check_replicas"):
         every = transport.all_gather(sums).wait()
     apart = [name for (name, _), same in zip(parameters, (every == every[:1]).all(0).tolist(), strict=True) if not same]
@@ -121,8 +121,8 @@ def _replicated(
 
 def _check_alike(parameters: Sequence[tuple[str, nn.Parameter]], transport: Transport, call: str) -> None:
     """Raises ValueError on every rank unless all hold parameters of the same names, shapes and dtypes."""
-    text = "|".join(f"{name} {_local(p).dtype} {tuple(_local(p).shape)} {p.requires_grad}" for name, p in parameters)
-    number = checksum(torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8))
+    text = "|".join(f"{name} {local_of(p).dtype} {tuple(local_of(p).shape)} {p.requires_grad}" for name, p in parameters)
+    number = number_of(text)
     for rank, (count, its_number) in enumerate(meet(transport, call, [len(parameters), number])):
         if (count, its_number) != (len(parameters), number):
             raise ValueError(
@@ -131,15 +131,11 @@ def _check_alike(parameters: Sequence[tuple[str, nn.Parameter]], transport: Tran
             )
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return local_of(tensor) if isinstance(tensor, DTensor) else tensor
-
-
 def _gradient(parameter: nn.Parameter) -> Tensor:
     """The gradient, or rather its local tensor; zeros where this rank has none and another does."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
-    return _local(parameter.grad)
+    return local_of(parameter.grad)
 
 
 def _buckets(gradients: Iterable[Tensor]) -> Iterable[list[Tensor]]:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import dtensor_ring.functional  # every cache is there once its module is loaded
 from dtensor_ring import Contiguous, Documents, Zigzag, debug, distribute_tensor, full_tensor, redistribute
-from dtensor_ring.cache import Cache, cached
+from dtensor_ring.cache import Cache, CacheOfEach, cached
 from dtensor_ring.ops.executors.plan_executor import _packings
 from dtensor_ring.planning.document_sharding import share_documents
 from dtensor_ring.planning.layout import Layout
@@ -35,6 +35,7 @@ NAMES = {
     "documents shared out",
     "index tensors of moves",
     "placements of from_local",
+    "places of attention",
     "plans",
     "positions for dropout and ALiBi",
     "rows of transfers",
@@ -389,3 +390,22 @@ def test_packings_of_a_million_tokens_add_less_memory_than_the_limits(pools):
         print(f"{grown / 2**20:.0f} MiB more, {counted / 2**20:.0f} MiB in caches")
         assert grown < HOST_BYTES
         assert counted < HOST_BYTES
+
+
+class Owner:
+    """Something that caches belong to."""
+
+
+def test_a_cache_of_each_object_ends_with_its_object_and_counts_for_all():
+    each = CacheOfEach("of each", most_bytes=10, most_entries=2)
+    first, second = Owner(), Owner()
+    for owner in (first, second):
+        for key in range(3):
+            each.of(owner).keep(key, f"value {key}", 1)
+    assert each.of(first) is each.of(first) is not each.of(second)
+    assert each.of(first).find(0) is None, "the oldest of one object left"
+    (use,) = (use for use in debug.caches() if use.name == "of each")
+    assert use == ("of each", 4, 4, 4, 20, 0)
+    del owner, first
+    gc.collect()
+    assert each.use().entries == 2

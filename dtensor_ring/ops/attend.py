@@ -47,7 +47,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared, *, return_lse: b
 
 
 def _local(inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [local_of(x) if isinstance(x, DTensor) else x for x in inputs]
+    return [None if x is None else local_of(x) for x in inputs]
 
 
 def _run(local: Sequence[Tensor | None], prepared: Prepared) -> tuple[Tensor, Tensor, Tensor]:

@@ -153,7 +153,7 @@ def placed_as(dout: DTensor, placements: tuple[Any, ...], documents: Tensor) -> 
     if dout.placements == placements:
         return dout
     cut = any(isinstance(p, SequencePlacement) and p.layout.cut for p in placements)
-    bounds = Documents.unpack(local_of(documents) if isinstance(documents, DTensor) else documents) if cut else None
+    bounds = Documents.unpack(local_of(documents)) if cut else None
     assert not isinstance(bounds, Slices), "slices come with plain tensors only"
     return redistribute(dout, placements, documents=bounds)
 

@@ -6,20 +6,17 @@ mesh ("dp": 2, "cp": 4), q placed [Shard(0), Zigzag(1)]     group of "cp", layou
 from __future__ import annotations
 
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from dtensor_ring.cache import CacheOfEach
 from dtensor_ring.comm import Transport, axis_name, transport_along, transport_of
 from dtensor_ring.ops.arguments import BSHD, Order, check_tensors
 from dtensor_ring.ops.sharding import attention_axis, share_of
 from dtensor_ring.planning.layout import Layout
-
-_KEPT = 128  # placements and shapes that are remembered for a mesh
 
 Shape = tuple[int, ...]
 
@@ -62,8 +59,9 @@ class _Spread(NamedTuple):
 
 
 _ALONE = Layout("contiguous")
-# By mesh, and gone with it. Nothing here depends on a process group, so equal meshes may share.
-_spreads: WeakKeyDictionary[DeviceMesh, dict[tuple[object, ...], _Spread]] = WeakKeyDictionary()
+_SPREAD_BYTES = 2 << 10  # of placements and shapes that are remembered, with what they are known by
+# Nothing here depends on a process group, so equal meshes may share.
+_SPREADS = CacheOfEach("places of attention", most_bytes=256 << 10, most_entries=128)
 
 
 def place_alone(q: Tensor, k: Tensor, v: Tensor) -> Place:
@@ -99,23 +97,27 @@ def place_of(q: DTensor, k: DTensor, v: DTensor, order: Order = BSHD) -> Place:
         ValueError, TypeError, NotImplementedError: shapes, dtypes, meshes or placements that do not fit together.
     """
     mesh = q.device_mesh
-    if torch.compiler.is_compiling():  # shapes are symbols: nothing to remember them by
-        spread = _spread(q, k, v, order)
-    else:
-        known = _spreads.setdefault(mesh, {})
-        key = q.placements, k.placements, v.placements, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, order
-        on_one_mesh = k.device_mesh is mesh and v.device_mesh is mesh
-        spread = known.get(key) if on_one_mesh else None
-        if spread is None:
-            spread = _spread(q, k, v, order)
-            if len(known) >= _KEPT:
-                known.pop(next(iter(known)), None)
-            known[key] = spread
+    spread = _spread(q, k, v, order) if torch.compiler.is_compiling() else _remembered(q, k, v, order)
     if spread.axis is None:
         return Place("", "", 1, spread.layout, *spread.shapes, spread.origin)
     group = mesh.get_group(spread.axis).group_name
     transport = None if torch.compiler.is_compiling() else transport_along(mesh, spread.axis)
     return Place(group, spread.name, spread.world, spread.layout, *spread.shapes, spread.origin, transport)
+
+
+def _remembered(q: DTensor, k: DTensor, v: DTensor, order: Order) -> _Spread:
+    """As `_spread`, worked out once for placements and shapes. While a compiler traces, shapes are symbols, which are no keys."""
+    mesh = q.device_mesh
+    if k.device_mesh is not mesh or v.device_mesh is not mesh:
+        return _spread(q, k, v, order)
+    known = _SPREADS.of(mesh)
+    key = q.placements, k.placements, v.placements, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, order
+    entry = known.find(key)
+    if entry is not None:
+        return entry[0]  # pyrefly: ignore[bad-return]  # nothing else is kept there
+    spread = _spread(q, k, v, order)
+    known.keep(key, spread, _SPREAD_BYTES)
+    return spread
 
 
 def _spread(q: DTensor, k: DTensor, v: DTensor, order: Order) -> _Spread:

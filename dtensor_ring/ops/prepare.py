@@ -110,7 +110,7 @@ def _remembered(
     inputs: Inputs, asked: Arguments, place: Place, documents: Documents | Slices | None, name: str, training: bool
 ) -> _Checked:
     """The text of the call and what ranks compare; worked out where no call like it was checked before."""
-    q, k, v = (_local(x) for x in inputs[:3])
+    q, k, v = (local_of(x) for x in inputs[:3])
     # with ALiBi, strategy and kernel depend on where documents end
     told = documents if inputs.alibi is not None else None
     beside = inputs.sinks is None, inputs.alibi is None, documents is None
@@ -134,7 +134,7 @@ def _check(
     inputs: Inputs, asked: Arguments, place: Place, documents: Documents | Slices | None, name: str, training: bool
 ) -> _Checked:
     _check_strategy(asked.strategy, inputs, place)
-    q, k, v = (_local(x) for x in inputs[:3])
+    q, k, v = (local_of(x) for x in inputs[:3])
     call = _call(asked, place.layout, q.shape[3], training)
     problem = call.problem((place.q_shape[1], place.k_shape[1]), place.world, documents)
     need = call.need(q.device.type, q.dtype, q.shape[3], v.shape[3])
@@ -198,7 +198,7 @@ def _check_strategy(strategy: str | None, inputs: Inputs, place: Place) -> None:
             "strategy out, or pass x.to_local()"
         )
     if strategy == "ulysses":
-        reason = refuses(place.world, _local(inputs.q).shape[2], _local(inputs.k).shape[2])
+        reason = refuses(place.world, local_of(inputs.q).shape[2], local_of(inputs.k).shape[2])
         if reason is not None:
             raise ValueError(f"{place.axis}: {reason}")
 
@@ -232,13 +232,13 @@ def _mine(documents: Documents | Slices | None, q: Tensor, place: Place) -> Docu
     """The rows of bounds that this rank's part of the batch needs."""
     if not isinstance(documents, Documents) or documents.rows == 1:
         return documents
-    first, rows = place.origin[0], _local(q).shape[0]
+    first, rows = place.origin[0], local_of(q).shape[0]
     return documents.select(first, first + rows) if rows else documents.select(0, 1)
 
 
 def _slopes(inputs: Inputs, place: Place) -> Tensor | None:
     """The slopes of this rank's heads and batch rows."""
-    slopes, (row, head), local = inputs.alibi, place.origin, _local(inputs.q)
+    slopes, (row, head), local = inputs.alibi, place.origin, local_of(inputs.q)
     if slopes is None or tuple(local.shape[::2]) == (place.q_shape[0], place.q_shape[2]):
         return slopes
     mine = slopes[..., head : head + local.shape[2]]
@@ -249,7 +249,7 @@ def _sinks(inputs: Inputs, place: Place) -> Tensor | None:
     """The sinks of this rank's heads, differentiable; DTensors are checked to lie as q does."""
     sinks, q = inputs.sinks, inputs.q
     if not isinstance(sinks, DTensor):
-        heads = _local(q).shape[2]
+        heads = local_of(q).shape[2]
         return sinks if sinks is None or heads == place.q_shape[2] else sinks[place.origin[1] : place.origin[1] + heads]
     if not isinstance(q, DTensor):
         raise TypeError("sinks are a DTensor, but q, k and v are plain tensors")
@@ -259,7 +259,3 @@ def _sinks(inputs: Inputs, place: Place) -> Tensor | None:
             f"sinks are placed {sinks.placements} on {sinks.device_mesh}, beside q they must be {needed} on {q.device_mesh}"
         )
     return sinks
-
-
-def _local(x: Tensor) -> Tensor:
-    return local_of(x) if isinstance(x, DTensor) else x

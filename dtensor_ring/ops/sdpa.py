@@ -30,7 +30,8 @@ from dtensor_ring.ops.arguments import BHSD, Arguments
 from dtensor_ring.ops.operator import attention, attention_backward
 from dtensor_ring.ops.place import place_of
 from dtensor_ring.ops.prepare import Inputs, Prepared, prepare
-from dtensor_ring.placements import SequencePlacement, redistribute
+from dtensor_ring.placements import redistribute
+from dtensor_ring.placements.placement import holds_sequence
 from dtensor_ring.placements.redistribute import wrap
 
 aten = torch.ops.aten
@@ -192,7 +193,7 @@ def _register(op: OpOverload, act: Callable[..., object]) -> None:
 
     def rule(_cls: type, _op: OpOverload, _types: Sequence[type], args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, DTensor)]
-        if not any(isinstance(placement, SequencePlacement) for x in tensors for placement in x.placements):
+        if not any(holds_sequence(x.placements) for x in tensors):
             return NotImplemented
         with refused_by_all(*tensors):
             return act(*args, **kwargs)

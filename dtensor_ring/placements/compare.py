@@ -18,7 +18,7 @@ from dtensor_ring.planning.documents import Documents
 def check_documents(transports: Sequence[Transport], documents: Documents) -> None:
     """Raises ValueError on every rank of a mesh unless all pass these documents; asked the first time that its axes meet them."""
     new = [transport for transport in transports if not is_agreed(transport, documents.digest)]
-    number = int(documents.digest[:15], 16)
+    number = number_of(documents.digest)
 
     def judge(i: int, table: list[list[int]]) -> None:
         mine = new[i].rank

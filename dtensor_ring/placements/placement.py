@@ -12,7 +12,7 @@ They never carry lengths or documents, since PyTorch keeps placements in caches 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, NoReturn
 
 import torch
@@ -254,6 +254,11 @@ class Stripe(SequencePlacement):
 def register() -> None:
     """Let `torch.load(weights_only=True)` load the placements, of which checkpoints of DTensors have some."""
     torch.serialization.add_safe_globals([Contiguous, Zigzag, Stripe])
+
+
+def holds_sequence(placements: Iterable[Placement]) -> bool:
+    """Whether one of the placements is ours."""
+    return any(isinstance(placement, SequencePlacement) for placement in placements)
 
 
 def dim_of(placement: Placement) -> int:

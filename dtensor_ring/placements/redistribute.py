@@ -28,7 +28,7 @@ from dtensor_ring.comm import Transport, axis_name, collectives, transport_along
 from dtensor_ring.comm.rank_checks import refused_together
 from dtensor_ring.placements.compare import check_documents, check_shares, check_whole
 from dtensor_ring.placements.mesh_moves import move
-from dtensor_ring.placements.placement import SequencePlacement, dim_of, split_of
+from dtensor_ring.placements.placement import SequencePlacement, dim_of, holds_sequence, split_of
 from dtensor_ring.planning.documents import Documents
 
 Placements = tuple[Placement, ...]
@@ -145,7 +145,7 @@ def redistribute(
     if mesh is not None:
         text = "mesh= of redistribute does nothing, since a tensor stays on its mesh, and will be removed: leave it out"
         warnings.warn(text, DeprecationWarning, stacklevel=2)
-    if not any(isinstance(p, SequencePlacement) for p in (*tensor.placements, *_listed(placements))):
+    if not holds_sequence((*tensor.placements, *_listed(placements))):
         return tensor.redistribute(placements=normalized(tensor.device_mesh, placements, tensor.ndim))
     with refused_together(partial(_sequence_axis_or_all, tensor.device_mesh, tensor.placements)):
         targets = normalized(tensor.device_mesh, placements, tensor.ndim)

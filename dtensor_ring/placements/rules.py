@@ -40,7 +40,7 @@ from dtensor_ring.placements.elementwise import (
 )
 from dtensor_ring.placements.lists import list_ops, list_rule, takes_lists
 from dtensor_ring.placements.norms import NORMS, check_order, norm_spec, unreduced_norm
-from dtensor_ring.placements.placement import SequencePlacement, dim_of, split_of
+from dtensor_ring.placements.placement import SequencePlacement, dim_of, holds_sequence, split_of
 
 # Fresh tensors whose size arguments are global: (position of the size, position of the strides).
 _FRESH = {
@@ -68,7 +68,7 @@ def is_ours(schema: OpSchema) -> bool:
     specs = specs_of(schema)
     if schema.op is aten._local_scalar_dense.default and unreduced_norm(specs):
         return True
-    return any(isinstance(placement, SequencePlacement) for spec in specs for placement in spec.placements)
+    return any(holds_sequence(spec.placements) for spec in specs)
 
 
 def rule(schema: OpSchema) -> OutputSharding | None:
@@ -254,14 +254,14 @@ _OPTIMIZER_HINT = (
 
 
 def _no_storage(tensor: DTensor) -> str | None:
-    if not any(isinstance(placement, SequencePlacement) for placement in tensor.placements):
+    if not holds_sequence(tensor.placements):
         return None
     return "a DTensor has no storage of its own. Call it on x.to_local(), which shares its memory"
 
 
 def _refuse_plain_gradients(name: str, op: OpOverload) -> None:
     def check(_cls: type, _op: OpOverload, _types: Sequence[type], args: tuple[object, ...], _kwargs: dict[str, object]) -> object:
-        ours = any(isinstance(x, DTensor) and any(isinstance(p, SequencePlacement) for p in x.placements) for x in args)
+        ours = any(isinstance(x, DTensor) and holds_sequence(x.placements) for x in args)
         reason = why_no_gradient(name, args) if ours else None
         if reason is not None:
             raise NotImplementedError(reason)

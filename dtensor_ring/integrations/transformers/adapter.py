@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -26,6 +27,7 @@ from transformers.utils import is_flash_attn_2_available
 from dtensor_ring.functional.call import Settings
 from dtensor_ring.functional.lengths import host_lengths
 from dtensor_ring.functional.llama3 import attend_by_heads
+from dtensor_ring.integrations.transformers.layer_call import read_layer_call
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout
 
@@ -136,41 +138,28 @@ def update_ring_flash_attn_params(cu_seqlens: Tensor, process_group: dist.Proces
 def _attention_function(process_group: dist.ProcessGroup) -> Callable[..., tuple[Tensor, None]]:
     reference = ref(process_group)
 
-    def attend(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        is_causal: bool | None = None,
-        **_rest: object,
-    ) -> tuple[Tensor, None]:
-        """Attention of this rank's queries (B=1, H, S/W, D) over the packed row."""
+    def attend(module: nn.Module, *tensors: Any, **keywords: Any) -> tuple[Tensor, None]:  # noqa: ANN401
+        """Attention of this rank's queries (B=1, H, S/W, D) over the packed row; `read_layer_call` has the arguments."""
         group = reference()
         state = None if group is None else _states.get(group)
         if group is None or state is None or state.documents is None:
             raise RuntimeError("call update_ring_flash_attn_params(cu_seqlens, process_group) before the model, once a batch")
-        if attention_mask is not None:
+        layer = read_layer_call(module, *tensors, **keywords)
+        if layer.mask is not None:
             raise NotImplementedError("attention masks are not supported: pack documents without padding")
-        if query.shape[0] != 1:
-            raise ValueError(f"a packed row is one batch row, found {query.shape[0]}")
-        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        if layer.q.shape[0] != 1:
+            raise ValueError(f"a packed row is one batch row, found {layer.q.shape[0]}")
         settings = Settings(
-            dropout_p=dropout,
-            softmax_scale=scaling,
-            causal=causal,
-            window_size=(-1, -1) if sliding_window is None else (sliding_window - 1, 0 if causal else sliding_window - 1),
+            dropout_p=layer.dropout_p,
+            softmax_scale=layer.scale,
+            causal=layer.is_causal,
+            window_size=layer.window,
             group=group,
-            softcap=softcap or 0.0,
-            sinks=s_aux,
+            softcap=layer.softcap,
+            sinks=layer.sinks,
         )
-        _check_share(query.shape[2], state.documents.length, group)
-        q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
+        _check_share(layer.q.shape[1], state.documents.length, group)
+        q, k, v = layer.q[0], layer.k[0], layer.v[0]
         out, _ = attend_by_heads(q, k, v, settings, Layout("contiguous"), state.documents, state.heads_k_stride)
         return out[None], None
 

@@ -10,11 +10,13 @@ the whole comes with the batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from dtensor_ring.integrations.transformers.layer_call import read_layer_call
 from dtensor_ring.ops.agree import refused_in_group
 from dtensor_ring.ops.arguments import Arguments, Strategy
 from dtensor_ring.ops.attend import attend
@@ -63,22 +65,13 @@ def register() -> None:
 
 def ring_attention_forward(
     module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    is_causal: bool | None = None,
+    *tensors: Any,  # noqa: ANN401
     ring_batch: RingBatch | None = None,
-    **_rest: object,
+    **keywords: Any,  # noqa: ANN401
 ) -> tuple[Tensor, None]:
-    """Attention over the ranks in the form that transformers calls; keywords that only describe the mask are not needed.
+    """Attention over the ranks in the form that transformers calls; `read_layer_call` has the arguments.
 
-    `s_aux` are sinks (H,), a parameter of the module, whose gradient is this rank's part, as that of other parameters.
+    The sinks of a layer are a parameter, whose gradient is this rank's part, as that of other parameters.
 
     Raises:
         RuntimeError: the module was not parallelized, or the model was entered below the module that was.
@@ -95,24 +88,23 @@ def ring_attention_forward(
             f"{type(module).__name__} was called without {KEYWORD!r}: call the parallelized model itself with the whole batch, not "
             "a module inside it"
         )
-    if attention_mask is not None and attention_mask.numel():
+    layer = read_layer_call(module, *tensors, **keywords)
+    if layer.mask is not None and layer.mask.numel():
         raise NotImplementedError("attention masks are not supported: pack rows without padding and pass documents")
-    dtype = value.dtype  # under autocast rotary embeddings leave q and k in float32
-    q, k, v = query.to(dtype).transpose(1, 2), key.to(dtype).transpose(1, 2), value.transpose(1, 2)
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     asked = Arguments(
-        bool(causal),
-        (-1, -1) if sliding_window is None else (sliding_window - 1, 0 if causal else sliding_window - 1),
-        scaling,
-        softcap or 0.0,
-        dropout,
+        layer.is_causal,
+        layer.window,
+        layer.scale,
+        layer.softcap,
+        layer.dropout_p,
         strategy=state.strategy,
         kernel=state.kernel,
     )
+    q, k, v = layer.q, layer.k, layer.v
     group, lengths = state.mesh.get_group(), (ring_batch.length, ring_batch.length)
     with refused_in_group(group):
         place = place_in_group((q, k, v), group, state.layout, lengths)
-        prepared = prepare(Inputs(q, k, v, s_aux, documents=ring_batch.documents), asked, place, "attention")
+        prepared = prepare(Inputs(q, k, v, layer.sinks, documents=ring_batch.documents), asked, place, "attention")
     return attend(q, k, v, prepared, return_lse=False)[0], None
 
 

@@ -1,0 +1,69 @@
+"""What a layer of a Hugging Face model asks of attention, in the words of this package."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+
+class LayerCall(NamedTuple):
+    """The arguments with which transformers calls an attention function, read by their meaning.
+
+    Attributes:
+        q: queries (B, S/W, H, D) of this rank's tokens.
+        k: keys (B, S/W, Hk, D).
+        v: values (B, S/W, Hk, D).
+        mask: what the layer's mask function made; None for none.
+        scale: multiplies q.k; None is D ** -0.5.
+        dropout_p: probability of dropping an attention weight.
+        is_causal: a query sees keys up to its own position.
+        window: (L, R) keys back and ahead; -1 is unbounded.
+        softcap: bounds scores, 0 for none.
+        sinks: (H,), a parameter of the layer, or None.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    scale: float | None
+    dropout_p: float
+    is_causal: bool
+    window: tuple[int, int]
+    softcap: float
+    sinks: Tensor | None
+
+
+def read_layer_call(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **_rest: object,
+) -> LayerCall:
+    """What a layer asks for; the names and their order are those by which transformers calls an attention function.
+
+    Query is (B, H, S/W, D), key and value are (B, Hk, S/W, D). Other keywords only describe the mask again, and are not needed.
+    """
+    dtype = value.dtype  # under autocast rotary embeddings leave q and k in float32
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    return LayerCall(
+        query.to(dtype).transpose(1, 2),
+        key.to(dtype).transpose(1, 2),
+        value.transpose(1, 2),
+        attention_mask,
+        scaling,
+        dropout,
+        causal,
+        (-1, -1) if sliding_window is None else (sliding_window - 1, 0 if causal else sliding_window - 1),
+        softcap or 0.0,
+        s_aux,
+    )
