@@ -140,7 +140,7 @@ class PartialNorm(Partial):
 
 
 def install_rule(rule: Rule, cares: Callable[[OpSchema], bool]) -> None:
-    """Ask `rule` before PyTorch's own sharding rules for the ops that `cares` is true of; others go on unchanged.
+    """Consult `rule` before PyTorch's own rules for ops matching `cares`; other ops are unaffected.
 
     DTensor has one strategy a generic op (clone, add, ...) and no way to add one for a new placement. Both entry points of the
     propagator are called on cache misses only, so a warm op of any DTensor costs what it did before. Gone once PyTorch has
@@ -150,15 +150,15 @@ def install_rule(rule: Rule, cares: Callable[[OpSchema], bool]) -> None:
     stock: Callable[[OpSchema], OutputSharding] = propagator.propagate_op_sharding_non_cached
 
     def propagate(schema: OpSchema) -> OutputSharding:
-        found = rule(schema) if cares(schema) else None
-        return stock(schema) if found is None else found
+        sharding = rule(schema) if cares(schema) else None
+        return stock(schema) if sharding is None else sharding
 
     propagator.propagate_op_sharding_non_cached = propagate
     propagator.propagate_op_sharding = LocalLRUCache(propagate)
 
 
 def complete_cache_keys(ops: Iterable[OpOverload]) -> None:
-    """Let DTensor's cache of shardings tell apart calls of ops that it has no strategy for, but a rule of ours has.
+    """Let DTensor's cache of shardings distinguish calls of ops that it has no strategy for, but a rule of ours has.
 
     For an op that DTensor does not know, the cache's key has tensors alone: neither the tensors in lists (on torch 2.11), so that
     a call whose gradients lie elsewhere would take the decision for those that do not, nor numbers, which decide on a result's
@@ -288,7 +288,7 @@ def register() -> None:
 
 
 def is_tracing() -> bool:
-    """Whether a compiler runs the code on fake tensors; inside DTensor's dispatch `torch.compiler.is_compiling()` does not tell."""
+    """Whether a compiler runs the code on fake tensors, inside DTensor's dispatch too, where `is_compiling()` is False."""
     return _are_we_tracing()
 
 
@@ -316,7 +316,7 @@ def resolve_group(name: str) -> dist.ProcessGroup:
 
 
 def store_of(group: dist.ProcessGroup) -> dist.Store:
-    """The key-value store through which the ranks of a group found each other; it answers also where the group is broken."""
+    """The key-value store through which the ranks of a group met; it answers also where the group is broken."""
     return _get_process_group_store(group)
 
 
@@ -340,6 +340,7 @@ class TensorCache(Generic[T]):
 
     def put(self, tensor: Tensor, value: T) -> None:
         """Keep a value for the tensor."""
+        # The address of a tensor that ended may be another's soon: the entry goes with the tensor, and `get` asks for the very one.
         key = id(tensor)
         self._entries[key] = ref(tensor, lambda _: self._entries.pop(key, None)), tensor._version, value
 

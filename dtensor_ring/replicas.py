@@ -60,8 +60,9 @@ def average_gradients(model: nn.Module | Iterable[nn.Parameter], device_mesh: De
     has = torch.tensor([float(p.grad is not None) for _, p in parameters], device=transport.value_device())
     with transport.during("average_gradients"):
         wanted = transport.all_reduce(has, "max").tolist()
-        found = [_gradient(parameter) for (_, parameter), any_rank in zip(parameters, wanted, strict=True) if any_rank]
-        for bucket in _buckets(found):
+        # A gradient that this rank lacks and another has is made, of zeros: both must travel in the same bucket.
+        gradients = [_gradient(parameter) for (_, parameter), any_rank in zip(parameters, wanted, strict=True) if any_rank]
+        for bucket in _buckets(gradients):
             _average(bucket, transport)
 
 
@@ -153,6 +154,7 @@ def _buckets(gradients: Iterable[Tensor]) -> Iterable[list[Tensor]]:
 
 
 def _average(bucket: Sequence[Tensor], transport: Transport) -> None:
+    # A mean over many ranks in 16 bits would lose the small gradients.
     wide = torch.promote_types(bucket[0].dtype, torch.float32)
     mean = transport.all_reduce(torch.cat([gradient.flatten().to(wide) for gradient in bucket]), "avg")
     for gradient, part in zip(bucket, mean.split([gradient.numel() for gradient in bucket]), strict=True):

@@ -29,6 +29,7 @@ from dtensor_ring.planning.schedule import AttentionProblem, _book, halo_rows, p
 
 HOST_BYTES, DEVICE_BYTES = 128 << 20, 64 << 20
 NAMES = {
+    "calls resolved to kernels",
     "calls that were checked",
     "documents of operators",
     "documents of varlen functions",
@@ -41,7 +42,6 @@ NAMES = {
     "rows of transfers",
     "segments of packed calls",
     "slices of llama3 functions",
-    "ways of carrying calls out",
 }
 
 

@@ -104,6 +104,8 @@ def _take_shards(x: Tensor, dim: int, split: Split, world: int) -> list[Tensor]:
 
 def gather_shards(x: Tensor, dim: int, split: Split, length: int, transport: Transport) -> Tensor:
     """The whole tensor from every rank's share. Each rank sends its share, padded to the largest, to every other rank."""
+    # All-gather needs shares of one size, and ranks may hold one token more or less: shares are padded, and the padding is left out
+    # when tokens are put in order.
     first = x.movedim(dim, 0)
     largest = -(-length // transport.world)
     if first.shape[0] < largest:
@@ -115,6 +117,7 @@ def gather_shards(x: Tensor, dim: int, split: Split, length: int, transport: Tra
 def reduce_shards(x: Tensor, dim: int, split: Split, op: str, transport: Transport) -> Tensor:
     """This rank's share of the sum over ranks ("avg": the mean). Each rank sends every other rank its share, padded."""
     world = transport.world
+    # A transport's reduce-scatter adds up; what is no sum is reduced whole, and cut.
     if op not in ("sum", "avg"):
         return take_shard(transport.all_reduce(x, op), dim, split, world, transport.rank)
     length, first = x.shape[dim], x.movedim(dim, 0)
@@ -127,15 +130,13 @@ def reduce_shards(x: Tensor, dim: int, split: Split, op: str, transport: Transpo
 
 
 @_INDICES.keeps(_index_bytes)
-def _reshard_rows(
-    old: Split, new: Split, length: int, world: int, rank: int
-) -> tuple[Tensor, tuple[int, ...], Tensor, tuple[int, ...]]:
-    """Local rows by target rank, how many go to each; where each arriving token belongs, how many come from each."""
+def _moves(old: Split, new: Split, length: int, world: int, rank: int) -> tuple[Tensor, tuple[int, ...], Tensor, tuple[int, ...]]:
+    """Local tokens by target rank, how many go to each; where each arriving token belongs, how many come from each."""
     with lasting():
-        return _make_reshard_rows(old, new, length, world, rank)
+        return _make_moves(old, new, length, world, rank)
 
 
-def _make_reshard_rows(
+def _make_moves(
     old: Split, new: Split, length: int, world: int, rank: int
 ) -> tuple[Tensor, tuple[int, ...], Tensor, tuple[int, ...]]:
     def homes(split: Split) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,6 +147,8 @@ def _make_reshard_rows(
         place[order] = torch.cat([torch.arange(count) for count in counts])
         return owner, place, order.split(counts)[rank]
 
+    # Sender and receiver never exchange indices: each works both sides out from the layouts, so tokens travel in an order that both
+    # know, the sender's storage order.
     (old_owner, old_place, mine), (new_owner, _, wanted) = homes(old), homes(new)
     targets, sources = new_owner[mine], old_owner[wanted]
     arrival = torch.argsort(sources * max(length, 1) + old_place[wanted])  # by source, then in the source's storage order
@@ -156,9 +159,9 @@ def _make_reshard_rows(
 
 def reshard(x: Tensor, dim: int, old: Split, new: Split, length: int, transport: Transport) -> Tensor:
     """From one split of a dim to another. Each rank sends exactly the tokens that change rank."""
-    rows, sent, arrival, received = _reshard_rows(old, new, length, transport.world, transport.rank)
+    leaving_order, sent, arrival, received = _moves(old, new, length, transport.world, transport.rank)
     first = x.movedim(dim, 0)
-    leaving = first.index_select(0, rows.to(x.device)).split(sent)
+    leaving = first.index_select(0, leaving_order.to(x.device)).split(sent)
     arriving = list(transport.empty((sum(received), *first.shape[1:]), x).split(received))
     _swap(list(leaving), arriving, transport)
     out = torch.empty((sum(received), *first.shape[1:]), dtype=x.dtype, device=x.device)

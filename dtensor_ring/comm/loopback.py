@@ -3,7 +3,7 @@
     outs = LoopbackTransport.run(4, lambda transport: forward(plan(problem, transport.rank), transport, ...))
 
 Transfers are as late as the interface allows: what is sent is read when the receiver waits, so a rank that changes a tensor
-under transfer is found out. Fresh buffers are filled with NaN.
+under transfer gives a wrong result in tests. Fresh buffers are filled with NaN.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ class ProcessGroupTransport(Transport):
             work = all_gather_flat(gathered, mine, group=self._group, async_op=True)
             while work is not None and not work.is_completed() and time.monotonic() < until:
                 time.sleep(0.001)
-        except RuntimeError:  # the error to show is the one that the others were to be told of
+        except RuntimeError:  # the error to show is the one that the others were to be sent
             return
 
     @override
@@ -130,6 +130,8 @@ class ProcessGroupTransport(Transport):
             meet(self, f"{self.activity} ({collective} of {tensor.dtype} {tuple(tensor.shape)})", [])
 
     def _meet_once(self) -> None:
+        # NCCL makes the communicator of a group in its first operation, in which every rank must take part. A ring's first exchange
+        # may be among some ranks only.
         if not self._has_met and self.world > 1 and self._is_nccl():
             dist.all_reduce(torch.zeros(1, device=self.value_device()), group=self._group)
         self._has_met = True
@@ -137,6 +139,7 @@ class ProcessGroupTransport(Transport):
     @override
     def _exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending[None]:
         self._meet_once()
+        # A message of an unexpected size ends a gloo process. With the size as its tag it meets no receive, and waits.
         sized = not self._is_nccl()
         ops = [
             dist.P2POp(act, m.tensor, group=self._group, group_peer=m.rank, tag=m.tensor.nbytes % _LARGEST_TAG if sized else 0)
@@ -145,6 +148,7 @@ class ProcessGroupTransport(Transport):
         ]
         if not ops:
             return Pending.ready(None)
+        # The works hold the tensors until they are waited for: dropped earlier, the memory of a message under way would be reused.
         works, peers, activity = dist.batch_isend_irecv(ops), [m.rank for m in (*sends, *receives)], self.activity
         if len(works) < len(peers):  # NCCL: one work for all
             peers = [peers[0] if len(set(peers)) == 1 else None] * len(works)
@@ -170,7 +174,7 @@ class ProcessGroupTransport(Transport):
     @override
     def _all_reduce(self, tensor: Tensor, op: str) -> Tensor:
         out = tensor.clone()
-        averages = op == "avg" and not self._is_nccl()
+        averages = op == "avg" and not self._is_nccl()  # gloo has no average
         kind = dist.ReduceOp.SUM if averages else _REDUCE[op]
         self._waited(lambda: dist.all_reduce(out, op=kind, group=self._group), self.activity)
         return out / self.world if averages else out

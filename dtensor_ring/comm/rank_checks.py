@@ -1,10 +1,10 @@
-"""What ranks tell each other before tensors move: a few integers of each, and why a rank refuses a call.
+"""What ranks compare before tensors move: a few integers of each, and why a rank refuses a call.
 
     rank 0   meet("from_local", [16, 4])          gets [[16, 4], [16, 4]], and compares
     rank 1   meet("from_local", [16, 4])          the same
 
     rank 0   meet("from_local", [16, 4])          raises ValueError: from_local: rank 1 refuses: dim 1 has 3 tokens ...
-    rank 1   with refused_together(...): raise    raises its own error, after it has told rank 0
+    rank 1   with refused_together(...): raise    raises its own error, after it has sent it to rank 0
 
 Every meeting exchanges records of one size, whatever it is about, so ranks that are in different calls find that out instead of
 reading one call's integers as another's. The host waits for a meeting; each rank sends 160 bytes to every other rank.
@@ -30,7 +30,7 @@ _TEXT_BYTES = 1024  # of a call, where ranks are in different ones
 _TEXT = 4000  # letters of a refusal
 _AGREEMENTS = 1024  # calls that a group remembers, each at most about 1 KiB
 _every_call: ContextVar[bool] = ContextVar("every_call", default=False)
-_KNOWN = "_dtensor_ring_known"  # marks an error that the other ranks have, or were told of: it is not told again
+_KNOWN = "_dtensor_ring_known"  # marks an error that the other ranks have or were sent: it is not sent again
 _PATIENCE = 5.0  # seconds that a rank which refuses a call waits for the others: longer would hide its error
 _KINDS: tuple[type[Exception], ...] = (ValueError, TypeError, NotImplementedError, RuntimeError)  # a record has a class's place
 # What wrong arguments end in, also where nobody foresaw them; others see a class that is not among the kinds as a RuntimeError.
@@ -41,7 +41,10 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def checksum(values: Tensor) -> int:
-    """A number that tells tensors of one shape and dtype apart: bits weighted by place. Reads a GPU, so the host waits."""
+    """A number of a tensor's bits, each weighted by its place: tensors of one shape and dtype that differ have different ones.
+
+    The host waits for a GPU.
+    """
     flat = (torch.view_as_real(values.detach()) if values.is_complex() else values.detach()).flatten()
     flat = (flat.contiguous().view(_BITS[flat.itemsize]) if flat.is_floating_point() else flat).to(torch.int64)
     places = torch.arange(1, flat.numel() + 1, device=flat.device)
@@ -122,10 +125,11 @@ def meet_on_axes(
     failure: Exception | None = None
     for i, transport in enumerate(transports):
         try:
+            # Every axis has its meeting, also after a failure: ranks of other rows of the mesh wait there, and know of nothing.
             if failure is None:
                 judge(i, meet(transport, call, values))
             else:
-                _tell(transport, failure)
+                _send(transport, failure)
         except _KINDS as first:
             failure = failure or first
     if failure is not None:
@@ -133,9 +137,9 @@ def meet_on_axes(
 
 
 def refused_together(places: Callable[[], Sequence[Transport]]) -> AbstractContextManager[None]:
-    """Tell the other ranks, which may be waiting in a meeting, that this rank refuses the call; then raise as without this.
+    """A block whose errors are sent to the other ranks, which may be waiting in a meeting, and then raised as without it.
 
-    The others are told if they meet within five seconds. They do when the call is new to them; a call that ranks have compared
+    The others get the error if they meet within five seconds. They do when the call is new to them; a call that ranks have compared
     before has no meeting, and they learn of the failure when they wait in vain.
 
     Args:
@@ -155,12 +159,14 @@ class _RefusedTogether(AbstractContextManager[None]):
     def __exit__(self, kind: type[BaseException] | None, failure: BaseException | None, trace: TracebackType | None) -> None:
         if not isinstance(failure, _REFUSALS) or isinstance(failure, SilentRankError) or getattr(failure, _KNOWN, False):
             return
+        # Blocks nest (a function that calls another of ours): the innermost sends, and the marked error passes through the others.
         setattr(failure, _KNOWN, True)
         for transport in self._places():
-            _tell(transport, failure)
+            _send(transport, failure)
 
 
-def _tell(transport: Transport, failure: Exception) -> None:
+def _send(transport: Transport, failure: Exception) -> None:
+    """Take part in the meeting that the other ranks are in or come to, with a record that says: refused."""
     if transport.world == 1:
         return
     kind = next((i for i, kind in enumerate(_KINDS) if isinstance(failure, kind)), len(_KINDS) - 1)
@@ -196,5 +202,5 @@ def _encoded(text: str) -> list[int]:
     return array("q", text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")).tolist()
 
 
-def _texts(rows: Sequence[Sequence[int]]) -> list[str]:
-    return [array("q", row).tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
+def _texts(records: Sequence[Sequence[int]]) -> list[str]:
+    return [array("q", record).tobytes().rstrip(b"\0").decode(errors="ignore") for record in records]

@@ -116,7 +116,7 @@ class Transport(ABC):
         traffic: what this rank has sent.
         activity: what the transfers started now are part of; its text is made only where one fails. See `during`.
         agreements: the calls that the ranks of this group have compared; see `rank_checks`.
-        batches: packed batches whose balance was looked at; see `placements.batch`.
+        batches: packed batches whose balance was looked at; see `data.batch`.
     """
 
     name: ClassVar[str]
@@ -169,6 +169,7 @@ class Transport(ABC):
 
         Sends the bytes of `sends`, nothing else.
         """
+        # Both sides leave out empty messages by the same rule, so neither waits: backends differ in what they do with them.
         sends = [message for message in sends if message.tensor.numel()]
         receives = [message for message in receives if message.tensor.numel()]
         for message in (*sends, *receives):

@@ -1,4 +1,4 @@
-"""Batches: what they tell of their documents, and cutting them into the shares of the ranks."""
+"""Batches: reading their documents, and cutting them into the shares of the ranks."""
 
 from dtensor_ring.data.batch import ShardedBatch, shard_batch
 

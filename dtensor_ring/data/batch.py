@@ -6,7 +6,7 @@
     rank 1                       c d | e f      2 3 | 4 5       d e | f g
 
 Labels are shifted before they are cut, so that the label of a rank's last token is the next token wherever that one lies, and
-never across documents. Documents are found in what Hugging Face collators send: position ids that restart, cumulative lengths,
+never across documents. Documents are read off what Hugging Face collators send: position ids that restart, cumulative lengths,
 sequence numbers, or a mask of padding.
 """
 
@@ -108,11 +108,11 @@ def shard_batch(
         refuse_lookalikes(batch)
         length = sequence_length(batch)
         refuse_unknown(batch, length)
-        found = find_documents(batch, length, documents)
+        bounds = find_documents(batch, length, documents)
     if run_check:
-        check_same(batch, length, found, placement, transport)
-    warn_of_imbalance(found, batch, placement, transport)
-    return cut_batch(batch, placement, transport, length, found)
+        check_same(batch, length, bounds, placement, transport)
+    warn_of_imbalance(bounds, batch, placement, transport)
+    return cut_batch(batch, placement, transport, length, bounds)
 
 
 def is_packed(documents: Documents | None, batch: Mapping[str, object]) -> bool:
@@ -189,6 +189,7 @@ def check_same(
     sums = [checksum(value) for _, value in tensors]
     items = batch.get("num_items_in_batch")
     count = float(items) if isinstance(items, (Tensor, int, float)) else -1.0
+    # The count may be a float, and a record holds integers: its bits travel, which are equal where the numbers are.
     mine = [rows, length, number, sum(sums) % (1 << 61), *struct.unpack("q", struct.pack("d", count))]
     for rank, theirs in enumerate(meet(transport, "a batch that every rank holds whole", mine)):
         if theirs[:2] != mine[:2]:
@@ -213,7 +214,7 @@ def check_same(
 def cut_batch(
     batch: Mapping[str, object], placement: SequencePlacement, transport: Transport, length: int, documents: Documents | None
 ) -> ShardedBatch:
-    """This rank's share of a checked batch."""
+    """This rank's share of a checked batch: labels are shifted first, while the next token of each token is still at hand."""
     whole = dict(batch)
     for key in (*BOUND_KEYS, "attention_mask"):
         whole.pop(key, None)
@@ -235,13 +236,13 @@ def cut_batch(
     if placement.layout.cut and documents is None:
         documents = Documents.from_lengths([length])
     split = split_of(placement, documents)
-    found = ShardedBatch()
+    share = ShardedBatch()
     for key, value in whole.items():
         is_cut = key in CUT_KEYS and isinstance(value, Tensor)
-        found[key] = take_shard(value, 1, split, transport.world, transport.rank) if is_cut and isinstance(value, Tensor) else value
-    found.length, found.documents = length, documents
-    found.num_items = (shifted != IGNORED).sum() if isinstance(shifted, Tensor) else None
-    return found
+        share[key] = take_shard(value, 1, split, transport.world, transport.rank) if is_cut and isinstance(value, Tensor) else value
+    share.length, share.documents = length, documents
+    share.num_items = (shifted != IGNORED).sum() if isinstance(shifted, Tensor) else None
+    return share
 
 
 def shift_labels(labels: Tensor, documents: Documents | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a batch tells of itself: how long its rows are, which tokens belong together, and keys that are misspelled.
+"""What can be read off a batch: how long its rows are, which tokens belong together, and keys that are misspelled.
 
 packed row     a a a | b b            position_ids 0 1 2 0 1, or cu_seq_lens_q 0 3 5, or seq_idx 0 0 0 1 1
 padded row     - - a a a              attention_mask 0 0 1 1 1: the padding is a document of its own
@@ -51,10 +51,10 @@ def sequence_length(batch: Mapping[str, object]) -> int:
 def find_documents(
     batch: Mapping[str, object], length: int, documents: Documents | Tensor | Sequence[int] | None = None
 ) -> Documents | None:
-    """What belongs together in a row: the documents given, or those that the batch tells; None for one document a row.
+    """What belongs together in a row: the documents given, or those that the batch describes; None for one document a row.
 
-    A batch tells them by `cu_seq_lens_q`, by `seq_idx` (B or 1, S), where it changes, by `position_ids` (B or 1, S) that restart,
-    or by an `attention_mask` (B, S) with zeros: a row's padding and its real tokens are documents.
+    A batch describes them by `cu_seq_lens_q`, by `seq_idx` (B or 1, S), where it changes, by `position_ids` (B or 1, S) that
+    restart, or by an `attention_mask` (B, S) with zeros: a row's padding and its real tokens are documents.
 
     Raises:
         ValueError: two of these contradict each other, or one does not fit the batch.
@@ -62,28 +62,30 @@ def find_documents(
     """
     rows = rows_of(batch)
     padding = padding_of(batch, rows, length)
-    found = {} if documents is None else {"documents": Documents.of(documents, length)}
+    sources = {} if documents is None else {"documents": Documents.of(documents, length)}
     bounds = _cumulative(batch)
     if bounds is not None:
-        found["cu_seq_lens_q"] = Documents.of(bounds, length)
+        sources["cu_seq_lens_q"] = Documents.of(bounds, length)
     numbers, positions = (_per_token(batch, key, rows, length) for key in ("seq_idx", "position_ids"))
     if numbers is not None and length:
-        found["seq_idx"] = _documents_at(numbers.diff(dim=1) != 0)
+        sources["seq_idx"] = _documents_at(numbers.diff(dim=1) != 0)
     jumps = torch.zeros(1, 0, dtype=torch.bool) if positions is None or not length else positions.diff(dim=1) != 1
     if padding is not None and positions is not None:
         jumps = jumps & ~padding[:, 1:] & ~padding[:, :-1]  # with a mask, positions at padding mean nothing
     if positions is not None and bool(jumps.any()):
-        strict = not found and padding is None
-        found["position_ids"] = _restarting(positions) if strict else _documents_at(jumps)
-    if padding is not None and found:
+        # Positions alone must restart at 0 at every document. Beside another source they are only compared with it, and where it is
+        # wrong that error says more.
+        strict = not sources and padding is None
+        sources["position_ids"] = _restarting(positions) if strict else _documents_at(jumps)
+    if padding is not None and sources:
         raise NotImplementedError(
-            f"attention_mask has zeros and {' and '.join(found)} tell documents: padding beside packed documents is not supported; "
-            "make the padding a document of its own with labels of -100, and leave the mask out"
+            f"attention_mask has zeros and {' and '.join(sources)} tell documents: padding beside packed documents is not "
+            "supported; make the padding a document of its own with labels of -100, and leave the mask out"
         )
     if padding is not None:
         return _documents_at(padding[:, 1:] != padding[:, :-1])
-    _check_agree(found, rows)
-    return next(iter(found.values()), None)
+    _check_agree(sources, rows)
+    return next(iter(sources.values()), None)
 
 
 def _restarting(positions: Tensor) -> Documents:
@@ -117,6 +119,7 @@ def padding_of(batch: Mapping[str, object], rows: int, length: int) -> Tensor | 
         raise NotImplementedError(f"attention_mask: found {what}; {needed}")
     padding = mask == 0
     begins = ~padding & torch.nn.functional.pad(padding, (1, 0), value=True)[:, :-1]  # where runs of ones begin
+    # One reading for the three: each would make the host wait for a GPU.
     other, padded, holes = torch.stack([(~padding & (mask != 1)).any(), padding.any(), (begins.sum(1) > 1).any()]).tolist()
     if other or (padded and mask.is_floating_point()):
         raise NotImplementedError(f"attention_mask: found {mask.dtype} values from {mask.min()} to {mask.max()}; {needed}")
@@ -129,13 +132,13 @@ def padding_of(batch: Mapping[str, object], rows: int, length: int) -> Tensor | 
 
 def _cumulative(batch: Mapping[str, object]) -> Tensor | Sequence[int] | None:
     """The cumulative lengths of a packed batch, the same for queries and keys."""
-    found: list[Tensor | Sequence[int] | None] = []
+    given: list[Tensor | Sequence[int] | None] = []
     for key in BOUND_KEYS[:2]:
         value = batch.get(key)
         if value is not None and not isinstance(value, (Tensor, Sequence)):
             raise TypeError(f"{key} must be a 1-D integer tensor or a list, found {type(value).__name__}")
-        found.append(value)
-    bounds, keys = found
+        given.append(value)
+    bounds, keys = given
     if keys is not None and (bounds is None or not torch.equal(torch.as_tensor(bounds), torch.as_tensor(keys))):
         raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ: queries and keys of a packed batch are the same tokens")
     return bounds
@@ -159,17 +162,17 @@ def _documents_at(changes: Tensor) -> Documents:
     return Documents((bounds[0],) if all(row == bounds[0] for row in bounds) else tuple(bounds))
 
 
-def _check_agree(found: Mapping[str, Documents], rows: int) -> None:
-    """Raises ValueError unless all sources tell the same documents, empty ones aside, for a batch of so many rows."""
-    told: dict[str, list[list[int]]] = {}
-    for name, documents in found.items():
+def _check_agree(sources: Mapping[str, Documents], rows: int) -> None:
+    """Raises ValueError unless all sources give the same documents, empty ones aside, for a batch of so many rows."""
+    bounds_of: dict[str, list[list[int]]] = {}
+    for name, documents in sources.items():
         if documents.rows not in (1, rows):
             raise ValueError(
                 f"{name} have {documents.rows} rows, but the batch has {rows}: give one row, or one for each batch row"
             )
-        told[name] = [sorted(set(row)) for row in documents.bounds] * (rows if documents.rows == 1 else 1)
-    for name, theirs in list(told.items())[1:]:
-        first, ours = next(iter(told.items()))
+        bounds_of[name] = [sorted(set(row)) for row in documents.bounds] * (rows if documents.rows == 1 else 1)
+    for name, theirs in list(bounds_of.items())[1:]:
+        first, ours = next(iter(bounds_of.items()))
         for row, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             if a != b:
                 token = min(set(a) ^ set(b))

@@ -1,7 +1,7 @@
 """Batches of sequences: `ring_flash_attn`, `zigzag_ring_flash_attn` and `stripe_flash_attn`, each also kvpacked and qkvpacked.
 
 per rank    q (B, S/W, H, D), k and v (B, S/W, Hk, D)  ->  out (B, S/W, H, D), lse (B, H, S/W) float32
-sent        as the ring plan of the layout says: each rank the key rows that others need, once forward, once backward, and
+sent        as the ring plan of the layout says: each rank the keys that others need, once forward, once backward, and
             their gradients back
 """
 

@@ -88,7 +88,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Out (B, S/W, H, Dv) and lse (B, H, S/W) of this rank's tokens.
 
-    Every rank holds as many tokens, unless documents tell the length of the whole. `kv_head_group_size` key heads travel at a
+    Every rank holds as many tokens, unless documents give the length of the whole. `kv_head_group_size` key heads travel at a
     time, 0 is all.
 
     Raises:

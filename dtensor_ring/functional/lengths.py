@@ -44,6 +44,8 @@ def check_tokens(function: str, name: str, bounds: tuple[int, ...], tokens: int,
     """Raises ValueError unless bounds end at the number of tokens and no document is longer than said."""
     if bounds[-1] != tokens:
         raise ValueError(f"{function}: {name} ends at {bounds[-1]}, but there are {tokens} tokens")
-    found = max((b - a for a, b in pairwise(bounds)), default=0)
-    if found > longest:
-        raise ValueError(f"{function}: {name} has a document of {found} tokens, longer than the longest length given, {longest}")
+    tokens_of_longest = max((b - a for a, b in pairwise(bounds)), default=0)
+    if tokens_of_longest > longest:
+        raise ValueError(
+            f"{function}: {name} has a document of {tokens_of_longest} tokens, longer than the longest length given, {longest}"
+        )

@@ -54,11 +54,13 @@ def llama3_flash_attn_prepare_cu_seqlens(
     cu_q = [0] + [min(b, last) - first for _, b in parts]
     k_start = parts[0][0] if parts else first
     ends = [b for _, b in parts]
+    # Causal queries see no key after this rank's last token, so the last document's keys end there.
     if causal and ends:
         ends[-1] = last
     cu_k = [0] + [end - k_start for end in ends]
     k_stop = ends[-1] if ends else first
     q_tensor, k_tensor = (torch.tensor(values, dtype=cu_seqlens.dtype, device=cu_seqlens.device) for values in (cu_q, cu_k))
+    # The host has just made these values: remembered, no layer has to read them back from the GPU.
     remember(q_tensor, tuple(cu_q))
     remember(k_tensor, tuple(cu_k))
     return q_tensor, k_tensor, _longest(cu_q), _longest(cu_k), slice(k_start, k_stop)

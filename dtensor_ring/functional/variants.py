@@ -1,4 +1,4 @@
-"""The three ways flash-attn passes q, k and v: apart, keys with values (`kvpacked`), all together (`qkvpacked`)."""
+"""The three forms in which flash-attn takes q, k and v: apart, keys with values (`kvpacked`), all together (`qkvpacked`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Function = Callable[..., Output]
 
 
 def refusing_together(func: Function) -> Function:
-    """`func`, whose refusal of its arguments on one rank is told to the other ranks of its `group`."""
+    """`func`, whose refusal of its arguments on one rank is raised on all ranks of its `group`."""
 
     @wraps(func)
     def wrapped(*args: Any, **kwargs: Any) -> Output:  # noqa: ANN401
@@ -36,7 +36,7 @@ def _group_of(func: Function, args: tuple[object, ...], kwargs: dict[str, object
         return []
     try:
         group = inspect.signature(func).bind(*args, **kwargs).arguments.get("group")
-    except TypeError:  # wrong arguments: the error being told
+    except TypeError:  # wrong arguments: the very error that the others are to get
         group = kwargs.get("group")
     group = dist.group.WORLD if group is None else group
     return [transport_of(group)] if isinstance(group, dist.ProcessGroup) else []

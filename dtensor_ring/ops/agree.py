@@ -20,12 +20,12 @@ from dtensor_ring.planning.layout import Layout
 
 
 def refused_by_all(*tensors: Tensor) -> AbstractContextManager[None]:
-    """What is refused inside the block on one rank is told to the ranks that share the sequence of `tensors`."""
+    """A block whose refusals on one rank are raised on all ranks that share the sequence of `tensors`."""
     return nullcontext() if torch.compiler.is_compiling() else refused_together(partial(_meeting_places, tensors))
 
 
 def refused_in_group(group: dist.ProcessGroup) -> AbstractContextManager[None]:
-    """What is refused inside the block on one rank is told to the ranks of the group."""
+    """A block whose refusals on one rank are raised on all ranks of the group."""
     if torch.compiler.is_compiling():
         return nullcontext()
     return refused_together(lambda: [] if is_tracing() else [transport_of(group)])
@@ -49,32 +49,32 @@ class Facts:
         name: the call, for errors.
         layout: how tokens are spread over the ranks.
         shapes: global shapes (B, S, H, D) of q, k and v, one after the other.
-        rows: this rank's tokens of q and of k.
+        held: how many tokens of q and of k this rank holds.
         words: everything else that must be the same: dtype, mask, strategy, kernel, numbers.
     """
 
     name: str
     layout: Layout
     shapes: tuple[int, ...]
-    rows: tuple[int, int]
+    held: tuple[int, int]
     words: tuple[str, ...]
 
     @cached_property
     def key(self) -> str:
         """All of it in one text. Agreements are kept by texts: tuples of numbers would be objects that stay for every call."""
-        return f"{self.name}|{self.layout}|{self.shapes}|{self.rows}|{'|'.join(self.words)}"
+        return f"{self.name}|{self.layout}|{self.shapes}|{self.held}|{'|'.join(self.words)}"
 
 
 def check_agreement(transport: Transport, facts: Facts, documents: str) -> None:
     """Compare a call over a group; the host waits for a few integers of each rank. Agreement is remembered by the group.
 
     Ranks meet here when the signature is new to the group, which it is on all of its ranks or on none as long as they make the
-    same calls: ranks that part after their first calls are found out inside `check_every_call` only.
+    same calls: that ranks part after their first calls shows inside `check_every_call` only.
 
     Args:
         transport: the group.
         facts: what must be the same.
-        documents: the documents in words, which tell them apart; "" for none.
+        documents: a text of the documents, different for different ones; "" for none.
 
     Raises:
         ValueError, TypeError, NotImplementedError: a rank refuses this call, on every rank.
@@ -89,10 +89,11 @@ def check_agreement(transport: Transport, facts: Facts, documents: str) -> None:
 
 def _compare(transport: Transport, facts: Facts, documents: str) -> None:
     name, layout, shapes, words = facts.name, facts.layout, facts.shapes, (*facts.words, documents)
+    # What can be explained in numbers (shapes, tokens) travels as it is; all else as one number, since a record has few places.
     number = number_of("|".join((str(layout), *words)))
-    every = meet(transport, name, [*shapes, *facts.rows, number])
+    every = meet(transport, name, [*shapes, *facts.held, number])
     mine = every[transport.rank]
-    for rank, (*its_shapes, q_rows, k_rows, its_number) in enumerate(every):
+    for rank, (*its_shapes, q_tokens, k_tokens, its_number) in enumerate(every):
         if its_shapes != mine[:-3]:
             raise ValueError(
                 f"{name}: rank {transport.rank} has q, k, v of global shapes {_three(mine)}, rank {rank} has {_three(its_shapes)}: "
@@ -103,7 +104,7 @@ def _compare(transport: Transport, facts: Facts, documents: str) -> None:
                 f"{name}: rank {rank} calls with another layout, dtype, mask, strategy, kernel, number or documents than rank "
                 f"{transport.rank}, which has {layout}, {', '.join(words)}: every rank must make the same call"
             )
-        for tensor, length, held in (("q", shapes[1], q_rows), ("k", shapes[5], k_rows)):
+        for tensor, length, held in (("q", shapes[1], q_tokens), ("k", shapes[5], k_tokens)):
             needed = layout.local_length(length, transport.world, rank)
             if held != needed:
                 raise ValueError(

@@ -89,7 +89,7 @@ def check_numbers(asked: Arguments) -> None:
 
 
 def check_extras(batch: int, heads: int, sinks: Tensor | None, alibi_slopes: Tensor | None) -> None:
-    """Raises an error unless sinks are (H,), slopes (H,) or (B, H) in float32, for all heads and rows of the batch."""
+    """Raises an error unless sinks are (H,), slopes (H,) or (B, H) in float32, for all heads and batch rows."""
     if sinks is not None and tuple(sinks.shape) != (heads,):
         raise ValueError(f"sinks must have shape (H,) = ({heads},), found {tuple(sinks.shape)}")
     if alibi_slopes is None:

@@ -3,9 +3,10 @@
     q, k, v DTensors     local tensors to the operator, out and lse wrapped as q is placed; gradients come back placed as q, k, v
     q, k, v plain        as they are
 
-DTensor's own dispatch is not asked: it keeps about a hundred objects for every new length, and costs the host more than the
-operator. Compilers trace the operator on DTensors instead, whose placements its sharding rule tells. The placements of both ways
-are those of `dtensor_ring.ops.sharding`.
+In eager mode an autograd function calls the operator on local tensors, below DTensor's dispatch, which keeps about a hundred
+objects for every new length and costs the host more than the operator. Compilers cannot look below that dispatch: they trace the
+operator on DTensors, and its sharding rule says how the results are placed. Both take placements from the functions of
+`dtensor_ring.ops.sharding`, so that a program gets the same DTensors compiled or not.
 """
 
 from __future__ import annotations
@@ -77,8 +78,9 @@ class _Attention(torch.autograd.Function):
         local = _local((q, k, v, sinks))
         out, lse, seed = _run(local, prepared)
         _, alibi, documents, *ctx.rest = prepared
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # a missing gradient of lse must stay None: zeros would look like one that is refused
         ctx.save_for_backward(*local, alibi, out, lse, seed, documents)
+        # Local tensors are saved, and what makes DTensors of their gradients: a saved DTensor would pass through its own dispatch.
         ctx.wrappers = [_Wrapper.of(x) for x in (q, k, v, sinks)]
         return _placed(q, v, out, lse if return_lse else None)
 
@@ -131,6 +133,8 @@ def _traced(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared) -> tuple[Tensor
     """The operator as compilers trace it: on DTensors all tensors are DTensors."""
     sinks, alibi, documents, *rest = prepared
     if isinstance(q, DTensor):
+        # The rule calls the gradient of sinks a partial sum. A DTensor of sinks wants the sum; a plain tensor, as any parameter
+        # beside DTensors, wants this rank's part, which FSDP2 or DDP adds up.
         if isinstance(sinks, DTensor):
             sinks = _WholeGradient.apply(sinks)
         elif sinks is not None:

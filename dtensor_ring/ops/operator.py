@@ -1,4 +1,4 @@
-"""The operators `dtensor_ring::attention` and `dtensor_ring::attention_backward`: fakes, autograd and the way to an executor.
+"""The operators `dtensor_ring::attention` and `dtensor_ring::attention_backward`: fakes, autograd and the choice of an executor.
 
     per rank    q_BSHD (B, Sq/W, H, D), k_BSHD (B, Sk/W, Hk, D), v_BSHD (B, Sk/W, Hk, Dv) -> out (B, Sq/W, H, Dv), lse (B, H, Sq/W)
 
@@ -187,8 +187,9 @@ def _executor(
     q_length, k_length = lengths
     bounds = Documents.unpack(documents)
     resolved = _resolved(call, facts, q_length, k_length, transport.world, bounds, extras[1] is not None)
-    row, head = origin
+    row, head = origin  # the first batch row and the first head
     rest = resolved.kernel, resolved.options, *extras, (row, head)
+    # Ulysses exchanges heads, not tokens: each rank then has a whole sequence, and there is no plan to walk.
     if resolved.problem.strategy == "ulysses":
         return UlyssesExecutor(resolved.problem, transport, *rest)
     return Executor(plan(resolved.problem, transport.rank), transport, *rest)
@@ -206,7 +207,7 @@ def _resolved_bytes(resolved: _Resolved, *_others: object) -> int:
     return 2000 + resolved.problem.nbytes
 
 
-@cached("ways of carrying calls out", most_bytes=2 << 20, most_entries=64, size=_resolved_bytes)
+@cached("calls resolved to kernels", most_bytes=2 << 20, most_entries=64, size=_resolved_bytes)
 def _resolved(
     call: str,
     facts: tuple[str, torch.dtype, int, int, bool],

@@ -48,7 +48,7 @@ class Place(NamedTuple):
 
 
 class _Spread(NamedTuple):
-    """What placements and shapes tell of a place."""
+    """What of a place follows from placements and shapes, and so can be remembered."""
 
     axis: int | None
     name: str

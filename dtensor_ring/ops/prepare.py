@@ -1,4 +1,4 @@
-"""From what a caller passes to what the operators take: one way of checking for every function that calls attention.
+"""From what a caller passes to what the operators take: the same checks for every function that calls attention.
 
     caller                          place                               inputs
     ring_attention                  read off the DTensors' placements   DTensors (B, S, H, D)
@@ -32,7 +32,7 @@ from dtensor_ring.planning.documents import Documents, Slices, encoded_of
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band, mask_text
 
-_CALL_BYTES = 4 << 10  # of a call that is remembered: its text, what ranks compare, and what it is found by
+_CALL_BYTES = 4 << 10  # of a call that is remembered: its text, what ranks compare, and its key
 
 
 class Inputs(NamedTuple):
@@ -99,8 +99,11 @@ def prepare(inputs: Inputs, asked: Arguments, place: Place, name: str, *, traini
     else:
         checked = _remembered(inputs, asked, place, documents, name, training)
         call = checked.call
+        # Ranks meet before what follows, which looks at this rank's part of batch and heads: what raises there on one rank only
+        # would leave the others waiting in attention itself.
         if place.transport is not None:
             check_agreement(place.transport, checked.facts, str(documents) if isinstance(documents, Documents) else "")
+    # Only the hash of dropout reads the origin. Zeros elsewhere keep the calls, and the compiled graphs, of all ranks alike.
     lengths, origin = (place.q_shape[1], place.k_shape[1]), place.origin if asked.dropout_p else (0, 0)
     bounds = encoded_of(_mine(documents, inputs.q, place))
     return Prepared(_sinks(inputs, place), _slopes(inputs, place), bounds, lengths, origin, call, place.group)
@@ -111,14 +114,15 @@ def _remembered(
 ) -> _Checked:
     """The text of the call and what ranks compare; worked out where no call like it was checked before."""
     q, k, v = (local_of(x) for x in inputs[:3])
-    # with ALiBi, strategy and kernel depend on where documents end
-    told = documents if inputs.alibi is not None else None
+    # With ALiBi, strategy and kernel depend on where documents end. Without it documents stay out of the key: every batch of a run
+    # has others, and each would be checked anew.
+    bounds = documents if inputs.alibi is not None else None
     beside = inputs.sinks is None, inputs.alibi is None, documents is None
     # equal numbers of other types are other arguments: a window of (2.0, 0) is refused, one of (2, 0) is not
     kinds = tuple(map(type, asked.window)) if isinstance(asked.window, tuple) else (list,)
     # what a kernel refuses depends on a setting of PyTorch's too
     settings = training, torch.are_deterministic_algorithms_enabled(), name
-    key = asked, kinds, *place[1:7], q.shape, k.shape, v.shape, q.dtype, q.device.type, told, *beside, *settings
+    key = asked, kinds, *place[1:7], q.shape, k.shape, v.shape, q.dtype, q.device.type, bounds, *beside, *settings
     try:
         entry = _CALLS.find(key)
     except TypeError:  # an argument that is wrong, or a list where a tuple is meant
@@ -126,7 +130,7 @@ def _remembered(
     if entry is not None:
         return entry[0]  # pyrefly: ignore[bad-return]  # nothing else is kept there
     checked = _check(inputs, asked, place, documents, name, training)
-    _CALLS.keep(key, checked, _CALL_BYTES + (0 if told is None else told.nbytes))
+    _CALLS.keep(key, checked, _CALL_BYTES + (0 if bounds is None else bounds.nbytes))
     return checked
 
 
@@ -170,7 +174,11 @@ def _call(asked: Arguments, layout: Layout, head_dim: int, training: bool) -> At
 
 
 def _as_constants(asked: Arguments) -> tuple[object, ...]:
-    """The arguments, no number of them a symbol."""
+    """The arguments, no number of them a symbol.
+
+    A compiler takes a number that changes from call to call for a symbol, and the text of a call cannot hold one: the scale or the
+    window are part of the graph, which another value compiles anew.
+    """
     window = asked.window
     if isinstance(window, (tuple, list)):
         window = tuple(constant_number(side) for side in window)
@@ -181,7 +189,12 @@ def _as_constants(asked: Arguments) -> tuple[object, ...]:
 def _constant(
     asked: tuple[Any, ...], layout: str, facts: tuple[str, torch.dtype, int, int], training: bool, has_alibi: bool
 ) -> str:
-    """The text of the call; `facts` are what the kernel is asked of tensors. With ALiBi that depends on lengths, symbols here."""
+    """The text of the call; `facts` are what the kernel is asked of tensors.
+
+    The compiler runs this and keeps the text as a constant, so the arguments must be hashable constants themselves: a layout comes
+    as its text. What the call leaves open is chosen here once, so that refusals are raised while compiling; with ALiBi the choice
+    depends on lengths, symbols here, and is made inside the operator.
+    """
     call = _call(Arguments(*asked), Layout.parse(layout), facts[2], training)
     if not has_alibi:
         call.choose(call.need(*facts))
@@ -229,11 +242,11 @@ def _whole(documents: Documents | Tensor | Sequence[int], place: Place) -> Docum
 
 
 def _mine(documents: Documents | Slices | None, q: Tensor, place: Place) -> Documents | Slices | None:
-    """The rows of bounds that this rank's part of the batch needs."""
+    """The documents of this rank's batch rows."""
     if not isinstance(documents, Documents) or documents.rows == 1:
         return documents
     first, rows = place.origin[0], local_of(q).shape[0]
-    return documents.select(first, first + rows) if rows else documents.select(0, 1)
+    return documents.select(first, first + rows) if rows else documents.select(0, 1)  # a rank without batch rows: any row will do
 
 
 def _slopes(inputs: Inputs, place: Place) -> Tensor | None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ def flash_cpu(
 ) -> tuple[DTensor, DTensor]:
     """`aten::_scaled_dot_product_flash_attention_for_cpu`: out and lse."""
     _refuse_extras(attn_mask, dropout_p)
-    return _forward(q, k, v, 0.0, is_causal, scale)[:2]
+    return _forward(q, k, v, _Asked(0.0, is_causal, scale))[:2]
 
 
 def flash_cpu_backward(
@@ -70,7 +70,7 @@ def flash_cpu_backward(
 ) -> tuple[DTensor, DTensor, DTensor]:
     """Its backward op: dq, dk, dv."""
     _refuse_extras(attn_mask, dropout_p)
-    return _backward(dout, q, k, v, out, lse, torch.empty(0, dtype=torch.int64), 0.0, is_causal, scale)
+    return _backward((q, k, v), dout, out, lse, torch.empty(0, dtype=torch.int64), _Asked(0.0, is_causal, scale))
 
 
 def flash_cuda(
@@ -86,7 +86,8 @@ def flash_cuda(
     """`aten::_scaled_dot_product_flash_attention`: out, lse, and the seed of dropout in the place of the generator's state."""
     if return_debug_mask:
         raise NotImplementedError(f"{_NAME}: return_debug_mask is not supported over a sequence axis")
-    out, lse, seed = _forward(q, k, v, dropout_p, is_causal, scale)
+    out, lse, seed = _forward(q, k, v, _Asked(dropout_p, is_causal, scale))
+    # PyTorch takes the lengths for those of the longest sequences; what follows is only ever handed to the backward below.
     return out, lse, None, None, q.shape[2], k.shape[2], seed, seed.new_empty(0), local_of(out).new_empty(0)
 
 
@@ -108,8 +109,8 @@ def flash_cuda_backward(
     *,
     scale: float | None = None,
 ) -> tuple[DTensor, DTensor, DTensor]:
-    """Its backward op: dq, dk, dv. The forward makes no bounds, and the lengths are those of q and k."""
-    return _backward(dout, q, k, v, out, lse, seed, dropout_p, is_causal, scale)
+    """Its backward op: dq, dk, dv. The forward op makes no bounds, and the lengths are those of q and k."""
+    return _backward((q, k, v), dout, out, lse, seed, _Asked(dropout_p, is_causal, scale))
 
 
 def refuse(backend: str, q: Tensor, *rest: Any, **options: Any) -> NoReturn:  # noqa: ANN401
@@ -130,58 +131,57 @@ def _refuse_extras(attn_mask: Tensor | None, dropout_p: float) -> None:
         )
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, is_causal: bool, scale: float | None
-) -> tuple[DTensor, DTensor, Tensor]:
+class _Asked(NamedTuple):
+    """The arguments of PyTorch's function that are no tensors."""
+
+    dropout_p: float
+    is_causal: bool
+    scale: float | None
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, asked: _Asked) -> tuple[DTensor, DTensor, Tensor]:
     """Out and lse as DTensors, and the seed of dropout."""
     if not (isinstance(q, DTensor) and isinstance(k, DTensor) and isinstance(v, DTensor)):
         plain = ", ".join(name for name, x in (("q", q), ("k", k), ("v", v)) if not isinstance(x, DTensor))
         raise TypeError(f"{_NAME}: q, k and v must all be DTensors, plain: {plain}. See dtensor_ring.from_local")
-    if is_causal and q.shape[2] != k.shape[2]:
+    if asked.is_causal and q.shape[2] != k.shape[2]:
         raise NotImplementedError(
             f"{_NAME}: is_causal with {q.shape[2]} queries and {k.shape[2]} keys is not supported over a sequence axis, as PyTorch "
             "counts queries from the first key: dtensor_ring.ring_attention counts them so that the last query sees the last key"
         )
-    prepared = _prepared(q, k, v, dropout_p, is_causal, scale)
+    prepared = _prepared(q, k, v, asked)
     out, lse, seed = attention(*_bshd(q, k, v), *prepared)
     wrapped = wrap(out.transpose(1, 2), q.device_mesh, q.placements, (*q.shape[:3], v.shape[3]))
     return wrapped, wrap(lse, q.device_mesh, q.placements, q.shape[:3]), seed
 
 
 def _backward(
-    dout: DTensor,
-    q: DTensor,
-    k: DTensor,
-    v: DTensor,
-    out: DTensor,
-    lse: DTensor,
-    seed: Tensor,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
+    qkv: tuple[DTensor, DTensor, DTensor], dout: DTensor, out: DTensor, lse: DTensor, seed: Tensor, asked: _Asked
 ) -> tuple[DTensor, DTensor, DTensor]:
+    """dq, dk, dv, placed as q, k and v."""
     if dout.placements != out.placements:
         dout = redistribute(dout, out.placements)
-    sinks, alibi, *rest = _prepared(q, k, v, dropout_p, is_causal, scale)
-    grads = attention_backward(*_bshd(dout, q, k, v), sinks, alibi, *_bshd(out), local_of(lse), seed, *rest)
-    dq, dk, dv = (
-        wrap(grad.transpose(1, 2), x.device_mesh, x.placements, x.shape) for grad, x in zip(grads[:3], (q, k, v), strict=True)
-    )
+    sinks, alibi, *rest = _prepared(*qkv, asked)
+    grads = attention_backward(*_bshd(dout, *qkv), sinks, alibi, *_bshd(out), local_of(lse), seed, *rest)
+    dq, dk, dv = (wrap(grad.transpose(1, 2), x.device_mesh, x.placements, x.shape) for grad, x in zip(grads[:3], qkv, strict=True))
     return dq, dk, dv
 
 
-def _prepared(q: DTensor, k: DTensor, v: DTensor, dropout_p: float, is_causal: bool, scale: float | None) -> Prepared:
-    """The same in both passes: what a kernel must be able to do then does not depend on whether gradients are wanted."""
+def _prepared(q: DTensor, k: DTensor, v: DTensor, asked: _Asked) -> Prepared:
+    """The operator's arguments, the same in both passes.
+
+    PyTorch calls the backward op by itself, without what the forward op prepared, so the call is prepared again. `training` is
+    True in both: the two must come to the same kernel, and only then it does not depend on whether gradients are wanted.
+    """
     place = place_of(q, k, v, BHSD)
     assert place.group, "one of the placements is ours, which the check lets pass on the sequence only"
     if place.layout.cut:
         raise NotImplementedError(
             f"{_NAME} takes no documents, which {place.layout} needs: use dtensor_ring.ring_attention(documents=)"
         )
-    asked = Arguments(
-        is_causal, scale=scale, dropout_p=float(dropout_p), deterministic=torch.are_deterministic_algorithms_enabled()
-    )
-    return prepare(Inputs(*_bshd(q, k, v)), asked, place, _NAME, training=True)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    arguments = Arguments(asked.is_causal, scale=asked.scale, dropout_p=float(asked.dropout_p), deterministic=deterministic)
+    return prepare(Inputs(*_bshd(q, k, v)), arguments, place, _NAME, training=True)
 
 
 def _bshd(*tensors: DTensor) -> list[Tensor]:
@@ -189,7 +189,7 @@ def _bshd(*tensors: DTensor) -> list[Tensor]:
 
 
 def _register(op: OpOverload, act: Callable[..., object]) -> None:
-    """Let `act` do the op on DTensors if a placement of one of them is ours."""
+    """Let `act` carry out the op on DTensors if a placement of one of them is ours; NotImplemented lets DTensor go on as ever."""
 
     def rule(_cls: type, _op: OpOverload, _types: Sequence[type], args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, DTensor)]

@@ -2,7 +2,7 @@
 
     axis    q, k, v          out          lse          what it is
     cp      Zigzag(1)        Zigzag(1)    Zigzag(2)    the sequence, attended over this axis' process group
-    dp      Shard(0)         Shard(0)     Shard(0)     rows of the batch
+    dp      Shard(0)         Shard(0)     Shard(0)     the batch
     tp      Shard(2)         Shard(2)     Shard(1)     heads
     any     Replicate()      Replicate()  Replicate()  the same work on every rank of the axis
 
@@ -40,25 +40,25 @@ def attention_axis(
     k_shape: Sequence[int],
     order: Order = BSHD,
 ) -> tuple[int | None, Layout]:
-    """Check the placements of q, k and v, and find the mesh axis over which attention runs and its layout.
+    """The mesh axis over which attention runs, and the layout of the sequence on it, from the placements of q, k and v.
 
     Axis None means that every rank attends alone. Out is placed as q.
 
     Raises:
-        ValueError: they do not fit together; the text names the mesh axis, what was found and what is needed.
+        ValueError: they do not fit together; the text names the mesh axis, what was given and what is needed.
         NotImplementedError: two mesh axes hold the sequence.
     """
     axis, layout = None, Layout("contiguous")
     for i, (a, b, c) in enumerate(zip(q, k, v, strict=True)):
         where = f"mesh axis {axis_name(mesh, i)}"
-        found = f"q is {a!r}, k is {b!r}, v is {c!r}"
+        given = f"q is {a!r}, k is {b!r}, v is {c!r}"
         if any(p.is_partial() for p in (a, b, c)):
             raise ValueError(
-                f"{where}: {found}: attention needs whole values, reduce partial ones first with dtensor_ring.redistribute"
+                f"{where}: {given}: attention needs whole values, reduce partial ones first with dtensor_ring.redistribute"
             )
         if not a == b == c:
             raise ValueError(
-                f"{where}: {found}: attention needs one placement for all three; bring them together with "
+                f"{where}: {given}: attention needs one placement for all three; bring them together with "
                 f"dtensor_ring.redistribute(k, {list(q)!r}) or place q as k is"
             )
         if isinstance(a, SequencePlacement) or a == Shard(order.sequence):
@@ -87,11 +87,12 @@ def _layout_of(
     placement: Placement, where: str, world: int, q_shape: Sequence[int], k_shape: Sequence[int], order: Order
 ) -> Layout:
     dim = order.sequence
+    # `Shard` cuts by ceil(S / W), our layouts within one token: both are the same tokens only where the lengths divide.
     if not isinstance(placement, SequencePlacement):
         if q_shape[dim] % world or k_shape[dim] % world:
             raise ValueError(
                 f"{where}: {placement!r} of lengths {q_shape[dim]} and {k_shape[dim]} over {world} ranks is not even, "
-                f"and PyTorch splits it another way than Contiguous({dim}): move q, k and v there with dtensor_ring.redistribute"
+                f"and PyTorch splits it otherwise than Contiguous({dim}): move q, k and v there with dtensor_ring.redistribute"
             )
         return Layout("contiguous")
     if placement.dim != dim:
@@ -120,6 +121,7 @@ def _of_lse(placement: Placement) -> Placement:
 
 
 def _check(schema: OpSchema, q: DTensorSpec, k: DTensorSpec, v: DTensorSpec) -> None:
+    # The operator was prepared from the DTensors; called directly, it may be handed others, and would compute nonsense of them.
     *_, call, group = schema.args_schema
     layout = AttentionCall.parse(str(call)).layout
     axis, needed = attention_axis(q.mesh, q.placements, k.placements, v.placements, q.shape, k.shape)
@@ -170,6 +172,7 @@ def sink_gradient_placements(q: Sequence[Placement]) -> tuple[Placement, ...]:
 
 
 def _of_dsinks(placement: Placement) -> Placement:
+    # Every query adds to the gradient of the sink of its head: an axis that splits queries, by batch or by sequence, has parts.
     if placement == Shard(BSHD.heads):
         return Shard(0)
     return Replicate() if isinstance(placement, Replicate) else Partial()

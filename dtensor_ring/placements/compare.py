@@ -18,7 +18,7 @@ from dtensor_ring.planning.documents import Documents
 def check_documents(transports: Sequence[Transport], documents: Documents) -> None:
     """Raises ValueError on every rank of a mesh unless all pass these documents; asked the first time that its axes meet them."""
     new = [transport for transport in transports if not is_agreed(transport, documents.digest)]
-    number = number_of(documents.digest)
+    number = number_of(documents.digest)  # the host knows documents already, so a text stands for the bounds of thousands
 
     def judge(i: int, table: list[list[int]]) -> None:
         mine = new[i].rank

@@ -59,6 +59,7 @@ def _through_replicate(
 
         return length
 
+    # Inner axes hold parts of the parts of outer ones: they are gathered first and cut last.
     for i in reversed(axes):
         local = _step(local, mesh, i, sources[i], Replicate(), length_at(i, sources), documents)
     for i in axes:

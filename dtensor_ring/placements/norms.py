@@ -28,6 +28,7 @@ def check_order(schema: OpSchema) -> float:
     Raises:
         NotImplementedError: the norm is not that of the whole tensor.
     """
+    # The schema leaves out trailing arguments that have their default value.
     order, dims, keepdim = (*schema.args_schema[1:], *(2, None, False)[len(schema.args_schema) - 1 :])[:3]
     if schema.op in NORMS and (dims not in (None, [], ()) or keepdim):
         raise NotImplementedError(

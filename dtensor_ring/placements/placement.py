@@ -267,7 +267,7 @@ def dim_of(placement: Placement) -> int:
 
 
 def split_of(placement: Placement, documents: Documents | None = None) -> Split:
-    """How a placement splits its dim; which tokens a rank holds `Zigzag(per_document=True)` can only say with documents.
+    """How a placement splits its dim. Which tokens a rank holds under `Zigzag(per_document=True)` depends on the documents.
 
     Raises:
         ValueError: documents differ from batch row to batch row.

@@ -2,7 +2,7 @@
 
 PyTorch's own `DTensor.redistribute` does not order such moves rightly on a mesh of more than one axis, so these functions
 carry every move out themselves, one mesh axis at a time, and only fall back on PyTorch where none of our placements is
-involved. All are differentiable: the backward pass moves gradients the other way. A gradient of a `Partial` or `Replicate`
+involved. All are differentiable: the backward pass moves gradients back. A gradient of a `Partial` or `Replicate`
 input is the whole gradient, on every rank.
 """
 
@@ -52,8 +52,8 @@ def from_local(
         local_tensor: this rank's share; its sequence dim holds as many tokens as the layout gives this rank.
         device_mesh: the mesh.
         placements: one placement a mesh axis, exactly one of them ours; dims under `Shard` are split evenly.
-        length: global size of the sequence dim, always needed: uneven shares do not tell it, and `DTensor.from_local` guesses it
-            wrong.
+        length: global size of the sequence dim, always needed: it does not follow from uneven shares, and
+            `DTensor.from_local` guesses it wrong.
         run_check: compare length, shape and dtype over the sequence axis, a few integers a rank for which the host waits. Without
             it ranks that disagree hang or compute nonsense later. Compiled graphs never check.
 
@@ -114,8 +114,7 @@ def distribute_tensor(
         given = _documents(documents, targets, tensor.shape)
     if src_data_rank is not None:
         check_whole(tensor, device_mesh, targets, src_data_rank)
-    found = _agreed(given, device_mesh)
-    local = _Distribute.apply(tensor, device_mesh, targets, src_data_rank, found)
+    local = _Distribute.apply(tensor, device_mesh, targets, src_data_rank, _agreed(given, device_mesh))
     return wrap(local, device_mesh, targets, tensor.shape)
 
 
@@ -182,6 +181,7 @@ def _strides(local: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
         for i in dims[-2::-1]:
             stride[i] = stride[i + 1] * max(shape[i + 1], 1)
         return tuple(stride)
+    # A dim is outside of another where its stride is larger. Equal strides (of dims of one element) keep the order of the dims.
     at = local.stride()
     for i in dims:
         for j in dims:
@@ -232,7 +232,7 @@ def _sequence_of(mesh: DeviceMesh, placements: Sequence[Placement], ndim: int) -
 
 
 def _sequence_axis_or_all(mesh: DeviceMesh, placements: Sequence[Placement]) -> list[Transport]:
-    """Where the other ranks learn that this one refuses a call: the sequence axis, or where it cannot be told every axis."""
+    """Where the other ranks learn that this one refuses a call: on the sequence axis, or on every axis where that is not clear."""
     if not isinstance(mesh, DeviceMesh):
         return []
     axes = [i for i, p in enumerate(_listed(placements)) if isinstance(p, SequencePlacement)]
@@ -292,23 +292,24 @@ def normalized(mesh: DeviceMesh, placements: Sequence[Placement], ndim: int) -> 
         raise TypeError(f"placements is a sequence, one a mesh axis: [{placements!r}], found {placements!r} alone")
     if len(placements) != mesh.ndim:
         raise ValueError(f"the mesh has {mesh.ndim} axes, but {len(placements)} placements were given: {tuple(placements)}")
-    found: list[Placement] = []
+    checked: list[Placement] = []
     for i, placement in enumerate(placements):
         if isinstance(placement, Shard) and placement.dim < 0:
             placement = Shard(placement.dim + ndim)
-        # subclasses of PyTorch's placements (_StridedShard, _MaskPartial, ...) mean more than their attributes tell
+        # subclasses of PyTorch's placements (_StridedShard, _MaskPartial, ...) mean more than their attributes say
         if not isinstance(placement, SequencePlacement) and type(placement) not in (Shard, Replicate, Partial):
             raise ValueError(
                 f"mesh axis {axis_name(mesh, i)}: {placement!r} is not supported: use Replicate, Shard, Partial or ours"
             )
         if isinstance(placement, (Shard, SequencePlacement)) and not 0 <= placement.dim < ndim:
             raise ValueError(f"mesh axis {axis_name(mesh, i)}: {placement!r} on a tensor of {ndim} dims")
-        found.append(placement)
-    _refuse_nesting(mesh, found)
-    return tuple(found)
+        checked.append(placement)
+    _refuse_nesting(mesh, checked)
+    return tuple(checked)
 
 
 def _refuse_nesting(mesh: DeviceMesh, placements: Sequence[Placement]) -> None:
+    # A second axis would split this rank's tokens, which are no run of the sequence any more: no layout says what that means.
     for i, a in enumerate(placements):
         for j, b in enumerate(placements[:i]):
             if isinstance(a, (Shard, SequencePlacement)) and isinstance(b, (Shard, SequencePlacement)) and a.dim == b.dim:
@@ -326,11 +327,11 @@ def sequence_axis(mesh: DeviceMesh, placements: Sequence[Placement]) -> tuple[in
     Raises:
         ValueError: no placement of ours, or more than one.
     """
-    found = [(i, p) for i, p in enumerate(placements) if isinstance(p, SequencePlacement)]
-    if len(found) != 1:
+    axes = [(i, p) for i, p in enumerate(placements) if isinstance(p, SequencePlacement)]
+    if len(axes) != 1:
         listed = ", ".join(f"{axis_name(mesh, i)}: {p!r}" for i, p in enumerate(placements))
         raise ValueError(f"exactly one mesh axis must hold the sequence as Contiguous, Zigzag or Stripe, found {listed}")
-    return found[0]
+    return axes[0]
 
 
 class _Distribute(torch.autograd.Function):
@@ -354,7 +355,7 @@ class _Distribute(torch.autograd.Function):
                     )
                 else:
                     local = collectives.scatter_shards(local, dim_of(target), split_of(target, documents), source, transport)
-        return local.view_as(local) if local is tensor else local
+        return local.view_as(local) if local is tensor else local  # an autograd function must not return its input itself
 
     @staticmethod
     @override
@@ -373,6 +374,7 @@ class _Redistribute(torch.autograd.Function):
         ctx: Any, tensor: DTensor, targets: Placements, documents: Documents | None
     ) -> DTensor:
         ctx.documents = documents
+        # The gradient of a partial sum is the whole gradient on every rank, as of each of its summands.
         ctx.sources = tuple(Replicate() if isinstance(p, Partial) else p for p in tensor.placements)
         local = move(local_of(tensor), tensor.device_mesh, tensor.shape, tensor.placements, targets, documents)
         return wrap(local, tensor.device_mesh, targets, tensor.shape)

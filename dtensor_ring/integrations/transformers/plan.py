@@ -99,7 +99,7 @@ class RingPlan(dict[str, ParallelStyle]):
 
         Raises:
             RuntimeError: the plan was not applied yet.
-            ValueError: it cannot be told which batch's documents lay out this tensor, or no such convention.
+            ValueError: it is not known which batch's documents lay out this tensor, or no such convention.
         """
         mesh, placement = self._applied(), self._placement.moved_to(range(local_tensor.ndim)[dim])
         check_convention(grad)
@@ -266,19 +266,20 @@ class RingPlan(dict[str, ParallelStyle]):
             given.pop("cache_position", None)  # places in a cache, of which there is none
             length = sequence_length(given)
             check_length(length, transport.world, self._placement)
-            found = find_documents(given, length, documents)
-        check_same(given, length, found, self._placement, transport)
-        warn_of_imbalance(found, given, self._placement, transport, self._reach)
-        self._is_packed = is_packed(found, given)
-        batch = cut_batch(given, self._placement, transport, length, found)
-        found = self._documents = batch.documents
+            bounds = find_documents(given, length, documents)
+        check_same(given, length, bounds, self._placement, transport)
+        warn_of_imbalance(bounds, given, self._placement, transport, self._reach)
+        self._is_packed = is_packed(bounds, given)
+        batch = cut_batch(given, self._placement, transport, length, bounds)
+        bounds = self._documents = batch.documents
+        # The model is to return this rank's sum of losses, which it does where it is to divide by 1; `_leave` makes the mean of it.
         count = batch.num_items
         if batch.get("num_items_in_batch") is not None or batch.get("labels") is None:
             count = None
         elif count is not None:
             batch["num_items_in_batch"] = 1
         mask = torch.empty(NO_MASK, dtype=torch.bool, device=next(self._model.parameters()).device)
-        return (), {**batch, "attention_mask": mask, "use_cache": False, KEYWORD: RingBatch(length, found, count)}
+        return (), {**batch, "attention_mask": mask, "use_cache": False, KEYWORD: RingBatch(length, bounds, count)}
 
     @torch.compiler.disable
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ANN401
