@@ -244,10 +244,7 @@ def spec_of(tensor: DTensor) -> DTensorSpec:
 
 
 def dtensor_with(local: Tensor, spec: DTensorSpec) -> DTensor:
-    """As `dtensor_of`, sharing the spec of a DTensor that is alike in all that it says, as DTensor's dispatch shares them.
-
-    Making a spec costs the host more than all else about a DTensor.
-    """
+    """As `dtensor_of`, sharing the spec of a DTensor that is alike in all that it says, as DTensor's dispatch shares them."""
     return DTensor(local, spec, requires_grad=False)
 
 

@@ -28,6 +28,7 @@ TransportName = Literal["alone", "process_group", "loopback"]
 TRANSPORTS: dict[str, type[Transport]] = {
     transport.name: transport for transport in (AloneTransport, ProcessGroupTransport, LoopbackTransport)
 }
+# By group, and gone with it: a group that is made again, also under the name of one that ended, chooses and compares anew.
 _transports: WeakKeyDictionary[dist.ProcessGroup, Transport] = WeakKeyDictionary()
 
 
@@ -123,6 +124,7 @@ def use_transport(where: DeviceMesh | dist.ProcessGroup, transport: TransportNam
                 f"use_transport: rank {before.rank} of {before.axis} asks for {chosen.name!r}, rank {rank} for another transport: "
                 "every rank of a group must use the same"
             )
+    # A new end has compared nothing yet. That is the same on all ranks, so they meet again at their next call, all of them.
     if type(before) is not chosen:
         after = _transports[group] = chosen.connect(need)
         after.axis, after.traffic, after.batches = before.axis, before.traffic, before.batches

@@ -139,6 +139,7 @@ def warn_of_imbalance(
         or transport.batches >= _BATCHES_LOOKED_AT
     ):
         return
+    # Counted on rank 0 alone, and never compared: a warning is no part of what ranks agree on.
     transport.batches += 1
     balance = work_balance(placement.layout, documents, transport.world, reach)
     if balance < GOOD_BALANCE:
@@ -233,6 +234,7 @@ def cut_batch(
             shifted = whole["shift_labels"] = shift_labels(labels, packed)
     if isinstance(shifted, Tensor) and padding is not None:
         shifted = whole["shift_labels"] = _predicted_by_real_tokens(shifted, padding)
+    # A layout that cuts documents needs them from everyone, later too (`gather`): a row without documents is one.
     if placement.layout.cut and documents is None:
         documents = Documents.from_lengths([length])
     split = split_of(placement, documents)
@@ -258,6 +260,7 @@ def shift_labels(labels: Tensor, documents: Documents | None) -> Tensor:
 
 def _check_shifted(labels: Tensor, shifted: Tensor, documents: Documents | None) -> None:
     """Raises ValueError unless shifted labels are the labels of the next tokens; ends of documents may count or not."""
+    # Some collators leave the label of a document's last token in, some take it out: both are what labels say.
     wrong = (shifted != shift_labels(labels, None)) & (shifted != shift_labels(labels, documents))
     if bool(wrong.any()):
         row, token = wrong.nonzero()[0].tolist()
@@ -274,6 +277,8 @@ def _predicted_by_real_tokens(shifted: Tensor, padding: Tensor) -> Tensor:
     Raises:
         ValueError: a label that a padding token would predict: its logits are not those of one process.
     """
+    # The last padding token before real ones predicts the first of them, in one process too, from nothing that means anything: that
+    # label is dropped in silence. Any other label that padding predicts is the user's mistake.
     last = padding & ~torch.nn.functional.pad(padding, (0, 1), value=True)[:, 1:]
     wrong = int((padding & ~last & (shifted != IGNORED)).sum())
     if wrong:

@@ -63,7 +63,7 @@ class Settings:
 
     def arguments(self, strategy: Strategy | None, kv_head_group_size: int) -> Arguments:
         """As `ring_attention` takes them."""
-        left, right = self.window_size
+        left, right = self.window_size  # flash-attn lets a causal window look ahead in its arguments, and never does
         return Arguments(
             self.causal,
             (left, min(right, 0) if self.causal else right),

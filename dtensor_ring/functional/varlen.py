@@ -26,6 +26,7 @@ def _held(documents: Documents, local_bounds: tuple[int, ...], world: int) -> in
 
 @cached("documents of varlen functions", most_bytes=4 << 20, most_entries=32, size=_held)
 def _whole_documents(local_bounds: tuple[int, ...], world: int) -> Documents:
+    # Every rank has an equal part of each document, so whole documents are W times as long.
     return Documents((tuple(world * bound for bound in local_bounds),))
 
 

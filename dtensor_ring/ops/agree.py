@@ -93,6 +93,7 @@ def _compare(transport: Transport, facts: Facts, documents: str) -> None:
     number = number_of("|".join((str(layout), *words)))
     every = meet(transport, name, [*shapes, *facts.held, number])
     mine = every[transport.rank]
+    # All ranks read the same table, so where one of them is wrong every one of them raises.
     for rank, (*its_shapes, q_tokens, k_tokens, its_number) in enumerate(every):
         if its_shapes != mine[:-3]:
             raise ValueError(

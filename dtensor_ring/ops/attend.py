@@ -111,7 +111,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _Wrapper(NamedTuple):
-    """What makes DTensors like one that was given."""
+    """Mesh, placements, shape and strides of a DTensor that was given, for the results and gradients that are to lie as it does."""
 
     spec: DTensorSpec
     stride: tuple[int, ...]
@@ -124,6 +124,7 @@ class _Wrapper(NamedTuple):
 
     def wrapped(self, local: Tensor) -> DTensor:
         """A local tensor of the same shape and dtype as a DTensor of the same placements."""
+        # Making a spec costs the host more than all else about a DTensor, and a gradient mostly lies in memory as its tensor does.
         if local.stride() == self.stride:
             return dtensor_with(local, self.spec)
         return wrap(local, self.spec.mesh, self.spec.placements, self.shape)

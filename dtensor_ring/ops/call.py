@@ -64,6 +64,7 @@ class AttentionCall:
 
     def __str__(self) -> str:
         """The text that `parse` reads: no float is rounded."""
+        # Equal calls have equal texts, since a text is what compilers and caches compare: every field, always, in one order.
         return (
             f"mask={self.band.text} layout={self.layout} strategy={self.strategy} kernel={self.kernel} scale={self.scale!r} "
             f"softcap={self.softcap!r} dropout_p={self.dropout_p!r} deterministic={int(self.deterministic)} "
@@ -139,7 +140,7 @@ class AttentionCall:
 def _choose_for_alibi(strategy: str, problem: AttentionProblem) -> tuple[str, Literal["aligned", "shifted"]]:
     """The strategy, and whether blocks are "aligned" so that flash kernels measure ALiBi distances rightly, or "shifted"."""
     if strategy == "ulysses":
-        problem = replace(problem, world=1)
+        problem = replace(problem, world=1)  # each rank attends to whole sequences, of some heads
     for candidate in ("ring", "gather") if strategy == AUTO else (strategy,):
         if ends_together(replace(problem, strategy=candidate)):
             return candidate, "aligned"

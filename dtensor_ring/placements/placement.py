@@ -87,7 +87,7 @@ class SequencePlacement(PlacementBase):
         return type(self), self._arguments
 
     def __copy__(self) -> SequencePlacement:
-        return self
+        return self  # a value
 
     def __deepcopy__(self, memo: object) -> SequencePlacement:
         return self

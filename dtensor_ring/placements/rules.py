@@ -200,6 +200,7 @@ def _fresh(schema: OpSchema, spec: DTensorSpec) -> OutputSharding:
             f"{name_of(schema)} of shape {size} beside {listed([spec])} of shape {tuple(spec.shape)}: only a tensor of the same "
             f"shape has the same layout. Make it with torch.distributed.tensor or beside x.to_local(){_hint(schema, [spec])}"
         )
+    # The local op is called with the local size. Strides keep the order of dims in memory, so that a state lies as its parameter.
     local, order = _local_shape(spec), range(len(size))
     args = list(schema.args_schema)
     args[size_at] = local

@@ -81,6 +81,8 @@ def _install() -> None:
     if _active and not _replaced:
         names = ["flash_attention_2"] if is_flash_attn_2_available() else ["flash_attention_2", "eager"]
         _replaced.update({(key, name): registries[key]._local_mapping.get(name) for key in registries for name in names})
+    # Substitutions may be undone in any order, so what is registered follows from the list of those that are left, and what was
+    # there before the first is remembered once.
     for (key, name), before in _replaced.items():
         ours = _active[-1]._attend if _active and key == "attention" else _mask if _active else before
         if ours is None:

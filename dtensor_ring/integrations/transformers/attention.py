@@ -101,6 +101,7 @@ def ring_attention_forward(
         kernel=state.kernel,
     )
     q, k, v = layer.q, layer.k, layer.v
+    # The length comes with the batch: shares of ranks differ by a token where the ranks do not divide it.
     group, lengths = state.mesh.get_group(), (ring_batch.length, ring_batch.length)
     with refused_in_group(group):
         place = place_in_group((q, k, v), group, state.layout, lengths)

@@ -36,6 +36,7 @@ def gather_tokens(
     local: Tensor, mesh: DeviceMesh, placement: SequencePlacement, documents: Documents | None, grad: Convention
 ) -> Tensor:
     """The whole of a tensor whose dim `placement.dim` holds this rank's tokens. Each rank sends its share to every other rank."""
+    # The tensor may be of any batch of this plan, so its length is asked of the ranks, not of the last batch.
     tokens = transport_along(mesh).gather_values([local.shape[placement.dim]])
     whole = from_local(local, mesh, [placement], length=sum(count for (count,) in tokens))
     gathered = full_tensor(whole, documents=documents)
