@@ -17,9 +17,10 @@ Only values of pure functions belong here: what leaves a cache is worked out aga
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from functools import update_wrapper
+from itertools import count
 from threading import RLock
 from typing import Generic, NamedTuple, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -51,6 +52,15 @@ class CacheUse(NamedTuple):
     too_large: int
 
 
+@dataclass(slots=True)
+class _Entry:
+    """A value that is kept, its bytes, and when it was used last, counted in uses of its cache."""
+
+    value: object
+    size: int
+    used: int
+
+
 class Cache:
     """The memory that one or several functions share.
 
@@ -64,7 +74,8 @@ class Cache:
     def __init__(self, name: str, most_bytes: int, most_entries: int, *, is_listed: bool = True) -> None:
         assert most_bytes > 0 and most_entries > 0, "a cache that may keep nothing is none"
         self._name, self._most_bytes, self._most_entries = name, most_bytes, most_entries
-        self._entries: OrderedDict[Hashable, tuple[object, int]] = OrderedDict()  # the least recently used first
+        self._entries: dict[Hashable, _Entry] = {}
+        self._uses = count()
         self._bytes = self._too_large = 0
         # A garbage collection, which may start at any line, can run finalizers that call a cached function in this thread.
         self._lock = RLock()
@@ -81,18 +92,20 @@ class Cache:
             entry = self._entries.get(key)
             if entry is None:
                 return None
-            self._entries.move_to_end(key)
-            return (entry[0],)
+            # An ordered dict would hash the key a second time to move it to the end, and keys of calls are costly to hash: shapes,
+            # placements, arguments. What was used longest ago is looked for only where something must leave.
+            entry.used = next(self._uses)
+            return (entry.value,)
 
     def keep(self, key: Hashable, value: object, size: int) -> object:
         """Keep a value, and return the one that is kept: another thread's, if that came first."""
         with self._lock:
             if key in self._entries:
-                return self._entries[key][0]
+                return self._entries[key].value
             if size > self._most_bytes:
                 self._too_large += 1
                 return value
-            self._entries[key] = value, size
+            self._entries[key] = _Entry(value, size, next(self._uses))
             self._bytes += size
             left = self._shrink()
         del left  # outside the lock: what values do when they end is not known here
@@ -102,10 +115,10 @@ class Cache:
         """Count a kept value anew, after it has grown."""
         with self._lock:
             entry = self._entries.get(key)
-            if entry is None or entry[0] is not value:
+            if entry is None or entry.value is not value:
                 return
-            self._entries[key] = value, size
-            self._bytes += size - entry[1]
+            self._bytes += size - entry.size
+            entry.size = size
             left = []
             if size > self._most_bytes:
                 self._too_large += 1
@@ -116,9 +129,10 @@ class Cache:
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:
-            left, self._entries = self._entries, OrderedDict()
+            left = list(self._entries.values())
+            self._entries.clear()
             self._bytes = self._too_large = 0
-        left.clear()
+        del left
 
     def use(self) -> CacheUse:
         """What is kept now."""
@@ -129,13 +143,13 @@ class Cache:
     def _shrink(self) -> list[object]:
         left = []
         while len(self._entries) > self._most_entries or self._bytes > self._most_bytes:
-            left.append(self._remove(next(iter(self._entries))))
+            left.append(self._remove(min(self._entries, key=lambda key: self._entries[key].used)))
         return left
 
     def _remove(self, key: Hashable) -> object:
-        value, size = self._entries.pop(key)
-        self._bytes -= size
-        return value
+        entry = self._entries.pop(key)
+        self._bytes -= entry.size
+        return entry.value
 
 
 class CacheOfEach:
