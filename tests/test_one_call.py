@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtensor_ring.comm import AloneTransport, LoopbackTransport
-from dtensor_ring.ops.executors.merge import accumulate_dtype
+from dtensor_ring.ops.dtypes import accumulate_dtype
 from dtensor_ring.ops.executors.plan_executor import Executor
 from dtensor_ring.ops.kernels import Kernel, Result, SoftmaxParams
 from dtensor_ring.planning.documents import Documents

@@ -27,8 +27,8 @@ from dtensor_ring._torch import local_of, resolve_group
 from dtensor_ring.cache import cached
 from dtensor_ring.comm import transport_of
 from dtensor_ring.ops.call import AttentionCall
+from dtensor_ring.ops.dtypes import accumulate_dtype
 from dtensor_ring.ops.executors import head_groups
-from dtensor_ring.ops.executors.merge import accumulate_dtype
 from dtensor_ring.ops.executors.plan_executor import Executor
 from dtensor_ring.ops.executors.ulysses import UlyssesExecutor
 from dtensor_ring.ops.kernels import Kernel, SoftmaxParams

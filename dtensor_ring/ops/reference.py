@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from dtensor_ring.ops.dtypes import accumulate_dtype
 from dtensor_ring.planning.documents import Documents
 
 
@@ -28,7 +29,7 @@ def reference_attention(
 
     `kept` (B, H, Sq, Sk) is what dropout leaves of each weight: 0, or 1 / (1 - p).
     """
-    work = torch.float64 if q_BSHD.dtype == torch.float64 else torch.float32
+    work = accumulate_dtype(q_BSHD.dtype)
     q, k, v = (x.to(work).transpose(1, 2) for x in (q_BSHD, k_BSHD, v_BSHD))
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import override
 
 from dtensor_ring.comm import transport_along
-from dtensor_ring.ops.executors.merge import accumulate_dtype
+from dtensor_ring.ops.dtypes import accumulate_dtype
 from dtensor_ring.placements import SequencePlacement, from_local, full_tensor
 from dtensor_ring.planning.documents import Documents
 

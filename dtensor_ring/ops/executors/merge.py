@@ -17,10 +17,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums of `dtype` are kept in: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from dtensor_ring.ops.dtypes import accumulate_dtype
 
 
 def merge_(out_BSHD: Tensor, lse_BHS: Tensor, block_BSHD: Tensor, block_lse_BHS: Tensor) -> None:

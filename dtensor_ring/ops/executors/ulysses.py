@@ -19,8 +19,8 @@ from torch import Tensor
 
 from dtensor_ring.comm import AloneTransport, Transport
 from dtensor_ring.comm.collectives import Chunks, Split, exchange_dims
+from dtensor_ring.ops.dtypes import accumulate_dtype
 from dtensor_ring.ops.executors.exchange import Activity
-from dtensor_ring.ops.executors.merge import accumulate_dtype
 from dtensor_ring.ops.executors.plan_executor import Executor
 from dtensor_ring.ops.kernels import Kernel, SoftmaxParams
 from dtensor_ring.planning.documents import Documents

@@ -21,6 +21,8 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from dtensor_ring.ops.dtypes import accumulate_dtype
+
 
 @dataclass(frozen=True, slots=True)
 class KernelRequirements:
@@ -202,7 +204,7 @@ class Kernel(ABC):
         extras: PositionContext | None = None,
     ) -> Result:
         """Out (T, H, Dv) and lse (H, T) of many segments; here one block after the other."""
-        accumulate = torch.float64 if q_THD.dtype == torch.float64 else torch.float32
+        accumulate = accumulate_dtype(q_THD.dtype)
         out, lse = None, q_THD.new_full((q_THD.shape[1], q_THD.shape[0]), -math.inf, dtype=accumulate)
         for q, k, part in _parts(packing, extras):
             block = self.forward(q_THD[None, q], k_THD[None, k], v_THD[None, k], window, options, part)

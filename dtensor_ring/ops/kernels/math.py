@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from dtensor_ring.ops.dtypes import accumulate_dtype
 from dtensor_ring.ops.kernels.base import Kernel, KernelRequirements, PositionContext, Result, SoftmaxParams, band_mask, row_blocks
 
 _SCORES_AT_ONCE = 1 << 24
@@ -37,7 +38,7 @@ class MathKernel(Kernel):
     @override
     def grad_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Float64 for float64, else float32."""
-        return torch.float64 if dtype == torch.float64 else torch.float32
+        return accumulate_dtype(dtype)
 
     @override
     def forward(

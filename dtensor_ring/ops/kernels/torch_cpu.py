@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from dtensor_ring.ops.dtypes import accumulate_dtype
 from dtensor_ring.ops.kernels.base import Kernel, KernelRequirements, PositionContext, Result, SoftmaxParams, band_mask, row_blocks
 
 _STRIP = 512
@@ -85,7 +86,7 @@ class TorchCpuKernel(Kernel):
         if len(strips) == 1 and strips[0][1] == slice(0, k.shape[2]):
             _, _, causal, mask = strips[0]
             return _back(*op(dout, q, k, v, out, lse_BHS, 0.0, causal, attn_mask=mask, scale=options.scale))
-        work = torch.float64 if q.dtype == torch.float64 else torch.float32
+        work = accumulate_dtype(q.dtype)
         dqs: list[Tensor] = []
         dk, dv = torch.zeros_like(k, dtype=work), torch.zeros_like(v, dtype=work)
         for r, c, causal, mask in strips:
