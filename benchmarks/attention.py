@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dtensor_ring import from_local, ring_attention
 from dtensor_ring.debug import traffic
-from dtensor_ring.ops.kernels import KernelRequirements, SoftmaxParams, choose_kernel
+from dtensor_ring.ops.kernels import Block, KernelRequirements, Saved, SoftmaxParams, choose_kernel
 from dtensor_ring.placements import Contiguous, SequencePlacement, Stripe, Zigzag
 from dtensor_ring.planning.layout import Layout
 
@@ -103,8 +103,7 @@ class Bench:
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         need = KernelRequirements(self.device.type, self.dtype, options.head_dim, options.head_dim, training=True)
         self.kernel = choose_kernel(options.kernel, need)
-        self.window = (-1, -1) if options.full else (-1, 0)
-        self.scale = SoftmaxParams(options.head_dim**-0.5)
+        self.block = Block((-1, -1) if options.full else (-1, 0), SoftmaxParams(options.head_dim**-0.5))
         self.kernel_peaks = [0.0, 0.0]
 
     def inputs(self, tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -118,9 +117,9 @@ class Bench:
     def baseline(self) -> dict[str, float]:
         """Milliseconds of the kernel on one rank's tokens."""
         q, k, v, dout = self.inputs(self.options.tokens, self.rank)
-        out, lse = self.kernel.forward(q, k, v, self.window, self.scale)
-        forward = self.timed(lambda: self.kernel.forward(q, k, v, self.window, self.scale))
-        backward = self.timed(lambda: self.kernel.backward(dout, q, k, v, out, lse, self.window, self.scale))
+        out, lse = self.kernel.forward(q, k, v, self.block)
+        forward = self.timed(lambda: self.kernel.forward(q, k, v, self.block))
+        backward = self.timed(lambda: self.kernel.backward(Saved(q, k, v, out, lse), dout, self.block))
         self.kernel_peaks = [self.cost(self.kernel_call(direction))[0] for direction in ("fwd", "fwd+bwd")]
         return {"fwd": forward, "fwd+bwd": forward + backward}
 
@@ -176,8 +175,8 @@ class Bench:
         q, k, v, dout = self.inputs(self.options.tokens, self.rank)
 
         def call() -> object:
-            out, lse = self.kernel.forward(q, k, v, self.window, self.scale)
-            return out if direction == "fwd" else self.kernel.backward(dout, q, k, v, out, lse, self.window, self.scale)
+            out, lse = self.kernel.forward(q, k, v, self.block)
+            return out if direction == "fwd" else self.kernel.backward(Saved(q, k, v, out, lse), dout, self.block)
 
         return call
 

@@ -43,7 +43,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from dtensor_ring import Documents, Zigzag, from_local, ring_attention, ring_plan
 from dtensor_ring.comm import transport_along
 from dtensor_ring.ops.executors.plan_executor import Executor
-from dtensor_ring.ops.kernels import KERNELS, SoftmaxParams
+from dtensor_ring.ops.kernels import KERNELS, Block, Saved, SoftmaxParams
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
 from dtensor_ring.planning.schedule import AttentionProblem, plan
@@ -104,9 +104,9 @@ def attention_calls(mesh: DeviceMesh, tokens: int, device: str) -> dict[str, Cal
     shapes = [(1, tokens, heads, dim) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
     q, k, v, dout = (torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    options = SoftmaxParams(dim**-0.5)
+    block = Block((-1, 0), SoftmaxParams(dim**-0.5))
     problem = AttentionProblem(Layout("zigzag"), Band.parse("causal"), tokens, tokens, 1)
-    executor = Executor(plan(problem, 0), transport_along(mesh), kernel, options)
+    executor = Executor(plan(problem, 0), transport_along(mesh), kernel, block.softmax)
 
     def placed(tensors: list[Tensor]) -> list[Tensor]:
         return [from_local(x, mesh, [Zigzag(1)], length=tokens, run_check=False) for x in tensors]
@@ -115,8 +115,8 @@ def attention_calls(mesh: DeviceMesh, tokens: int, device: str) -> dict[str, Cal
     local_dout = from_local(dout, mesh, [Zigzag(1)], length=tokens, run_check=False)
 
     def kernel_both() -> tuple[Tensor, ...]:
-        out, lse = kernel.forward(q, k, v, (-1, 0), options)
-        return kernel.backward(dout, q, k, v, out, lse, (-1, 0), options)
+        out, lse = kernel.forward(q, k, v, block)
+        return kernel.backward(Saved(q, k, v, out, lse), dout, block)
 
     def executor_both() -> tuple[Tensor, ...]:
         out, lse = executor.forward(q, k, v)
@@ -129,7 +129,7 @@ def attention_calls(mesh: DeviceMesh, tokens: int, device: str) -> dict[str, Cal
         return ring_attention(*placed(tensors)).to_local()
 
     forward: dict[str, Callable[[], Any]] = {
-        "kernel": lambda: kernel.forward(q, k, v, (-1, 0), options)[0],
+        "kernel": lambda: kernel.forward(q, k, v, block)[0],
         "executor": lambda: executor.forward(q, k, v)[0],
         "plain": without_gradients(lambda: ring_attention(q, k, v)),
         "DTensor": without_gradients(lambda: ring_attention(*ready)),

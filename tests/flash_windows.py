@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from dtensor_ring.ops.kernels import KERNELS, Kernel, KernelRequirements, Result, SoftmaxParams, VarlenMetadata
+from dtensor_ring.ops.kernels import KERNELS, Block, Kernel, KernelRequirements, Result, Saved
 
 MATH = KERNELS["math"]
 
@@ -36,17 +36,15 @@ class Flash2Windows(Kernel):
     def grad_dtype(self, dtype):
         return MATH.grad_dtype(dtype)
 
-    def forward(self, q, k, v, window, options: SoftmaxParams, extras=None) -> Result:
-        return MATH.forward(q, k, v, as_flash_attn_2(window, k.shape[1]), options, extras)
+    def forward(self, q, k, v, block: Block) -> Result:
+        return MATH.forward(q, k, v, self._as_read(block, k))
 
-    def backward(self, dout, q, k, v, out, lse, window, options: SoftmaxParams, extras=None):
-        return MATH.backward(dout, q, k, v, out, lse, as_flash_attn_2(window, k.shape[1]), options, extras)
+    def backward(self, saved: Saved, dout, block: Block):
+        return MATH.backward(saved, dout, self._as_read(block, saved.k))
 
-    def forward_packed(self, q, k, v, packing: VarlenMetadata, window, options: SoftmaxParams, extras=None) -> Result:
-        return MATH.forward_packed(q, k, v, packing, as_flash_attn_2(window, packing.max_k), options, extras)
-
-    def backward_packed(self, dout, q, k, v, out, lse, packing: VarlenMetadata, window, options: SoftmaxParams, extras=None):
-        return MATH.backward_packed(dout, q, k, v, out, lse, packing, as_flash_attn_2(window, packing.max_k), options, extras)
+    def _as_read(self, block: Block, k) -> Block:
+        longest_k = k.shape[1] if block.varlen is None else block.varlen.max_k
+        return block._replace(window=as_flash_attn_2(block.window, longest_k))
 
 
 FLASH_2_WINDOWS = Flash2Windows()

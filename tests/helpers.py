@@ -112,14 +112,14 @@ def run_loopback(
 ) -> tuple[tuple[Tensor, ...], list[tuple[int, int]]]:
     """out, lse, dq, dk, dv put together from ranks run as threads, and what each sent: (forward, whole) bytes."""
     problem = case.problem(layout, world, strategy)
-    options = SoftmaxParams(case.q.shape[-1] ** -0.5, case.softcap, dropout_p=case.dropout_p)
+    softmax = SoftmaxParams(case.q.shape[-1] ** -0.5, case.softcap, dropout_p=case.dropout_p)
 
     def rank_body(transport: LoopbackTransport):
         q, k, v, dout = (
             share(x, layout, world, transport.rank, documents=case.documents).contiguous() for x in (*case.inputs, case.dout)
         )
         computes = kernel if isinstance(kernel, Kernel) else KERNELS[kernel]
-        executor = Executor(plan(problem, transport.rank), transport, computes, options, alibi=case.alibi)
+        executor = Executor(plan(problem, transport.rank), transport, computes, softmax, alibi=case.alibi)
         out, lse = executor.forward(q, k, v, seed=SEED)
         sent = transport.traffic.bytes
         grads = executor.backward(dout, q, k, v, out, lse, seed=SEED)[:3]

@@ -77,6 +77,7 @@ TESTS = {
     "ops/executors/ulysses.py": ["test_ulysses"],
     "ops/executors/head_groups.py": ["test_heads", "test_functional -k heads_k", "test_adapter"],
     "ops/executors/merge.py": ["test_merge", "test_execute -k 'packed or near'", "test_extras"],
+    "ops/kernels/block.py": ["test_kernels", "test_extras", "test_execute -k packed"],
     "ops/kernels/base.py": ["test_kernels", "test_extras", "test_execute -k packed"],
     "ops/kernels/math.py": ["test_kernels", "test_extras", "test_execute -k packed"],
     "ops/kernels/torch_cpu.py": ["test_kernels", "test_execute -k 'packed or thousand'"],

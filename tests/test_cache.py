@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import dtensor_ring.functional  # every cache is there once its module is loaded
 from dtensor_ring import Contiguous, Documents, Zigzag, debug, distribute_tensor, full_tensor, redistribute
 from dtensor_ring.cache import Cache, CacheOfEach, cached
-from dtensor_ring.ops.executors.plan_executor import _packings
+from dtensor_ring.ops.executors.plan_executor import _varlen_metadata
 from dtensor_ring.planning.document_sharding import share_documents
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
@@ -269,8 +269,8 @@ def test_the_bytes_of_a_plan_are_estimated_honestly(layout, strategy):
     kept = _book.cache_info()
     assert kept.entries == 1
     assert 0.8 < (kept.bytes - problem.nbytes) / size < 1.4
-    packings, size = measured(lambda: _packings.__wrapped__(problem, 1, 2, torch.device("cpu")))
-    assert 0.8 < (_packings._size(packings, problem) - problem.nbytes) / size < 1.4
+    packings, size = measured(lambda: _varlen_metadata.__wrapped__(problem, 1, 2, torch.device("cpu")))
+    assert 0.8 < (_varlen_metadata._size(packings, problem) - problem.nbytes) / size < 1.4
 
 
 @pytest.mark.parametrize("number", [100, 1000, 5000])
@@ -364,7 +364,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def growth_of_long_packings() -> tuple[int, int]:
+def growth_of_long_varlen_metadata() -> tuple[int, int]:
     """Bytes that the process has more after three packings of a million tokens, and those that caches say they hold."""
     mesh, length = line(), 1 << 20
 
@@ -375,7 +375,7 @@ def growth_of_long_packings() -> tuple[int, int]:
         full_tensor(redistribute(x, [Zigzag(1, per_document=True)], documents=documents), documents=documents)
         for layout, strategy in (("zigzag", "ring"), ("zigzag/documents", "ring"), ("zigzag", "gather")):
             problem = AttentionProblem(Layout.parse(layout), Band(0), length, length, mesh.size(), strategy, documents)
-            _packings(problem, mesh.get_rank(), 1, torch.device("cpu"))
+            _varlen_metadata(problem, mesh.get_rank(), 1, torch.device("cpu"))
 
     batch(0, 1 << 12)
     before = resident()
@@ -386,8 +386,8 @@ def growth_of_long_packings() -> tuple[int, int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks Linux and glibc for a process' memory")
-def test_packings_of_a_million_tokens_add_less_memory_than_the_limits(pools):
-    for grown, counted in pools.run(2, growth_of_long_packings, timeout=280):
+def test_varlen_metadata_of_a_million_tokens_add_less_memory_than_the_limits(pools):
+    for grown, counted in pools.run(2, growth_of_long_varlen_metadata, timeout=280):
         print(f"{grown / 2**20:.0f} MiB more, {counted / 2**20:.0f} MiB in caches")
         assert grown < HOST_BYTES
         assert counted < HOST_BYTES

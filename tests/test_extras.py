@@ -70,7 +70,7 @@ def test_dropout_keeps_the_share_it_says_in_every_direction(p):
 
 
 class Drawing(MathKernel):
-    """Drops by a seed for each call, as flash kernels do; here nothing, and it keeps what it gets."""
+    """Drops by a seed for each call, as flash kernels do; here nothing, and it keeps the positions that it gets."""
 
     name = "drawing"
     hashes_positions = False
@@ -78,15 +78,16 @@ class Drawing(MathKernel):
     def __init__(self) -> None:
         self.kept = []
 
-    def forward(self, q, k, v, window, options, extras=None):
-        self.kept.append(extras)
-        plain = None if extras.alibi is None else extras
-        return super().forward(q, k, v, window, replace(options, dropout_p=0.0), plain)
+    def forward_dense(self, q, k, v, block):
+        return super().forward_dense(q, k, v, self._plain(block))
 
-    def backward(self, dout, q, k, v, out, lse, window, options, extras=None):
-        self.kept.append(extras)
-        plain = None if extras.alibi is None else extras
-        return super().backward(dout, q, k, v, out, lse, window, replace(options, dropout_p=0.0), plain)
+    def backward_dense(self, saved, dout, block):
+        return super().backward_dense(saved, dout, self._plain(block))
+
+    def _plain(self, block):
+        self.kept.append(block.positions)
+        positions = None if block.positions.alibi is None else block.positions
+        return block._replace(softmax=replace(block.softmax, dropout_p=0.0), positions=positions)
 
 
 @pytest.mark.parametrize("documents", [None, Documents.from_lengths([9, 20, 4]), Documents(((0, 9, 33), (0, 20, 33)))])

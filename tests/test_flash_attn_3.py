@@ -9,25 +9,26 @@ import torch
 from helpers import make_case
 
 from dtensor_ring import ring_attention
-from dtensor_ring.ops.kernels import KERNELS, SoftmaxParams, flash_attn_3
+from dtensor_ring.ops.kernels import KERNELS, Block, Saved, SoftmaxParams, flash_attn_3
 
 MATH = KERNELS["math"]
 
 
-def side(causal: bool, left: int, right: int) -> tuple[int, int]:
-    return (-1, 0) if causal else (left, right)
+def block_of(is_causal: bool, window: tuple[int, int], softmax: SoftmaxParams) -> Block:
+    return Block((-1, 0) if is_causal else window, softmax)
 
 
 def forward(q, k, v, *, softmax_scale, softcap, causal, window_size_left, window_size_right):
-    out, lse = MATH.forward(q, k, v, side(causal, window_size_left, window_size_right), SoftmaxParams(softmax_scale, softcap))
+    window, softmax = (window_size_left, window_size_right), SoftmaxParams(softmax_scale, softcap)
+    out, lse = MATH.forward(q, k, v, block_of(causal, window, softmax))
     return out.to(q.dtype), lse, None, None
 
 
 def backward(
     dout, q, k, v, out, lse, *, dq, dk, dv, softmax_scale, softcap, deterministic, is_causal, window_size_left, window_size_right
 ):
-    window = side(is_causal, window_size_left, window_size_right)
-    grads = MATH.backward(dout, q, k, v, out, lse, window, SoftmaxParams(softmax_scale, softcap))
+    window, softmax = (window_size_left, window_size_right), SoftmaxParams(softmax_scale, softcap)
+    grads = MATH.backward(Saved(q, k, v, out, lse), dout, block_of(is_causal, window, softmax))
     for given, grad in zip((dq, dk, dv), grads, strict=True):
         given.copy_(grad)
 

@@ -9,7 +9,7 @@ import torch
 from flash_windows import FLASH_2_WINDOWS, as_flash_attn_2
 from helpers import LAYOUTS, MASKS, assert_exact, assert_like_kernel, make_case, run_loopback, single_device
 
-from dtensor_ring.ops.kernels import KERNELS, SoftmaxParams, VarlenMetadata, VarlenSegment
+from dtensor_ring.ops.kernels import KERNELS, Block, SoftmaxParams, VarlenMetadata, VarlenSegment
 from dtensor_ring.planning.documents import Documents
 
 STRATEGIES = ("ring", "gather")
@@ -38,15 +38,11 @@ def test_flash_attention_2_reads_sides_as_long_as_the_keys_its_own_way(window, l
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("window", "rows", "columns"), [((-1, 4), 9, 3), ((0, -1), 9, 3)])
 def test_the_stand_in_misreads_what_plans_must_avoid(packed, window, rows, columns):
-    case, options = make_case(rows, k_length=columns, batch=1), SoftmaxParams(0.3)
+    case, varlen = make_case(rows, k_length=columns, batch=1), None
     if packed:
-        flat, packing = (
-            [x[0] for x in case.inputs],
-            VarlenMetadata.of([VarlenSegment(0, rows, 0, columns)], rows, columns, torch.device("cpu")),
-        )
-        out, meant = (k.forward_packed(*flat, packing, window, options).out for k in (FLASH_2_WINDOWS, KERNELS["math"]))
-    else:
-        out, meant = (k.forward(*case.inputs, window, options).out for k in (FLASH_2_WINDOWS, KERNELS["math"]))
+        varlen = VarlenMetadata.of([VarlenSegment(0, rows, 0, columns)], rows, columns, torch.device("cpu"))
+    inputs, block = [x[0] if packed else x for x in case.inputs], Block(window, SoftmaxParams(0.3), varlen)
+    out, meant = (kernel.forward(*inputs, block).out for kernel in (FLASH_2_WINDOWS, KERNELS["math"]))
     assert not torch.allclose(out, meant)
 
 

@@ -28,7 +28,7 @@ from dtensor_ring import (
 )
 from dtensor_ring.ops.call import AttentionCall
 from dtensor_ring.ops.executors.merge import merge_
-from dtensor_ring.ops.kernels import KERNELS, KernelRequirements, SoftmaxParams, VarlenMetadata, VarlenSegment
+from dtensor_ring.ops.kernels import KERNELS, Block, KernelRequirements, Saved, SoftmaxParams, VarlenMetadata, VarlenSegment
 from dtensor_ring.ops.reference import reference_attention
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
@@ -153,7 +153,7 @@ def peak_memory_of_the_ring():
     mesh = init_device_mesh("cuda", (world,), mesh_dim_names=("cp",))
     q, dout = (torch.randn(1, tokens, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     k, v = (torch.randn(1, tokens, kv_heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    kernel, scale = KERNELS["torch_flash"], SoftmaxParams(dim**-0.5)
+    kernel, block = KERNELS["torch_flash"], Block((-1, 0), SoftmaxParams(dim**-0.5))
 
     def peak(body):
         body()
@@ -176,7 +176,7 @@ def peak_memory_of_the_ring():
     arguments = none, (world * tokens, world * tokens), (0, 0), str(call), mesh.get_group().group_name
     backward = torch.ops.dtensor_ring.attention_backward
     kv, q_bytes, lse_bytes = k.nbytes + v.nbytes, q.nbytes, lse.nbytes
-    kernel_backward = peak(lambda: kernel.backward(dout, q, k, v, out, lse, (-1, 0), scale)) - q_bytes - kv
+    kernel_backward = peak(lambda: kernel.backward(Saved(q, k, v, out, lse), dout, block)) - q_bytes - kv
     forward = peak(ring)
     both = peak(lambda: backward(dout, q, k, v, None, None, out, lse, none, *arguments))
     slack = 8 << 20
@@ -213,30 +213,31 @@ def test_fused_merge_equals_the_plain_one(dtype, dim):
 @pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (100, 0), (50, 30)])
 @pytest.mark.parametrize("shape", [(300, 300), (200, 500)])
 def test_flash_kernel_windows_are_bottom_right(window, shape):
-    kernel, options = KERNELS["torch_flash"], SoftmaxParams(128**-0.5)
+    kernel = KERNELS["torch_flash"]
     case = make_case(shape[0], k_length=shape[1], dim=128, dtype=torch.bfloat16, device="cuda")
-    out, lse = kernel.forward(*case.inputs, window, options)
+    out, lse = kernel.forward(*case.inputs, Block(window, SoftmaxParams(128**-0.5)))
     exact, exact_lse = reference_attention(*case.inputs, is_causal=False, window=window)
     torch.testing.assert_close(out.float(), exact, rtol=0, atol=2e-2)
     torch.testing.assert_close(lse, exact_lse, rtol=0, atol=1e-3)
 
 
 def test_packed_rows_without_keys_are_empty_and_keys_without_queries_get_no_gradient():
-    kernel, options = KERNELS["torch_flash"], SoftmaxParams(128**-0.5)
+    kernel, softmax = KERNELS["torch_flash"], SoftmaxParams(128**-0.5)
     assert kernel.refuses(KernelRequirements("cuda", torch.bfloat16, 128, 128, training=True)) is None
     case = make_case(64, k_length=96, dim=128, batch=1, dtype=torch.bfloat16, device="cuda")
     q, k, v, dout = (x[0] for x in (*case.inputs, case.dout))
-    packing = VarlenMetadata.of([VarlenSegment(8, 24, 4, 30), VarlenSegment(24, 50, 40, 90)], 64, 96, q.device)
-    out, lse = kernel.forward_packed(q, k, v, packing, (-1, 0), options)
+    varlen = VarlenMetadata.of([VarlenSegment(8, 24, 4, 30), VarlenSegment(24, 50, 40, 90)], 64, 96, q.device)
+    block = Block((-1, 0), softmax, varlen)
+    out, lse = kernel.forward(q, k, v, block)
     assert (out[:8] == 0).all()
     assert (out[50:] == 0).all()
     assert (lse[:, :8] == -torch.inf).all()
-    dq, dk, dv = kernel.backward_packed(dout, q, k, v, out, lse, packing, (-1, 0), options)
+    dq, dk, dv = kernel.backward(Saved(q, k, v, out, lse), dout, block)
     for start, stop in ((0, 4), (30, 40), (90, 96)):
         assert (dk[start:stop] == 0).all()
         assert (dv[start:stop] == 0).all()
     assert (dq[:8] == 0).all()
     assert (dq[50:] == 0).all()
-    for rows, keys in ((slice(8, 24), slice(4, 30)), (slice(24, 50), slice(40, 90))):
-        block, _ = kernel.forward(q[None, rows], k[None, keys], v[None, keys], (-1, 0), options)
-        assert torch.equal(block[0], out[rows])
+    for queries, keys in ((slice(8, 24), slice(4, 30)), (slice(24, 50), slice(40, 90))):
+        alone, _ = kernel.forward(q[None, queries], k[None, keys], v[None, keys], Block((-1, 0), softmax))
+        assert torch.equal(alone[0], out[queries])

@@ -22,26 +22,26 @@ class CountingHeads(MathKernel):
     def __init__(self) -> None:
         self.blocks = []
 
-    def forward(self, q, k, v, window, options, extras=None):
+    def forward_dense(self, q, k, v, block):
         self.blocks.append((q.shape[2], k.shape[2], v.shape[2]))
-        return super().forward(q, k, v, window, options, extras)
+        return super().forward_dense(q, k, v, block)
 
-    def backward(self, dout, q, k, v, out, lse, window, options, extras=None):
-        self.blocks.append((q.shape[2], k.shape[2], v.shape[2]))
-        return super().backward(dout, q, k, v, out, lse, window, options, extras)
+    def backward_dense(self, saved, dout, block):
+        self.blocks.append(tuple(x.shape[2] for x in saved[:3]))
+        return super().backward_dense(saved, dout, block)
 
 
 def attend(case, at_once: int, layout: str, strategy: str, extras: bool):
     """Each rank's out, lse and gradients, the heads of its blocks, and its messages and bytes."""
     problem = case.problem(layout, WORLD, strategy)
-    options = SoftmaxParams(0.3, dropout_p=0.4 if extras else 0.0)
+    softmax = SoftmaxParams(0.3, dropout_p=0.4 if extras else 0.0)
     sinks = torch.linspace(-1, 1, 2 * KEY_HEADS, dtype=torch.float64) if extras else None
     alibi = torch.rand((2, 2 * KEY_HEADS), generator=torch.Generator().manual_seed(2)) if extras else None
 
     def rank_body(transport: LoopbackTransport):
         q, k, v, dout = (share(x, layout, WORLD, transport.rank).contiguous() for x in (*case.inputs, case.dout))
         kernel = CountingHeads()
-        executor = Executor(plan(problem, transport.rank), transport, kernel, options, sinks, alibi, origin=(3, 5))
+        executor = Executor(plan(problem, transport.rank), transport, kernel, softmax, sinks, alibi, origin=(3, 5))
         out, lse = head_groups.forward(executor, q, k, v, at_once, SEED)
         grads = head_groups.backward(executor, dout, q, k, v, out, lse, at_once, SEED)
         return (

@@ -9,21 +9,30 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtensor_ring.ops.kernels import (
     KERNELS,
+    Block,
     KernelRequirements,
     PositionContext,
+    Saved,
     SoftmaxParams,
     VarlenMetadata,
     VarlenSegment,
     choose_kernel,
 )
-from dtensor_ring.ops.kernels.base import band_mask, row_blocks
+from dtensor_ring.ops.kernels.base import Strip, band_mask, strips
 from dtensor_ring.ops.kernels.flash import load
 from dtensor_ring.ops.kernels.math import MathKernel
 from dtensor_ring.ops.reference import reference_attention
 from dtensor_ring.planning.documents import Documents
 
 CPU_KERNELS = ["math", "torch_cpu"]
+SOFTMAX = SoftmaxParams(8**-0.5)
 WINDOWS = [(-1, -1), (-1, 0), (5, 0), (4, 3), (-1, 2), (3, -1)]
+
+
+def both_passes(kernel, case, block):
+    """out, lse, dq, dk, dv of one dense block that is the whole attention."""
+    out, lse = KERNELS[kernel].forward(*case.inputs, block)
+    return out, lse, *KERNELS[kernel].backward(Saved(*case.inputs, out, lse), case.dout, block)
 
 
 def exact(case, window):
@@ -55,9 +64,7 @@ IDLE = [block for block in BLOCKS if not bool(seen(*block).all())]
 @pytest.mark.parametrize("heads", [(4, 2), (3, 1), (2, 2)])
 def test_a_block_is_exact_in_float64(kernel, window, lengths, heads):
     case = make_case(lengths[0], k_length=lengths[1], heads=heads)
-    options = SoftmaxParams(8**-0.5)
-    out, lse = KERNELS[kernel].forward(*case.inputs, window, options)
-    grads = KERNELS[kernel].backward(case.dout, *case.inputs, out, lse, window, options)
+    out, lse, *grads = both_passes(kernel, case, Block(window, SOFTMAX))
     want_out, want_lse, want_grads = exact(case, window)
     for found, wanted in zip((out, lse, *grads), (want_out, want_lse, *want_grads), strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
@@ -68,9 +75,7 @@ def test_a_block_is_exact_in_float64(kernel, window, lengths, heads):
 def test_in_math_a_row_that_sees_no_key_is_zero_and_gives_no_gradient(window, lengths):
     case, idle = make_case(lengths[0], k_length=lengths[1]), ~seen(window, lengths)
     assert idle.any()
-    options = SoftmaxParams(8**-0.5)
-    out, lse = KERNELS["math"].forward(*case.inputs, window, options)
-    grads = KERNELS["math"].backward(case.dout, *case.inputs, out, lse, window, options)
+    out, lse, *grads = both_passes("math", case, Block(window, SOFTMAX))
     want_out, want_lse, want_grads = exact(case, window)
     for found, wanted in zip((out, lse, *grads), (want_out, want_lse, *want_grads), strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
@@ -83,8 +88,9 @@ def test_in_math_a_row_that_sees_no_key_is_zero_and_gives_no_gradient(window, le
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_block_is_as_exact_as_its_dtype(kernel, dtype):
     case = make_case(40, dtype=dtype)
-    out, lse = KERNELS[kernel].forward(*case.inputs, (-1, 0), SoftmaxParams(8**-0.5))
-    grads = KERNELS[kernel].backward(case.dout, *case.inputs, out.to(dtype), lse, (-1, 0), SoftmaxParams(8**-0.5))
+    block = Block((-1, 0), SOFTMAX)
+    out, lse = KERNELS[kernel].forward(*case.inputs, block)
+    grads = KERNELS[kernel].backward(Saved(*case.inputs, out.to(dtype), lse), case.dout, block)
     want_out, want_lse, want_grads = exact(case, (-1, 0))
     assert lse.dtype == torch.float32
     torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=max(1e-5, 0.1 * torch.finfo(dtype).eps))
@@ -96,11 +102,12 @@ def test_a_block_is_as_exact_as_its_dtype(kernel, dtype):
 @pytest.mark.parametrize("kernel", CPU_KERNELS)
 def test_backward_of_a_block_with_the_global_lse_is_its_share(kernel):
     case = make_case(12, mask="full")
-    options, k_cut = SoftmaxParams(8**-0.5), 5
+    block, k_cut = Block((-1, -1), SOFTMAX), 5
     out, lse, *_ = case.exact()
     shares = []
     for part in (slice(0, k_cut), slice(k_cut, 12)):
-        shares.append(KERNELS[kernel].backward(case.dout, case.q, case.k[:, part], case.v[:, part], out, lse, (-1, -1), options))
+        saved = Saved(case.q, case.k[:, part], case.v[:, part], out, lse)
+        shares.append(KERNELS[kernel].backward(saved, case.dout, block))
     _, _, want = exact(case, (-1, -1))
     torch.testing.assert_close(shares[0][0] + shares[1][0], want[0], rtol=0, atol=1e-12)
     for i in (1, 2):
@@ -111,20 +118,20 @@ def test_backward_of_a_block_with_the_global_lse_is_its_share(kernel):
 def test_packed_segments_are_problems_of_their_own(kernel):
     case = make_case(20, k_length=26, batch=1)
     q, k, v, dout = (x[0] for x in (*case.inputs, case.dout))
-    spans = [VarlenSegment(2, 7, 1, 9), VarlenSegment(7, 8, 9, 10), VarlenSegment(12, 20, 14, 25)]
-    packing, options = VarlenMetadata.of(spans, 20, 26, q.device), SoftmaxParams(8**-0.5)
-    out, lse = KERNELS[kernel].forward_packed(q, k, v, packing, (-1, 0), options)
-    grads = KERNELS[kernel].backward_packed(dout, q, k, v, out, lse, packing, (-1, 0), options)
+    segments = [VarlenSegment(2, 7, 1, 9), VarlenSegment(7, 8, 9, 10), VarlenSegment(12, 20, 14, 25)]
+    block = Block((-1, 0), SOFTMAX, VarlenMetadata.of(segments, 20, 26, q.device))
+    out, lse = KERNELS[kernel].forward(q, k, v, block)
+    grads = KERNELS[kernel].backward(Saved(q, k, v, out, lse), dout, block)
     idle_q, idle_k = torch.ones(20, dtype=torch.bool), torch.ones(26, dtype=torch.bool)
-    for q0, q1, k0, k1 in spans:
+    for q0, q1, k0, k1 in segments:
         idle_q[q0:q1], idle_k[k0:k1] = False, False
         part = make_case(1)
         part.q, part.k, part.v, part.dout = q[None, q0:q1], k[None, k0:k1], v[None, k0:k1], dout[None, q0:q1]
         want_out, want_lse, want_grads = exact(part, (-1, 0))
         torch.testing.assert_close(out[q0:q1], want_out[0], rtol=0, atol=1e-12)
         torch.testing.assert_close(lse[:, q0:q1], want_lse[0], rtol=0, atol=1e-12)
-        for found, wanted, rows in zip(grads, want_grads, (slice(q0, q1), slice(k0, k1), slice(k0, k1)), strict=True):
-            torch.testing.assert_close(found[rows], wanted[0], rtol=0, atol=1e-12)
+        for found, wanted, tokens in zip(grads, want_grads, (slice(q0, q1), slice(k0, k1), slice(k0, k1)), strict=True):
+            torch.testing.assert_close(found[tokens], wanted[0], rtol=0, atol=1e-12)
     assert (out[idle_q] == 0).all()
     assert (lse[:, idle_q] == -torch.inf).all()
     assert (grads[0][idle_q] == 0).all()
@@ -132,31 +139,29 @@ def test_packed_segments_are_problems_of_their_own(kernel):
     assert (grads[2][idle_k] == 0).all()
 
 
-def test_a_packing_gives_gaps_to_sequences_without_keys_or_without_queries():
-    packing = VarlenMetadata.of([VarlenSegment(2, 5, 0, 4), VarlenSegment(5, 6, 6, 8)], 9, 10, torch.device("cpu"))
-    assert packing.cu_q.tolist() == [0, 2, 5, 5, 6, 9, 9]
-    assert packing.cu_k.tolist() == [0, 0, 4, 6, 8, 8, 10]
-    assert (packing.max_q, packing.max_k) == (3, 4)
-    assert packing.cu_q.dtype == torch.int32
+def test_gaps_between_segments_are_sequences_without_keys_or_without_queries():
+    varlen = VarlenMetadata.of([VarlenSegment(2, 5, 0, 4), VarlenSegment(5, 6, 6, 8)], 9, 10, torch.device("cpu"))
+    assert varlen.cu_q.tolist() == [0, 2, 5, 5, 6, 9, 9]
+    assert varlen.cu_k.tolist() == [0, 0, 4, 6, 8, 8, 10]
+    assert (varlen.max_q, varlen.max_k) == (3, 4)
+    assert varlen.cu_q.dtype == torch.int32
 
 
 @pytest.mark.parametrize("kernel", CPU_KERNELS)
 def test_a_packed_block_without_segments_is_nothing_of_the_right_shape(kernel):
     case = make_case(6, v_dim=8, batch=1, dtype=torch.float32)
     q, k, v, dout = (x[0] for x in (*case.inputs, case.dout))
-    nothing, softmax = VarlenMetadata.of([], 6, 6, q.device), SoftmaxParams(8**-0.5)
-    out, lse = KERNELS[kernel].forward_packed(q, k, v, nothing, (-1, 0), softmax)
+    nothing = Block((-1, 0), SOFTMAX, VarlenMetadata.of([], 6, 6, q.device))
+    out, lse = KERNELS[kernel].forward(q, k, v, nothing)
     assert torch.equal(out, torch.zeros(6, 4, 8))
     assert torch.equal(lse, torch.full((4, 6), -torch.inf))
-    grads = KERNELS[kernel].backward_packed(dout, q, k, v, out, lse, nothing, (-1, 0), softmax)
+    grads = KERNELS[kernel].backward(Saved(q, k, v, out, lse), dout, nothing)
     assert all(torch.equal(grad, torch.zeros_like(x)) for grad, x in zip(grads, (q, k, v), strict=True))
 
 
 def test_softcap_and_its_gradient_are_exact_in_math():
     case = make_case(11, softcap=1.5)
-    options = SoftmaxParams(8**-0.5, softcap=1.5)
-    out, lse = KERNELS["math"].forward(*case.inputs, (-1, 0), options)
-    grads = KERNELS["math"].backward(case.dout, *case.inputs, out, lse, (-1, 0), options)
+    out, lse, *grads = both_passes("math", case, Block((-1, 0), SoftmaxParams(8**-0.5, softcap=1.5)))
     want_out, want_lse, want_grads = exact(case, (-1, 0))
     for found, wanted in zip((out, lse, *grads), (want_out, want_lse, *want_grads), strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
@@ -164,44 +169,41 @@ def test_softcap_and_its_gradient_are_exact_in_math():
 
 def test_a_value_dim_of_its_own_is_exact_in_math():
     case = make_case(11, v_dim=5)
-    out, *_ = KERNELS["math"].forward(*case.inputs, (-1, 0), SoftmaxParams(8**-0.5))
+    out, *_ = KERNELS["math"].forward(*case.inputs, Block((-1, 0), SOFTMAX))
     torch.testing.assert_close(out, exact(case, (-1, 0))[0], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-def test_strips_of_rows_hold_every_key_their_rows_see(window):
-    mask = band_mask(range(10), range(14), 4, window, torch.device("cpu"))
+def test_strips_hold_every_key_that_their_queries_see(window):
+    mask = band_mask(Strip(range(10), range(14)), 4, window, torch.device("cpu"))
     rebuilt = torch.zeros_like(mask)
-    for rows, columns in row_blocks(10, 14, window, 3):
-        part = band_mask(rows, columns, 4, window, torch.device("cpu"))
-        rebuilt[rows.start : rows.stop, columns.start : columns.stop] = part
+    for strip in strips((10, 14), window, 3):
+        part = band_mask(strip, 4, window, torch.device("cpu"))
+        rebuilt[strip.queries.start : strip.queries.stop, strip.keys.start : strip.keys.stop] = part
     assert torch.equal(mask, rebuilt)
 
 
 def test_long_blocks_are_computed_in_strips_alike():
     case = make_case(1200, dim=4, heads=(2, 1), batch=1)
     for window in [(-1, 0), (300, 0), (-1, 40), (300, -1)]:
-        found, wanted = [], []
-        for kernel, results in (("torch_cpu", found), ("math", wanted)):
-            results += KERNELS[kernel].forward(*case.inputs, window, SoftmaxParams(0.5))
-            results += KERNELS[kernel].backward(case.dout, *case.inputs, *results, window, SoftmaxParams(0.5))
-        for a, b in zip(found, wanted, strict=True):
+        results = [both_passes(kernel, case, Block(window, SoftmaxParams(0.5))) for kernel in ("torch_cpu", "math")]
+        for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
 class Recording(MathKernel):
-    """Keeps the extras that each block got."""
+    """Keeps the positions that each dense block got."""
 
     def __init__(self) -> None:
         self.kept = []
 
-    def forward(self, q, k, v, window, options, extras=None):
-        self.kept.append(extras)
-        return super().forward(q, k, v, window, options, extras)
+    def forward_dense(self, q, k, v, block):
+        self.kept.append(block.positions)
+        return super().forward_dense(q, k, v, block)
 
-    def backward(self, dout, q, k, v, out, lse, window, options, extras=None):
-        self.kept.append(extras)
-        return super().backward(dout, q, k, v, out, lse, window, options, extras)
+    def backward_dense(self, saved, dout, block):
+        self.kept.append(block.positions)
+        return super().backward_dense(saved, dout, block)
 
 
 class OpCounter(TorchDispatchMode):
@@ -217,34 +219,32 @@ class OpCounter(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("window", "lengths", "strips"), [((-1, 0), (600, 600), 1), ((-1, -1), (600, 300), 1), ((9, 0), (600, 600), 2)]
+    ("window", "lengths", "calls"), [((-1, 0), (600, 600), 1), ((-1, -1), (600, 300), 1), ((9, 0), (600, 600), 2)]
 )
-def test_torch_cpu_masks_only_where_its_op_cannot(window, lengths, strips):
+def test_torch_cpu_masks_only_where_its_op_cannot(window, lengths, calls):
     case = make_case(lengths[0], k_length=lengths[1], dtype=torch.float32)
-    kernel, options = KERNELS["torch_cpu"], SoftmaxParams(8**-0.5)
     with OpCounter() as ops:
-        out, lse = kernel.forward(*case.inputs, window, options)
-        kernel.backward(case.dout, *case.inputs, out, lse, window, options)
-    assert ops.counts["_scaled_dot_product_flash_attention_for_cpu"] == strips
-    assert ops.counts["_scaled_dot_product_flash_attention_for_cpu_backward"] == strips
-    assert (ops.counts["masked_fill_"] > 0) == (strips > 1)
+        both_passes("torch_cpu", case, Block(window, SOFTMAX))
+    assert ops.counts["_scaled_dot_product_flash_attention_for_cpu"] == calls
+    assert ops.counts["_scaled_dot_product_flash_attention_for_cpu_backward"] == calls
+    assert (ops.counts["masked_fill_"] > 0) == (calls > 1)
 
 
 def test_each_packed_segment_gets_the_positions_and_slopes_of_its_own_rows():
-    rows, keys, slopes = 10, 13, torch.rand(2, 4)
-    spans = [VarlenSegment(1, 4, 0, 5), VarlenSegment(6, 9, 5, 13), VarlenSegment(10, 12, 13, 15), VarlenSegment(14, 19, 20, 25)]
-    packing = VarlenMetadata.of(spans, 2 * rows, 2 * keys, torch.device("cpu"))
-    q_positions, k_positions = torch.randperm(rows), torch.randperm(keys)
-    extras = PositionContext(slopes, 7, q_positions, k_positions, origin=(3, 1))
-    case = make_case(2 * rows, k_length=2 * keys, batch=1)
+    queries, keys, slopes = 10, 13, torch.rand(2, 4)
+    segments = [VarlenSegment(1, 4, 0, 5), VarlenSegment(6, 9, 5, 13), VarlenSegment(10, 12, 13, 15), VarlenSegment(14, 19, 20, 25)]
+    varlen = VarlenMetadata.of(segments, 2 * queries, 2 * keys, torch.device("cpu"))
+    q_positions, k_positions = torch.randperm(queries), torch.randperm(keys)
+    positions = PositionContext(slopes, 7, q_positions, k_positions, origin=(3, 1))
+    case = make_case(2 * queries, k_length=2 * keys, batch=1)
     q, k, v, dout = (x[0] for x in (*case.inputs, case.dout))
-    kernel, options = Recording(), SoftmaxParams(0.4)
-    out, lse = kernel.forward_packed(q, k, v, packing, (-1, -1), options, extras)
-    kernel.backward_packed(dout, q, k, v, out, lse, packing, (-1, -1), options, extras)
-    assert len(kernel.kept) == 2 * len(spans)
-    for (q0, q1, k0, k1), part in zip((*spans, *spans), kernel.kept, strict=True):
-        row = q0 // rows
-        assert torch.equal(part.q_positions, q_positions[q0 - row * rows : q1 - row * rows])
+    kernel, block = Recording(), Block((-1, -1), SoftmaxParams(0.4), varlen, positions)
+    out, lse = kernel.forward(q, k, v, block)
+    kernel.backward(Saved(q, k, v, out, lse), dout, block)
+    assert len(kernel.kept) == 2 * len(segments)
+    for (q0, q1, k0, k1), part in zip((*segments, *segments), kernel.kept, strict=True):
+        row = q0 // queries
+        assert torch.equal(part.q_positions, q_positions[q0 - row * queries : q1 - row * queries])
         assert torch.equal(part.k_positions, k_positions[k0 - row * keys : k1 - row * keys])
         assert torch.equal(part.alibi, slopes[row : row + 1])
         assert (part.batch, part.origin, part.seed) == (row, (3, 1), 7)

@@ -39,19 +39,13 @@ class PreparedKernel(Kernel):
     def lacks(self, need):
         return None
 
-    def forward(self, q, k, v, window, options, extras=None):
+    def forward(self, q, k, v, block):
         self.inputs.append((q, k, v))
         return Result(self.out, self.lse)
 
-    def backward(self, dout, q, k, v, out, lse, window, options, extras=None):
-        self.inputs.append((q, k, v, dout, out, lse))
+    def backward(self, saved, dout, block):
+        self.inputs.append((*saved[:3], dout, *saved[3:]))
         return self.grads
-
-    def forward_packed(self, q, k, v, packing, window, options, extras=None):
-        return self.forward(q, k, v, window, options, extras)
-
-    def backward_packed(self, dout, q, k, v, out, lse, packing, window, options, extras=None):
-        return self.backward(dout, q, k, v, out, lse, window, options, extras)
 
 
 class Names(TorchDispatchMode):

@@ -22,7 +22,7 @@ from dtensor_ring import (
     full_tensor,
     ring_attention,
 )
-from dtensor_ring.ops.kernels import KERNELS, SoftmaxParams, VarlenMetadata, VarlenSegment
+from dtensor_ring.ops.kernels import KERNELS, Block, SoftmaxParams, VarlenMetadata, VarlenSegment
 
 pytestmark = pytest.mark.gpu
 WINDOWS = [(-1, -1), (-1, 0), (5, 0), (0, -1), (7, -1), (-1, 3), (-1, 40), (-1, 300), (4, 30), (300, 2), (64, 64), (500, 500)]
@@ -52,17 +52,14 @@ def _sees_a_key(rows: int, columns: int, window: tuple[int, int]) -> torch.Tenso
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_flash_attention_2_reads_windows_as_the_stand_in_for_cpus_says(shape, window, packed):
-    case, options = make_case(shape[0], k_length=shape[1], dim=64, batch=1, dtype=torch.bfloat16, device="cuda"), SoftmaxParams(0.1)
+    case, varlen = make_case(shape[0], k_length=shape[1], dim=64, batch=1, dtype=torch.bfloat16, device="cuda"), None
     read = as_flash_attn_2(window, shape[1])
     seen = _sees_a_key(*shape, read)
     if packed:
-        flat = [x[0] for x in case.inputs]
-        packing = VarlenMetadata.of([VarlenSegment(0, shape[0], 0, shape[1])], *shape, torch.device("cuda"))
-        out = KERNELS["torch_flash"].forward_packed(*flat, packing, window, options).out
-        meant = KERNELS["math"].forward_packed(*flat, packing, read, options).out
-    else:
-        out = KERNELS["torch_flash"].forward(*case.inputs, window, options).out[0]
-        meant = KERNELS["math"].forward(*case.inputs, read, options).out[0]
+        varlen = VarlenMetadata.of([VarlenSegment(0, shape[0], 0, shape[1])], *shape, torch.device("cuda"))
+    inputs, softmax = [x[0] if packed else x for x in case.inputs], SoftmaxParams(0.1)
+    out = KERNELS["torch_flash"].forward(*inputs, Block(window, softmax, varlen)).out.reshape(shape[0], -1)
+    meant = KERNELS["math"].forward(*inputs, Block(read, softmax, varlen)).out.reshape(shape[0], -1)
     assert (out.float() - meant.float())[seen.cuda()].abs().max() < 0.03
 
 

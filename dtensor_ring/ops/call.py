@@ -95,8 +95,8 @@ class AttentionCall:
         return "ring" if self.strategy == AUTO else self.strategy
 
     @property
-    def options(self) -> SoftmaxParams:
-        """What every kernel call of this attention is given."""
+    def softmax(self) -> SoftmaxParams:
+        """What every block of this attention is given."""
         return SoftmaxParams(self.scale, self.softcap, self.deterministic, self.dropout_p)
 
     def problem(self, lengths: Sequence[int], world: int, documents: Documents | Slices | None) -> AttentionProblem:

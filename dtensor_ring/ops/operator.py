@@ -188,7 +188,7 @@ def _executor(
     bounds = Documents.unpack(documents)
     resolved = _resolved(call, facts, q_length, k_length, transport.world, bounds, extras[1] is not None)
     row, head = origin  # the first batch row and the first head
-    rest = resolved.kernel, resolved.options, *extras, (row, head)
+    rest = resolved.kernel, resolved.softmax, *extras, (row, head)
     # Ulysses exchanges heads, not tokens: each rank then has a whole sequence, and there is no plan to walk.
     if resolved.problem.strategy == "ulysses":
         return UlyssesExecutor(resolved.problem, transport, *rest)
@@ -200,7 +200,7 @@ class _Resolved(NamedTuple):
 
     problem: AttentionProblem
     kernel: Kernel
-    options: SoftmaxParams
+    softmax: SoftmaxParams
 
 
 def _resolved_bytes(resolved: _Resolved, *_others: object) -> int:
@@ -221,4 +221,4 @@ def _resolved(
     asked = AttentionCall.parse(call)
     problem = asked.problem((q_length, k_length), world, documents)
     strategy, kernel = asked.choose(asked.need(*facts[:4]), has_alibi, problem)
-    return _Resolved(replace(problem, strategy=strategy), kernel, asked.options)
+    return _Resolved(replace(problem, strategy=strategy), kernel, asked.softmax)

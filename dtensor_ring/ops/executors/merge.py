@@ -3,9 +3,9 @@
     out, lse of keys 0..3      out, lse of keys 4..7      together
     o1, l1                     o2, l2                     l = log(e^l1 + e^l2),  o = o1 + sigmoid(l2 - l1) * (o2 - o1)
 
-Arithmetic is in float32 (float64 for float64). Rows that get at most two contributions are rounded once, straight into the
-output dtype; where more come the running value is kept in float32 to the end. A row without keys has out 0 and lse -inf, and
-two of them merge to that again.
+Arithmetic is in float32 (float64 for float64). Queries that get at most two contributions are rounded once, straight into the
+output dtype; where more come the running value is kept in float32 to the end. A query without keys has out 0 and lse -inf, and
+two such results merge to that again.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from dtensor_ring.ops.dtypes import accumulate_dtype
 
 
 def merge_(out_BSHD: Tensor, lse_BHS: Tensor, block_BSHD: Tensor, block_lse_BHS: Tensor) -> None:
-    """Merge a block's out and lse into `out_BSHD` and `lse_BHS` in place; all four cover the same rows."""
+    """Merge a block's out and lse into `out_BSHD` and `lse_BHS` in place; all four cover the same queries."""
     if out_BSHD.is_cuda and out_BSHD.dtype != torch.float64 and _has_triton():
         from dtensor_ring.ops.executors._merge_cuda import fused_merge_
 
         fused_merge_(out_BSHD, lse_BHS, block_BSHD, block_lse_BHS)
         return
     work = accumulate_dtype(out_BSHD.dtype)
-    weight_BHS = torch.sigmoid(block_lse_BHS - lse_BHS).nan_to_num_(0.0)
+    weight_BHS = torch.sigmoid(block_lse_BHS - lse_BHS).nan_to_num_(0.0)  # -inf - -inf: no keys in either, out stays 0
     weight = weight_BHS.transpose(1, 2)[..., None].to(work)
     out_BSHD.copy_(torch.lerp(out_BSHD.to(work), block_BSHD.to(work), weight))
     lse_BHS.copy_(torch.logaddexp(lse_BHS, block_lse_BHS))
@@ -45,7 +45,7 @@ class OutputSum:
     Args:
         q_BSHD: the queries, for shape, device and dtype.
         v_head_dim: last dim of out.
-        parts: the most contributions any row gets.
+        parts: the most contributions any query gets.
         sinks_H: a score of each head that every query also sees, with no value; taken in once, at the end.
     """
 
@@ -59,8 +59,9 @@ class OutputSum:
         self._lse: Tensor | None = None
 
     def add(self, start: int, stop: int, block_BSHD: Tensor, block_lse_BHS: Tensor) -> None:
-        """Take in the out and lse that one block gives rows [start, stop)."""
+        """Take in the out and lse that one block gives queries [start, stop)."""
         if self._out is None or self._lse is None:
+            # a first block of all queries is the running value itself, which saves a fill and a merge
             if (start, stop) == (0, self._q.shape[1]):
                 self._out = block_BSHD.to(self._work) if self._keep_wide else block_BSHD
                 self._lse = block_lse_BHS
@@ -70,10 +71,10 @@ class OutputSum:
         merge_(self._out[:, start:stop], self._lse[:, :, start:stop], block_BSHD, block_lse_BHS)
 
     def _start(self, dtype: torch.dtype) -> None:
-        batch, rows, heads, _ = self._q.shape
+        batch, length, heads, _ = self._q.shape
         dtype = self._work if self._keep_wide else dtype
-        self._out = torch.zeros((batch, rows, heads, self._v_head_dim), dtype=dtype, device=self._q.device)
-        self._lse = torch.full((batch, heads, rows), -math.inf, dtype=self._work, device=self._q.device)
+        self._out = torch.zeros((batch, length, heads, self._v_head_dim), dtype=dtype, device=self._q.device)
+        self._lse = torch.full((batch, heads, length), -math.inf, dtype=self._work, device=self._q.device)
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Out in the dtype of q and lse in float32 (float64 for float64), both contiguous."""
@@ -101,11 +102,11 @@ def sink_gradient(dout_BSHD: Tensor, out_BSHD: Tensor, lse_BHS: Tensor, sinks_H:
 
 
 class GradSum:
-    """A running gradient (B, S, H, D), in float32 where a row gets more than two contributions.
+    """A running gradient (B, S, H, D), in float32 where a token gets more than two contributions.
 
     Args:
         like: the tensor whose gradient it is.
-        parts: the most contributions any row gets.
+        parts: the most contributions any token gets.
     """
 
     def __init__(self, like: Tensor, parts: int) -> None:
@@ -115,7 +116,11 @@ class GradSum:
         self._waiting: list[tuple[int, Tensor]] = []
 
     def add(self, start: int, part: Tensor) -> None:
-        """Add `part` (B, n, H, D) to rows [start, start + n). The sum may take `part` over and change it."""
+        """Add `part` (B, n, H, D) to tokens [start, start + n). The sum may take `part` over and change it.
+
+        A part of all tokens becomes the running sum, which saves a fill with zeros. So parts of some tokens that come first wait
+        for one, unless sums are kept in float32: then most parts need a copy anyway, and waiting would only hold their memory.
+        """
         whole = part.shape[1] == self.like.shape[1]
         if self._total is None and whole:
             self._total = part.to(accumulate_dtype(part.dtype)) if self._keep_wide else part

@@ -22,9 +22,20 @@ from torch import Tensor
 from dtensor_ring.cache import cached
 from dtensor_ring.comm import Pending, Transport
 from dtensor_ring.comm.rank_checks import number_of
+from dtensor_ring.ops.block_kinds import is_varlen
 from dtensor_ring.ops.executors.exchange import Direction, Exchange, Pair
 from dtensor_ring.ops.executors.merge import GradSum, OutputSum, sink_gradient, with_sinks
-from dtensor_ring.ops.kernels import Kernel, PositionContext, Result, SoftmaxParams, VarlenMetadata, VarlenSegment
+from dtensor_ring.ops.kernels import (
+    Block,
+    Gradients,
+    Kernel,
+    PositionContext,
+    Result,
+    Saved,
+    SoftmaxParams,
+    VarlenMetadata,
+    VarlenSegment,
+)
 from dtensor_ring.planning.kernel_calls import KernelCall
 from dtensor_ring.planning.schedule import AttentionProblem, Plan, plan
 
@@ -37,7 +48,7 @@ class Executor:
         plan: what to do.
         transport: how to exchange.
         kernel: what computes a block.
-        options: scale, softcap, dropout.
+        softmax: scale, softcap, dropout.
         sinks: a score (H,) that every query of a head also sees, with no value; None for none.
         alibi: slopes (H,) or (B, H), float32; None for none.
         origin: first batch row and head of this rank's tensors in the whole batch: dropout masks depend on them.
@@ -46,7 +57,7 @@ class Executor:
     plan: Plan
     transport: Transport
     kernel: Kernel
-    options: SoftmaxParams
+    softmax: SoftmaxParams
     sinks: Tensor | None = None
     alibi: Tensor | None = None
     origin: tuple[int, int] = (0, 0)
@@ -74,20 +85,19 @@ class Executor:
         `seed` makes the dropout mask: the same seed the same mask, in `backward` too. `coming` is the first step's `fetch`, if it
         was started before.
         """
-        only = self._only_call(q_BSHD)
+        only = self._only_call(q_BSHD, seed)
         if only is not None:
             k, v = self._only_keys((k_BSHD, v_BSHD), "forward", coming)
-            _, _, (out, lse) = self._forward_call(q_BSHD, k, v, *only, self._only_extras(q_BSHD.device, seed))
+            _, _, (out, lse) = self._forward_call(q_BSHD, k, v, *only)
             if self.sinks is not None:
                 out, lse = with_sinks(out, lse, self.sinks)
             return out.to(q_BSHD.dtype).contiguous(), lse.contiguous()
         total = OutputSum(q_BSHD, v_BSHD.shape[-1], self.plan.q_parts, self.sinks)
-        packs, extras = self._packs(q_BSHD), self._extras(q_BSHD.device, seed)
+        block_of = self._blocks(q_BSHD, seed)
         for index, keys in self._visits(self.exchange, (k_BSHD, v_BSHD), "forward", coming):
             for number, call in enumerate(self.plan.steps[index].calls):
-                extra = None if extras is None else extras(index, number)
-                start, stop, block = self._forward_call(q_BSHD, *keys, call, packs[index][number], extra)
-                total.add(start, stop, block.out, block.lse)
+                start, stop, result = self._forward_call(q_BSHD, *keys, call, block_of(index, number))
+                total.add(start, stop, result.out, result.lse)
         return total.result()
 
     def backward(
@@ -102,29 +112,26 @@ class Executor:
         coming: Pending[Pair] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """dq, dk, dv of this rank's shares in the dtypes of q, k, v, and this rank's part of dsinks (H,)."""
-        only = self._only_call(q_BSHD)
+        saved, only = Saved(q_BSHD, k_BSHD, v_BSHD, out_BSHD, lse_BHS), self._only_call(q_BSHD, seed)
         if only is not None:
-            extras = self._only_extras(q_BSHD.device, seed)
-            dq, dk, dv = self._backward_alone(dout_BSHD, q_BSHD, (k_BSHD, v_BSHD), out_BSHD, lse_BHS, only, extras, coming)
+            dq, dk, dv = self._backward_alone(saved, dout_BSHD, *only, coming)
         else:
-            dq, dk, dv = self._backward(dout_BSHD, q_BSHD, (k_BSHD, v_BSHD), out_BSHD, lse_BHS, seed, coming)
+            dq, dk, dv = self._backward(saved, dout_BSHD, seed, coming)
         dsinks = None if self.sinks is None else sink_gradient(dout_BSHD, out_BSHD, lse_BHS, self.sinks)
         return dq, dk, dv, dsinks
 
-    def _backward(
-        self, dout: Tensor, q: Tensor, kv: Pair, out: Tensor, lse: Tensor, seed: int, coming: Pending[Pair] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The sums over all steps and calls."""
+    def _backward(self, saved: Saved, dout: Tensor, seed: int, coming: Pending[Pair] | None) -> Gradients:
+        """The sums over all steps and calls; `saved` has this rank's own keys."""
+        q, own_k, own_v, out, lse = saved
         dq = GradSum(q, self.plan.q_parts)
-        own = GradSum(kv[0], self.plan.k_parts), GradSum(kv[1], self.plan.k_parts)
-        packs, extras, exchange = self._packs(q), self._extras(q.device, seed), self.exchange
+        own = GradSum(own_k, self.plan.k_parts), GradSum(own_v, self.plan.k_parts)
+        block_of, exchange = self._blocks(q, seed), self.exchange
         returning: Pending[None] | None = None
-        for index, (k, v) in self._visits(exchange, kv, "backward", coming):
-            step = self.plan.steps[index]
+        for index, (k, v) in self._visits(exchange, (own_k, own_v), "backward", coming):
+            step, of_step = self.plan.steps[index], Saved(q, k, v, out, lse)
             dk, dv = GradSum(k, 1 + 2 * step.sums), GradSum(v, 1 + 2 * step.sums)
             for number, call in enumerate(step.calls):
-                extra = None if extras is None else extras(index, number)
-                q_start, k_start, grads = self._backward_call(dout, q, k, v, out, lse, call, packs[index][number], extra)
+                q_start, k_start, grads = self._backward_call(of_step, dout, call, block_of(index, number))
                 dq.add(q_start, grads[0])
                 dk.add(k_start, grads[1])
                 dv.add(k_start, grads[2])
@@ -133,41 +140,41 @@ class Executor:
             returning = exchange.give_back(index, (dk.result(), dv.result()), own)
         if returning is not None:
             returning.wait()
-        return dq.result(q.dtype), own[0].result(kv[0].dtype), own[1].result(kv[1].dtype)
+        return dq.result(q.dtype), own[0].result(own_k.dtype), own[1].result(own_v.dtype)
 
     def _backward_alone(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        kv: Pair,
-        out: Tensor,
-        lse: Tensor,
-        only: tuple[KernelCall, VarlenMetadata | None],
-        extras: PositionContext | None,
-        coming: Pending[Pair] | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, saved: Saved, dout: Tensor, call: KernelCall, block: Block, coming: Pending[Pair] | None
+    ) -> Gradients:
         """What the only call gives; gradients of keys that came from other ranks go back to them."""
+        q, k, v, out, lse = saved
+        kv = k, v
         keys = self._only_keys(kv, "backward", coming)
-        _, _, (dq, dk, dv) = self._backward_call(dout, q, *keys, out, lse, *only, extras)
         if keys is not kv:
-            own = GradSum(kv[0], self.plan.k_parts), GradSum(kv[1], self.plan.k_parts)
+            saved = Saved(q, *keys, out, lse)
+        _, _, (dq, dk, dv) = self._backward_call(saved, dout, call, block)
+        if keys is not kv:
+            own = GradSum(k, self.plan.k_parts), GradSum(v, self.plan.k_parts)
             self.exchange.give_back(0, (dk, dv), own).wait()
             dk, dv = own[0].result(), own[1].result()
-        return dq.to(q.dtype).contiguous(), dk.to(kv[0].dtype).contiguous(), dv.to(kv[1].dtype).contiguous()
+        return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()
 
-    def _only_call(self, q_BSHD: Tensor) -> tuple[KernelCall, VarlenMetadata | None] | None:
+    def _only_call(self, q_BSHD: Tensor, seed: int) -> tuple[KernelCall, Block] | None:
         """The call of a plan that has no other, if it covers all queries and all keys of its step; what it returns is the result.
 
-        A packed call covers everything: it gives rows in no segment out 0 and lse -inf, and keys in none gradients 0.
+        A varlen call covers everything: it gives tokens in no segment out 0 and lse -inf, and keys in none gradients 0.
         """
         steps = self.plan.steps
         if len(steps) != 1 or len(steps[0].calls) != 1:
             return None
         call = steps[0].calls[0]
-        if len(call.segments) == 1 and len(self.plan.problem.bounds) == 1:
-            _, q0, q1, k0, k1 = call.segments[0]
-            return (call, None) if q1 - q0 == q_BSHD.shape[1] and k1 - k0 == steps[0].rows else None
-        return call, self._packs(q_BSHD)[0][0]
+        if is_varlen(call, self.plan.problem):
+            return call, self._blocks(q_BSHD, seed)(0, 0)
+        _, q0, q1, k0, k1 = call.segments[0]
+        if q1 - q0 != q_BSHD.shape[1] or k1 - k0 != steps[0].rows:
+            return None
+        # a dense block needs nothing that is looked up: the look-up would be most of what the executor costs the host here
+        positions_of = self._positions(q_BSHD.device, seed)
+        return call, self._block(call, None, None if positions_of is None else positions_of(0, 0))
 
     def _only_keys(self, kv: Pair, direction: Direction, coming: Pending[Pair] | None) -> Pair:
         """The keys of the only step: `kv` itself where they are all of this rank's and no other rank takes part."""
@@ -177,16 +184,28 @@ class Executor:
             coming = self.exchange.fetch(0, kv, direction)
         return coming.wait()
 
-    def _only_extras(self, device: torch.device, seed: int) -> PositionContext | None:
-        extras = self._extras(device, seed)
-        return None if extras is None else extras(0, 0)
+    def _blocks(self, q_BSHD: Tensor, seed: int) -> Callable[[int, int], Block]:
+        """What makes the block of a call from the numbers of its step and of the call in it."""
+        steps, device = self.plan.steps, q_BSHD.device
+        varlen = _varlen_metadata(self.plan.problem, self.plan.rank, q_BSHD.shape[0], device)
+        positions_of = self._positions(device, seed)
 
-    def _packs(self, q_BSHD: Tensor) -> tuple[tuple[VarlenMetadata | None, ...], ...]:
-        return _packings(self.plan.problem, self.plan.rank, q_BSHD.shape[0], q_BSHD.device)
+        def of_call(index: int, number: int) -> Block:
+            positions = None if positions_of is None else positions_of(index, number)
+            return self._block(steps[index].calls[number], varlen[index][number], positions)
 
-    def _extras(self, device: torch.device, seed: int) -> Callable[[int, int], PositionContext] | None:
-        """What makes the extras of a call from the numbers of its step and of the call in it; None where no call needs any."""
-        if not self.options.dropout_p and self.alibi is None:
+        return of_call
+
+    def _block(self, call: KernelCall, varlen: VarlenMetadata | None, positions: PositionContext | None) -> Block:
+        """The block of a call, given the positions of all queries and of all keys of its step."""
+        if varlen is None and positions is not None:
+            _, q0, q1, k0, k1 = call.segments[0]
+            positions = positions.part(slice(q0, q1), slice(k0, k1))
+        return Block(call.window, self.softmax, varlen, positions)
+
+    def _positions(self, device: torch.device, seed: int) -> Callable[[int, int], PositionContext] | None:
+        """What gives the positions of a call from the numbers of its step and of the call in it; None where nothing needs them."""
+        if not self.softmax.dropout_p and self.alibi is None:
             return None
         rank, kernel = self.plan.rank, self.kernel
         first_calls = [0, *accumulate(len(step.calls) for step in self.plan.steps)]
@@ -201,41 +220,33 @@ class Executor:
 
         return of_call
 
-    def _forward_call(
-        self, q: Tensor, k: Tensor, v: Tensor, call: KernelCall, pack: VarlenMetadata | None, extras: PositionContext | None
-    ) -> tuple[int, int, Result]:
-        """First and last row, out and lse of one call."""
-        if pack is None:
+    def _forward_call(self, q: Tensor, k: Tensor, v: Tensor, call: KernelCall, block: Block) -> tuple[int, int, Result]:
+        """First query, one past the last, and the out and lse of one call."""
+        if block.varlen is None:
             _, q0, q1, k0, k1 = call.segments[0]
-            part = None if extras is None else extras.part(slice(q0, q1), slice(k0, k1))
-            blocks = _rows(q, q0, q1), _rows(k, k0, k1), _rows(v, k0, k1)
-            return q0, q1, self.kernel.forward(*blocks, call.window, self.options, part)
-        flat = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-        out, lse = self.kernel.forward_packed(*flat, pack, call.window, self.options, extras)
+            # a slice costs the host more than the question whether one is needed
+            q = q if q1 - q0 == q.shape[1] else q[:, q0:q1]
+            if k1 - k0 != k.shape[1]:
+                k, v = k[:, k0:k1], v[:, k0:k1]
+            return q0, q1, self.kernel.forward(q, k, v, block)
+        out, lse = self.kernel.forward(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), block)
         return 0, q.shape[1], Result(out.unflatten(0, q.shape[:2]), lse.unflatten(1, q.shape[:2]).transpose(0, 1))
 
-    def _backward_call(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        call: KernelCall,
-        pack: VarlenMetadata | None,
-        extras: PositionContext | None,
-    ) -> tuple[int, int, tuple[Tensor, Tensor, Tensor]]:
-        """First query and key row, and the gradients of one call."""
-        if pack is None:
+    def _backward_call(self, saved: Saved, dout: Tensor, call: KernelCall, block: Block) -> tuple[int, int, Gradients]:
+        """First query, first key, and the gradients of one call."""
+        q, k, v, out, lse = saved
+        if block.varlen is None:
             _, q0, q1, k0, k1 = call.segments[0]
-            part = None if extras is None else extras.part(slice(q0, q1), slice(k0, k1))
-            blocks = _rows(dout, q0, q1), _rows(q, q0, q1), _rows(k, k0, k1), _rows(v, k0, k1), _rows(out, q0, q1)
-            lse = lse if q1 - q0 == q.shape[1] else lse[:, :, q0:q1]
-            return q0, k0, self.kernel.backward(*blocks, lse, call.window, self.options, part)
-        flat_dout, flat_q, flat_k, flat_v, flat_out = (x.flatten(0, 1) for x in (dout, q, k, v, out))
-        inputs = flat_dout, flat_q, flat_k, flat_v, flat_out, lse.transpose(0, 1).flatten(1)
-        grads = self.kernel.backward_packed(*inputs, pack, call.window, self.options, extras)
+            if k1 - k0 != k.shape[1]:
+                k, v = k[:, k0:k1], v[:, k0:k1]
+                saved = Saved(q, k, v, out, lse)
+            if q1 - q0 != q.shape[1]:
+                saved = Saved(q[:, q0:q1], k, v, out[:, q0:q1], lse[:, :, q0:q1])
+                dout = dout[:, q0:q1]
+            return q0, k0, self.kernel.backward(saved, dout, block)
+        flat_q, flat_k, flat_v, flat_out, flat_dout = (x.flatten(0, 1) for x in (q, k, v, out, dout))
+        flat = Saved(flat_q, flat_k, flat_v, flat_out, lse.transpose(0, 1).flatten(1))
+        grads = self.kernel.backward(flat, flat_dout, block)
         dq, dk, dv = (grad.unflatten(0, x.shape[:2]) for grad, x in zip(grads, (q, k, v), strict=True))
         return 0, 0, (dq, dk, dv)
 
@@ -252,20 +263,15 @@ class Executor:
             pending = ahead
 
 
-def _rows(x_BSHD: Tensor, start: int, stop: int) -> Tensor:
-    """Rows [start, stop); the tensor itself where those are all, since a slice costs the host more than the question."""
-    return x_BSHD if stop - start == x_BSHD.shape[1] else x_BSHD[:, start:stop]
-
-
-_Packings = tuple[tuple[VarlenMetadata | None, ...], ...]
+_Varlen = tuple[tuple[VarlenMetadata | None, ...], ...]
 _Positions = tuple[Tensor, tuple[Tensor, ...]]
 
 
-def _packed_bytes(packings: _Packings, problem: AttentionProblem, *_others: object) -> int:
-    """Spans are four integers in a tuple each; the cumulative lengths lie on the device."""
-    packs = [pack for step in packings for pack in step if pack is not None]
-    spans = sum(len(pack.spans) for pack in packs)
-    return problem.nbytes + 500 * len(packs) + 224 * spans + sum(pack.cu_q.nbytes + pack.cu_k.nbytes for pack in packs)
+def _varlen_bytes(of_steps: _Varlen, problem: AttentionProblem, *_others: object) -> int:
+    """Segments are four integers in a tuple each; the cumulative lengths lie on the device."""
+    kept = [varlen for step in of_steps for varlen in step if varlen is not None]
+    segments = sum(len(varlen.segments) for varlen in kept)
+    return problem.nbytes + 500 * len(kept) + 224 * segments + sum(varlen.cu_q.nbytes + varlen.cu_k.nbytes for varlen in kept)
 
 
 def _position_bytes(positions: _Positions, problem: AttentionProblem, *_others: object) -> int:
@@ -273,25 +279,33 @@ def _position_bytes(positions: _Positions, problem: AttentionProblem, *_others: 
     return problem.nbytes + queries.nbytes + sum(each.nbytes for each in keys)
 
 
-@cached("segments of packed calls", most_bytes=8 << 20, most_entries=32, size=_packed_bytes)
-def _packings(problem: AttentionProblem, rank: int, batch: int, device: torch.device) -> _Packings:
-    """For each call of each step the packing of a batch, None where one segment goes to the kernel as a dense block."""
-    q_rows, steps = problem.q_rows(rank), plan(problem, rank).steps
+@cached("segments of packed calls", most_bytes=8 << 20, most_entries=32, size=_varlen_bytes)
+def _varlen_metadata(problem: AttentionProblem, rank: int, batch: int, device: torch.device) -> _Varlen:
+    """For each call of each step its segments in a whole batch; None for a dense block."""
+    q_tokens, steps = problem.q_rows(rank), plan(problem, rank).steps
     return tuple(
-        tuple(_packing(call, len(problem.bounds), batch, q_rows, step.rows, device) for call in step.calls) for step in steps
+        tuple(
+            VarlenMetadata.of(_segments(call, problem, batch, (q_tokens, step.rows)), batch * q_tokens, batch * step.rows, device)
+            if is_varlen(call, problem)
+            else None
+            for call in step.calls
+        )
+        for step in steps
     )
 
 
-def _packing(call: KernelCall, doc_rows: int, batch: int, q_rows: int, k_rows: int, device: torch.device) -> VarlenMetadata | None:
-    if doc_rows == 1 and len(call.segments) == 1:
-        return None
-    spans = [
-        VarlenSegment(row * q_rows + s.q0, row * q_rows + s.q1, row * k_rows + s.k0, row * k_rows + s.k1)
+def _segments(call: KernelCall, problem: AttentionProblem, batch: int, tokens: tuple[int, int]) -> list[VarlenSegment]:
+    """A call's segments, counted over the flattened batch, which has `tokens` queries and keys in each row.
+
+    Documents that are the same in all rows are planned once: their segments are repeated here for every row.
+    """
+    repeated, (q, k) = len(problem.bounds) == 1, tokens
+    return [
+        VarlenSegment(row * q + s.q0, row * q + s.q1, row * k + s.k0, row * k + s.k1)
         for row in range(batch)
         for s in call.segments
-        if doc_rows == 1 or s.row == row
+        if repeated or s.row == row
     ]
-    return VarlenMetadata.of(spans, batch * q_rows, batch * k_rows, device)
 
 
 @cached("positions for dropout and ALiBi", most_bytes=16 << 20, most_entries=32, size=_position_bytes)

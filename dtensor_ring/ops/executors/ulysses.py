@@ -51,7 +51,7 @@ class UlyssesExecutor:
         problem: the attention; its strategy plays no part.
         transport: how to exchange.
         kernel: what computes.
-        options: scale, softcap, dropout.
+        softmax: scale, softcap, dropout.
         sinks: (H,), or None.
         alibi: slopes (H,) or (B, H), float32, or None.
         origin: first batch row and head of this rank's tensors in the whole batch.
@@ -60,7 +60,7 @@ class UlyssesExecutor:
     problem: AttentionProblem
     transport: Transport
     kernel: Kernel
-    options: SoftmaxParams
+    softmax: SoftmaxParams
     sinks: Tensor | None = None
     alibi: Tensor | None = None
     origin: tuple[int, int] = (0, 0)
@@ -124,7 +124,7 @@ class UlyssesExecutor:
         sinks = None if self.sinks is None else self.sinks[mine]
         alibi = None if self.alibi is None else self.alibi[..., mine].contiguous()
         whole = replace(self.problem, world=1, strategy="ring")
-        return Executor(plan(whole, 0), AloneTransport(), self.kernel, self.options, sinks, alibi, (row, head + mine.start))
+        return Executor(plan(whole, 0), AloneTransport(), self.kernel, self.softmax, sinks, alibi, (row, head + mine.start))
 
     def _to_heads(self, x_BSHD: Tensor, length: int | None = None) -> Tensor:
         length = self.problem.q_length if length is None else length

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from dtensor_ring.ops.kernels.base import (
-    Kernel,
-    KernelRequirements,
+from dtensor_ring.ops.kernels.base import Kernel, KernelRequirements
+from dtensor_ring.ops.kernels.block import (
+    Block,
+    Gradients,
     PositionContext,
     Result,
+    Saved,
     SoftmaxParams,
     VarlenMetadata,
     VarlenSegment,
@@ -62,11 +64,14 @@ def choose_kernel(name: str | None, need: KernelRequirements) -> Kernel:
 
 __all__ = [
     "KERNELS",
+    "Block",
+    "Gradients",
     "Kernel",
     "KernelName",
     "KernelRequirements",
     "PositionContext",
     "Result",
+    "Saved",
     "SoftmaxParams",
     "VarlenMetadata",
     "VarlenSegment",

@@ -1,6 +1,6 @@
-"""What the flash-attention kernels have in common: one dense and one varlen call, aligned bottom-right, 16-bit tensors.
+"""What the flash-attention kernels have in common: one call for dense and varlen blocks, bottom-right windows, 16-bit tensors.
 
-Each adapter says how its package is called, in its own order of arguments; callers see `Kernel` and never branch.
+Each adapter says how its package is called, in its own order and names of arguments; callers see `Kernel` and never branch.
 """
 
 from __future__ import annotations
@@ -12,49 +12,45 @@ from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from dtensor_ring._torch import constant_when_compiled
-from dtensor_ring.ops.kernels.base import Kernel, KernelRequirements, PositionContext, Result, SoftmaxParams, VarlenMetadata
+from dtensor_ring.ops.kernels.base import Kernel, KernelRequirements
+from dtensor_ring.ops.kernels.block import Block, Gradients, Result, Saved
 
 
-class Bounds(NamedTuple):
-    """The varlen arguments: cumulative lengths, int32 on the device, and the longest sequence of each."""
-
-    cu_q: Tensor
-    cu_k: Tensor
-    max_q: int
-    max_k: int
-
-    @staticmethod
-    def keywords(bounds: Bounds | None) -> dict[str, Any]:
-        """As the packages name them; none for a dense call."""
-        if bounds is None:
-            return {}
-        return dict(zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), bounds, strict=True))
+def is_causal(window: tuple[int, int]) -> bool:
+    """Whether a window is just causal, which the packages have an argument of its own for, and faster code."""
+    return window == (-1, 0)
 
 
-class Side(NamedTuple):
-    """A window in the terms of flash-attn: causal, or left and right, -1 for unbounded."""
+def window_keywords(window: tuple[int, int]) -> dict[str, Any]:
+    """A window as flash-attn 2 and 3 name it; -1 is unbounded there too."""
+    left, right = window
+    return {"causal": is_causal(window), "window_size_left": left, "window_size_right": right}
 
-    is_causal: bool
-    left: int
-    right: int
 
-    @classmethod
-    def of(cls, window: tuple[int, int]) -> Side:
-        """Causal where it is just that."""
-        left, right = window
-        return cls(True, -1, -1) if window == (-1, 0) else cls(False, left, right)
+def varlen_keywords(block: Block) -> dict[str, Any]:
+    """The segments as the packages name them; nothing for a dense block."""
+    varlen = block.varlen
+    if varlen is None:
+        return {}
+    return {
+        "cu_seqlens_q": varlen.cu_q,
+        "cu_seqlens_k": varlen.cu_k,
+        "max_seqlen_q": varlen.max_q,
+        "max_seqlen_k": varlen.max_k,
+    }
 
-    def keywords(self) -> dict[str, Any]:
-        """As flash-attn 2 and 3 name them; a causal call looks 0 tokens ahead."""
-        right = 0 if self.is_causal else self.right
-        return {"causal": self.is_causal, "window_size_left": self.left, "window_size_right": right}
+
+def empty_gradients(saved: Saved) -> Gradients:
+    """Contiguous dq, dk, dv for kernels that write into tensors given to them."""
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in saved[:3])
+    return dq, dk, dv
 
 
 def lacks_gpu(need: KernelRequirements, smallest_capability: tuple[int, int] = (8, 0)) -> str | None:
@@ -99,136 +95,67 @@ def load(module: str, package: str, needs: tuple[str, ...]) -> ModuleType | str:
 @cache
 def _loaded(module: str, package: str, needs: tuple[str, ...]) -> ModuleType | str:
     try:
-        found = import_module(module)
+        imported = import_module(module)
     except ModuleNotFoundError as failure:
         return f"the package {package} is not installed (no module {failure.name!r})"
     except (ImportError, OSError, RuntimeError) as failure:
         return f"the installed {package} does not load: {failure}"
-    missing = [name for name in needs if not hasattr(found, name)]
-    return f"the installed {package} has no {' and no '.join(missing)}: another version is needed" if missing else found
+    missing = [name for name in needs if not hasattr(imported, name)]
+    return f"the installed {package} has no {' and no '.join(missing)}: another version is needed" if missing else imported
 
 
 @contextmanager
-def _drawing(like: Tensor, options: SoftmaxParams, extras: PositionContext | None) -> Iterator[None]:
-    """The device's generator at the start of this call's seed, and afterwards as it was: dropout masks come from nowhere else."""
-    if not options.dropout_p or extras is None:
+def _drawing(device: torch.device, block: Block) -> Iterator[None]:
+    """The device's generator at the start of this call's seed, and afterwards as it was.
+
+    Flash kernels draw their dropout masks from it. Backward replays a mask from the seed, so the state from before the call must
+    play no part in it, and what the caller draws later must not depend on how many blocks there were.
+    """
+    if not block.softmax.dropout_p or block.positions is None:
         yield
         return
-    generator = torch.cuda.default_generators[like.device.index]
+    generator = torch.cuda.default_generators[device.index]
     state = generator.get_state()
-    generator.manual_seed(extras.seed)
+    generator.manual_seed(block.positions.seed)
     try:
         yield
     finally:
         generator.set_state(state)
 
 
-def drawn(like: Tensor, options: SoftmaxParams, extras: PositionContext | None) -> Tensor | None:
-    """The generator's state as the forward call found it: seed and offset (2,) int64 on the device; None without dropout."""
-    if not options.dropout_p or extras is None:
+def drawn(device: torch.device, block: Block) -> Tensor | None:
+    """The generator's state at the start of the forward call: seed and offset (2,) int64 on the device; None without dropout."""
+    if not block.softmax.dropout_p or block.positions is None:
         return None
-    state = torch.zeros(2, dtype=torch.int64, device=like.device)
-    state[0].fill_(extras.seed)
+    state = torch.zeros(2, dtype=torch.int64, device=device)
+    state[0].fill_(block.positions.seed)
     return state
 
 
 class FlashKernel(Kernel):
-    """A kernel with a dense and a varlen call; out and gradients come back in the input dtype, lse in float32."""
+    """A kernel whose package takes dense and varlen blocks; out and gradients come back in the input dtype, lse in float32."""
 
     hashes_positions: ClassVar[bool] = False
 
     @abstractmethod
-    def call_forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bounds: Bounds | None,
-        window: tuple[int, int],
-        options: SoftmaxParams,
-        extras: PositionContext | None,
-    ) -> Result:
-        """The package's forward: (B, S, H, D) tensors without bounds, (T, H, D) with them; lse (B, H, S) or (H, T)."""
+    def call_forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Result:
+        """The package's forward, dense or varlen; what lse it gives queries without keys does not matter."""
 
     @abstractmethod
-    def call_backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        bounds: Bounds | None,
-        window: tuple[int, int],
-        options: SoftmaxParams,
-        extras: PositionContext | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The package's backward."""
+    def call_backward(self, saved: Saved, dout: Tensor, block: Block) -> Gradients:
+        """The package's backward; lse is contiguous."""
 
     @override
-    def forward(
-        self,
-        q_BSHD: Tensor,
-        k_BSHD: Tensor,
-        v_BSHD: Tensor,
-        window: tuple[int, int],
-        options: SoftmaxParams,
-        extras: PositionContext | None = None,
-    ) -> Result:
-        """One dense call."""
-        with _drawing(q_BSHD, options, extras):
-            return self.call_forward(q_BSHD, k_BSHD, v_BSHD, None, window, options, extras)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Result:
+        """One call; tokens without keys, whose lse the kernels give as +inf or -inf, get -inf."""
+        with _drawing(q.device, block):
+            out, lse = self.call_forward(q, k, v, block)
+        # only a varlen block has tokens in no segment
+        return Result(out, lse if block.varlen is None else lse.masked_fill(lse == math.inf, -math.inf))
 
     @override
-    def backward(
-        self,
-        dout_BSHD: Tensor,
-        q_BSHD: Tensor,
-        k_BSHD: Tensor,
-        v_BSHD: Tensor,
-        out_BSHD: Tensor,
-        lse_BHS: Tensor,
-        window: tuple[int, int],
-        options: SoftmaxParams,
-        extras: PositionContext | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One dense call."""
-        tensors = dout_BSHD, q_BSHD, k_BSHD, v_BSHD, out_BSHD, lse_BHS.contiguous()
-        return self.call_backward(*tensors, None, window, options, extras)
-
-    @override
-    def forward_packed(
-        self,
-        q_THD: Tensor,
-        k_THD: Tensor,
-        v_THD: Tensor,
-        packing: VarlenMetadata,
-        window: tuple[int, int],
-        options: SoftmaxParams,
-        extras: PositionContext | None = None,
-    ) -> Result:
-        """One varlen call; rows without keys, whose lse the kernels give as +inf or -inf, get -inf."""
-        bounds = Bounds(packing.cu_q, packing.cu_k, packing.max_q, packing.max_k)
-        with _drawing(q_THD, options, extras):
-            found = self.call_forward(q_THD, k_THD, v_THD, bounds, window, options, extras)
-        return found._replace(lse=found.lse.masked_fill(found.lse == math.inf, -math.inf))
-
-    @override
-    def backward_packed(
-        self,
-        dout_THD: Tensor,
-        q_THD: Tensor,
-        k_THD: Tensor,
-        v_THD: Tensor,
-        out_THD: Tensor,
-        lse_HT: Tensor,
-        packing: VarlenMetadata,
-        window: tuple[int, int],
-        options: SoftmaxParams,
-        extras: PositionContext | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One varlen call; keys without queries get gradients 0."""
-        bounds = Bounds(packing.cu_q, packing.cu_k, packing.max_q, packing.max_k)
-        tensors = dout_THD, q_THD, k_THD, v_THD, out_THD, lse_HT.contiguous()
-        return self.call_backward(*tensors, bounds, window, options, extras)
+    def backward(self, saved: Saved, dout: Tensor, block: Block) -> Gradients:
+        """One call; keys without queries get gradients 0."""
+        if not saved.lse.is_contiguous():
+            saved = saved._replace(lse=saved.lse.contiguous())
+        return self.call_backward(saved, dout, block)

@@ -13,8 +13,19 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from dtensor_ring.ops.kernels.base import KernelRequirements, PositionContext, Result, SoftmaxParams
-from dtensor_ring.ops.kernels.flash import Bounds, FlashKernel, Side, drawn, lacks_gpu, lacks_tensors, load
+from dtensor_ring.ops.kernels.base import KernelRequirements
+from dtensor_ring.ops.kernels.block import Block, Gradients, Result, Saved
+from dtensor_ring.ops.kernels.flash import (
+    FlashKernel,
+    drawn,
+    empty_gradients,
+    is_causal,
+    lacks_gpu,
+    lacks_tensors,
+    load,
+    varlen_keywords,
+    window_keywords,
+)
 
 
 class FlashAttn2Kernel(FlashKernel):
@@ -44,90 +55,73 @@ class FlashAttn2Kernel(FlashKernel):
         return None
 
     @override
-    def call_forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bounds: Bounds | None,
-        window: tuple[int, int],
-        options: SoftmaxParams,
-        extras: PositionContext | None,
-    ) -> Result:
+    def call_forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Result:
         """Called by keyword."""
-        op = _operator("forward", bounds)
-        out, lse, *_ = op(q, k, v, **_common(bounds, window, options, extras), return_softmax=False)
-        shift = _alibi_shift(bounds, window, extras, q)
+        out, lse, *_ = _operator("forward", block)(q, k, v, **_keywords(block), return_softmax=False)
+        shift = _alibi_shift(q, block)
         return Result(out, lse if shift is None else lse - shift)
 
     @override
-    def call_backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        bounds: Bounds | None,
-        window: tuple[int, int],
-        options: SoftmaxParams,
-        extras: PositionContext | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def call_backward(self, saved: Saved, dout: Tensor, block: Block) -> Gradients:
         """The operators write dq, dk, dv into tensors given to them."""
-        op = _operator("backward", bounds)
-        shift = _alibi_shift(bounds, window, extras, q)
+        q, k, v, out, lse = saved
+        shift = _alibi_shift(q, block)
         lse = lse if shift is None else lse + shift
-        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        common = _common(bounds, window, options, extras)
-        op(dout, q, k, v, out, lse, dq, dk, dv, **common, deterministic=options.deterministic, rng_state=drawn(q, options, extras))
-        return dq, dk, dv
+        grads = empty_gradients(saved)
+        rest = {"deterministic": block.softmax.deterministic, "rng_state": drawn(q.device, block)}
+        _operator("backward", block)(dout, q, k, v, out, lse, *grads, **_keywords(block), **rest)
+        return grads
 
 
 def _module() -> ModuleType | str:
     return load("flash_attn.flash_attn_interface", "flash-attn", ("_wrapped_flash_attn_forward",))  # since 2.7
 
 
-def _operator(direction: str, bounds: Bounds | None) -> Callable[..., Any]:
+def _operator(direction: str, block: Block) -> Callable[..., Any]:
     """The registered operator of the dense or the varlen call; importing the package registers it."""
     assert isinstance(_module(), ModuleType), "refused otherwise"
-    return getattr(torch.ops.flash_attn, f"_flash_attn_{direction}" if bounds is None else f"_flash_attn_varlen_{direction}")
+    return getattr(torch.ops.flash_attn, f"_flash_attn_{direction}" if block.varlen is None else f"_flash_attn_varlen_{direction}")
 
 
-def _slopes(bounds: Bounds | None, extras: PositionContext | None) -> Tensor | None:
+def _slopes(block: Block) -> Tensor | None:
     """Slopes (H,), or a row of them for each batch row, which in a varlen call is each sequence."""
-    if extras is None or extras.alibi is None or extras.alibi.dim() == 1 or bounds is None:
-        return None if extras is None else extras.alibi
-    rows = (bounds.cu_q[:-1] // max(len(extras.positions[0]), 1)).clamp(max=extras.alibi.shape[0] - 1)
-    return extras.alibi.index_select(0, rows)
+    positions, varlen = block.positions, block.varlen
+    if positions is None or positions.alibi is None or positions.alibi.dim() == 1 or varlen is None:
+        return None if positions is None else positions.alibi
+    tokens = len(positions.positions[0])
+    # a sequence without queries may begin one past the last batch row, where its slopes are not read
+    rows = (varlen.cu_q[:-1] // max(tokens, 1)).clamp(max=positions.alibi.shape[0] - 1)
+    return positions.alibi.index_select(0, rows)
 
 
-def _alibi_shift(bounds: Bounds | None, window: tuple[int, int], extras: PositionContext | None, q: Tensor) -> Tensor | None:
-    """What the lse of a causal call has too much: its bias is slope * (key's place), which is larger by slope * (query's place).
+def _alibi_shift(q: Tensor, block: Block) -> Tensor | None:
+    """What the lse of a causal call has too much, (H or B, H, Sq), or (H, T) in a varlen call; None where it is right.
 
-    (H or B, H, Sq), or (H, T) in a varlen call; None where distances are the bias.
+    Under a causal mask the kernel adds slope * (the key's place) to a score instead of subtracting slope * (the distance to the
+    key). The two differ by slope * (the query's place), the same for all keys of a query: out does not change, lse does.
     """
-    if extras is None or extras.alibi is None or not Side.of(window).is_causal:
+    if block.positions is None or block.positions.alibi is None or not is_causal(block.window):
         return None
-    q_positions, k_positions = extras.positions
-    if bounds is None:
-        return extras.alibi[..., None] * (q_positions - k_positions[:1])
-    rows = torch.arange(q.shape[0], device=q.device)
-    sequence = torch.searchsorted(bounds.cu_q, rows, right=True) - 1
-    first_key = bounds.cu_k.index_select(0, sequence)
-    place = q_positions[rows % len(q_positions)] - k_positions[first_key % len(k_positions)]
-    slopes = extras.alibi if extras.alibi.dim() == 1 else extras.alibi[rows // len(q_positions)].T
+    alibi = block.positions.alibi
+    q_positions, k_positions = block.positions.positions
+    if block.varlen is None:
+        return alibi[..., None] * (q_positions - k_positions[:1])
+    tokens = torch.arange(q.shape[0], device=q.device)
+    sequence = torch.searchsorted(block.varlen.cu_q, tokens, right=True) - 1
+    first_key = block.varlen.cu_k.index_select(0, sequence)
+    place = q_positions[tokens % len(q_positions)] - k_positions[first_key % len(k_positions)]
+    slopes = alibi if alibi.dim() == 1 else alibi[tokens // len(q_positions)].T
     return slopes.reshape(slopes.shape[0], -1) * place
 
 
-def _common(
-    bounds: Bounds | None, window: tuple[int, int], options: SoftmaxParams, extras: PositionContext | None
-) -> dict[str, Any]:
+def _keywords(block: Block) -> dict[str, Any]:
+    """What forward and backward both take."""
+    softmax = block.softmax
     return {
-        "dropout_p": options.dropout_p,
-        "softmax_scale": options.scale,
-        "softcap": options.softcap,
-        "alibi_slopes": _slopes(bounds, extras),
-        **Side.of(window).keywords(),
-        **Bounds.keywords(bounds),
+        "dropout_p": softmax.dropout_p,
+        "softmax_scale": softmax.scale,
+        "softcap": softmax.softcap,
+        "alibi_slopes": _slopes(block),
+        **window_keywords(block.window),
+        **varlen_keywords(block),
     }

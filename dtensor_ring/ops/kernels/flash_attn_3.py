@@ -14,8 +14,18 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from dtensor_ring.ops.kernels.base import KernelRequirements, PositionContext, Result, SoftmaxParams
-from dtensor_ring.ops.kernels.flash import Bounds, FlashKernel, Side, capability, lacks_gpu, lacks_tensors, load
+from dtensor_ring.ops.kernels.base import KernelRequirements, has_no
+from dtensor_ring.ops.kernels.block import Block, Gradients, Result, Saved, SoftmaxParams
+from dtensor_ring.ops.kernels.flash import (
+    FlashKernel,
+    capability,
+    empty_gradients,
+    lacks_gpu,
+    lacks_tensors,
+    load,
+    varlen_keywords,
+    window_keywords,
+)
 
 
 class FlashAttn3Kernel(FlashKernel):
@@ -41,61 +51,35 @@ class FlashAttn3Kernel(FlashKernel):
     @override
     def lacks(self, need: KernelRequirements) -> str | None:
         """Needs 16-bit tensors and one head dim; has no dropout and no ALiBi, and softcap in forward only."""
-        reason = lacks_tensors(need)
+        reason = lacks_tensors(need) or has_no(need, "dropout", "ALiBi")
         if reason is not None:
             return reason
-        if need.dropout:
-            return "has no dropout"
-        if need.alibi != "no":
-            return "has no ALiBi"
-        if need.softcap and need.training:
-            return "has no softcap in backward"
-        return None
+        return "has no softcap in backward" if need.softcap and need.training else None
 
     @override
-    def call_forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bounds: Bounds | None,
-        window: tuple[int, int],
-        options: SoftmaxParams,
-        extras: PositionContext | None,
-    ) -> Result:
+    def call_forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Result:
         """Out is the result shaped as q, lse the float32 result without a head dim."""
         module = _module()
         assert isinstance(module, ModuleType), "refused otherwise"
-        given = {"softmax_scale": options.scale, "softcap": options.softcap}
-        results = module._flash_attn_forward(q, k, v, **given, **Side.of(window).keywords(), **Bounds.keywords(bounds))
-        rows = q.shape[:-2]
-        shape = (q.shape[1], q.shape[0]) if bounds is not None else (rows[0], q.shape[2], rows[1])
+        softmax = {"softmax_scale": block.softmax.scale, "softcap": block.softmax.softcap}
+        results = module._flash_attn_forward(q, k, v, **softmax, **window_keywords(block.window), **varlen_keywords(block))
+        # lse is (B, H, S) or (H, T): the head dim stands before the tokens
+        *batch, tokens, heads, _ = q.shape
         out = next(x for x in results if isinstance(x, Tensor) and x.shape == (*q.shape[:-1], v.shape[-1]))
-        lse = next(x for x in results if isinstance(x, Tensor) and x.shape == shape and x.dtype == torch.float32)
+        lse = next(x for x in results if isinstance(x, Tensor) and x.shape == (*batch, heads, tokens) and x.dtype == torch.float32)
         return Result(out, lse)
 
     @override
-    def call_backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        bounds: Bounds | None,
-        window: tuple[int, int],
-        options: SoftmaxParams,
-        extras: PositionContext | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def call_backward(self, saved: Saved, dout: Tensor, block: Block) -> Gradients:
         """The function writes dq, dk, dv into tensors given to it."""
         module = _module()
         assert isinstance(module, ModuleType), "refused otherwise"
-        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        sides, lengths = Side.of(window).keywords(), Bounds.keywords(bounds)
-        sides["is_causal"] = sides.pop("causal")
-        options_given = {"softmax_scale": options.scale, "softcap": options.softcap, "deterministic": options.deterministic}
-        module._flash_attn_backward(dout, q, k, v, out, lse, dq=dq, dk=dk, dv=dv, **sides, **lengths, **options_given)
+        dq, dk, dv = empty_gradients(saved)
+        scale, softcap, deterministic = block.softmax.scale, block.softmax.softcap, block.softmax.deterministic
+        softmax = {"softmax_scale": scale, "softcap": softcap, "deterministic": deterministic}
+        window = window_keywords(block.window)
+        window["is_causal"] = window.pop("causal")  # forward says causal
+        module._flash_attn_backward(dout, *saved, dq=dq, dk=dk, dv=dv, **softmax, **window, **varlen_keywords(block))
         return dq, dk, dv
 
 
@@ -109,11 +93,10 @@ def _has_backward(device: str) -> bool:
     module = _module()
     if isinstance(module, str) or not hasattr(module, "_flash_attn_backward"):
         return False
-    kernel, options = FlashAttn3Kernel(), SoftmaxParams(1.0)
+    kernel, block = FlashAttn3Kernel(), Block((-1, -1), SoftmaxParams(1.0))
     x = torch.zeros((1, 8, 1, 64), dtype=torch.bfloat16, device=device)
     try:
-        found = kernel.call_forward(x, x, x, None, (-1, -1), options, None)
-        kernel.call_backward(x, x, x, x, found.out, found.lse, None, (-1, -1), options, None)
+        kernel.call_backward(Saved(x, x, x, *kernel.call_forward(x, x, x, block)), x, block)
     except (RuntimeError, NotImplementedError, TypeError):
         return False
     return True

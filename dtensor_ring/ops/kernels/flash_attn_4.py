@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import override
 
-from dtensor_ring.ops.kernels.base import KernelRequirements, PositionContext, Result, SoftmaxParams
-from dtensor_ring.ops.kernels.flash import Bounds, FlashKernel, Side, lacks_gpu, lacks_tensors, load
+from dtensor_ring.ops.kernels.base import KernelRequirements, has_no
+from dtensor_ring.ops.kernels.block import Block, Gradients, Result, Saved
+from dtensor_ring.ops.kernels.flash import FlashKernel, is_causal, lacks_gpu, lacks_tensors, load, varlen_keywords
 
 
 class FlashAttn4Kernel(FlashKernel):
@@ -29,54 +30,25 @@ class FlashAttn4Kernel(FlashKernel):
     @override
     def lacks(self, need: KernelRequirements) -> str | None:
         """Needs 16-bit tensors and one head dim up to 128; has no dropout and no ALiBi."""
-        reason = lacks_tensors(need, largest_head_dim=128)
-        if reason is not None:
-            return reason
-        if need.dropout:
-            return "has no dropout"
-        if need.alibi != "no":
-            return "has no ALiBi"
-        return None
+        return lacks_tensors(need, largest_head_dim=128) or has_no(need, "dropout", "ALiBi")
 
     @override
-    def call_forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bounds: Bounds | None,
-        window: tuple[int, int],
-        options: SoftmaxParams,
-        extras: PositionContext | None,
-    ) -> Result:
-        """Called by keyword."""
+    def call_forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Result:
+        """Called by keyword; no softcap is None, not 0."""
         module = _module()
         assert isinstance(module, ModuleType), "refused otherwise"
-        softcap = options.softcap or None
-        out, lse, *_ = module._flash_attn_fwd(
-            q, k, v, softmax_scale=options.scale, softcap=softcap, return_lse=True, **_sides(window), **Bounds.keywords(bounds)
-        )
+        softcap = block.softmax.softcap or None
+        out, lse, *_ = module._flash_attn_fwd(q, k, v, softcap=softcap, return_lse=True, **_keywords(block))
         return Result(out, lse)
 
     @override
-    def call_backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        bounds: Bounds | None,
-        window: tuple[int, int],
-        options: SoftmaxParams,
-        extras: PositionContext | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The package's order is q, k, v, out, dout, lse."""
+    def call_backward(self, saved: Saved, dout: Tensor, block: Block) -> Gradients:
+        """The package's order is q, k, v, out, dout, lse; here no softcap is 0."""
         module = _module()
         assert isinstance(module, ModuleType), "refused otherwise"
-        given = {"softmax_scale": options.scale, "softcap": options.softcap, "deterministic": options.deterministic}
-        dq, dk, dv, *_ = module._flash_attn_bwd(q, k, v, out, dout, lse, **given, **_sides(window), **Bounds.keywords(bounds))
+        q, k, v, out, lse = saved
+        softmax = {"softcap": block.softmax.softcap, "deterministic": block.softmax.deterministic}
+        dq, dk, dv, *_ = module._flash_attn_bwd(q, k, v, out, dout, lse, **softmax, **_keywords(block))
         return dq, dk, dv
 
 
@@ -84,11 +56,14 @@ def _module() -> ModuleType | str:
     return load("flash_attn.cute.interface", "flash-attn-4", ("_flash_attn_fwd", "_flash_attn_bwd"))
 
 
-def _sides(window: tuple[int, int]) -> dict[str, Any]:
-    """None, not -1, is unbounded."""
-    is_causal, left, right = Side.of(window)
+def _keywords(block: Block) -> dict[str, Any]:
+    """What forward and backward both take; None, not -1, is unbounded, and a causal call has no window beside."""
+    left, right = block.window
+    causal = is_causal(block.window)
     return {
-        "causal": is_causal,
+        "softmax_scale": block.softmax.scale,
+        "causal": causal,
         "window_size_left": None if left < 0 else left,
-        "window_size_right": None if right < 0 else right,
+        "window_size_right": None if right < 0 or causal else right,
+        **varlen_keywords(block),
     }

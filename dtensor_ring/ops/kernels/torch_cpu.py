@@ -1,25 +1,26 @@
 """`torch_cpu`: PyTorch's flash attention for CPUs.
 
 The op knows no windows and aligns its causal mask top-left, so a block goes to it as it is when unmasked or square causal, and
-in strips of rows under a small additive mask otherwise.
+in strips of queries under a small additive mask otherwise.
 """
 
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from dtensor_ring.ops.dtypes import accumulate_dtype
-from dtensor_ring.ops.kernels.base import Kernel, KernelRequirements, PositionContext, Result, SoftmaxParams, band_mask, row_blocks
+from dtensor_ring.ops.kernels.base import DenseKernel, KernelRequirements, band_mask, has_no, strips
+from dtensor_ring.ops.kernels.block import Block, Gradients, Result, Saved
 
 _STRIP = 512
 
 
-class TorchCpuKernel(Kernel):
+class TorchCpuKernel(DenseKernel):
     """`aten::_scaled_dot_product_flash_attention_for_cpu` and its backward, which both take any block of a larger attention."""
 
     name: ClassVar[str] = "torch_cpu"
@@ -36,82 +37,76 @@ class TorchCpuKernel(Kernel):
             return f"needs float64, float32, bfloat16 or float16, found {need.dtype}"
         if need.head_dim != need.v_head_dim:
             return f"needs one head dim for q, k and v, found {need.head_dim} and {need.v_head_dim}"
-        if need.softcap:
-            return "has no softcap"
-        if need.dropout:
-            return "has no dropout"
-        if need.alibi != "no":
-            return "has no ALiBi"
-        return None
+        return has_no(need, "softcap", "dropout", "ALiBi")
 
     @override
-    def forward(
-        self,
-        q_BSHD: Tensor,
-        k_BSHD: Tensor,
-        v_BSHD: Tensor,
-        window: tuple[int, int],
-        options: SoftmaxParams,
-        extras: PositionContext | None = None,
-    ) -> Result:
+    def forward_dense(self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, block: Block) -> Result:
         """Out in the input dtype, lse in float32 (float64 for float64)."""
         q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BSHD, v_BSHD))
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         outs: list[Tensor] = []
         lses: list[Tensor] = []
-        for r, c, causal, mask in _strips(q, k, window):
-            out, lse = op(q[:, :, r], k[:, :, c], v[:, :, c], 0.0, causal, attn_mask=mask, scale=options.scale)
+        for queries, keys, causal, mask in _calls(q, k, block.window):
+            inputs = q[:, :, queries], k[:, :, keys], v[:, :, keys]
+            out, lse = op(*inputs, 0.0, causal, attn_mask=mask, scale=block.softmax.scale)
             outs.append(out.transpose(1, 2))
             lses.append(lse)
         whole = len(outs) == 1
         return Result((outs[0] if whole else torch.cat(outs, 1)).contiguous(), lses[0] if whole else torch.cat(lses, -1))
 
     @override
-    def backward(
-        self,
-        dout_BSHD: Tensor,
-        q_BSHD: Tensor,
-        k_BSHD: Tensor,
-        v_BSHD: Tensor,
-        out_BSHD: Tensor,
-        lse_BHS: Tensor,
-        window: tuple[int, int],
-        options: SoftmaxParams,
-        extras: PositionContext | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward_dense(self, saved: Saved, dout_BSHD: Tensor, block: Block) -> Gradients:
         """dq, dk, dv in the input dtype; strips add up in float32."""
-        q, k, v, dout, out = (x.transpose(1, 2) for x in (q_BSHD, k_BSHD, v_BSHD, dout_BSHD, out_BSHD))
+        q, k, v, dout, out = (x.transpose(1, 2) for x in (saved.q, saved.k, saved.v, dout_BSHD, saved.out))
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        strips = _strips(q, k, window)
-        if len(strips) == 1 and strips[0][1] == slice(0, k.shape[2]):
-            _, _, causal, mask = strips[0]
-            return _back(*op(dout, q, k, v, out, lse_BHS, 0.0, causal, attn_mask=mask, scale=options.scale))
+        scale, calls = block.softmax.scale, _calls(q, k, block.window)
+        if len(calls) == 1 and calls[0].keys == slice(0, k.shape[2]):
+            _, _, causal, mask = calls[0]
+            return _back(*op(dout, q, k, v, out, saved.lse, 0.0, causal, attn_mask=mask, scale=scale))
         work = accumulate_dtype(q.dtype)
         dqs: list[Tensor] = []
         dk, dv = torch.zeros_like(k, dtype=work), torch.zeros_like(v, dtype=work)
-        for r, c, causal, mask in strips:
-            blocks = dout[:, :, r], q[:, :, r], k[:, :, c], v[:, :, c], out[:, :, r], lse_BHS[:, :, r]
-            dq_strip, dk_strip, dv_strip = op(*blocks, 0.0, causal, attn_mask=mask, scale=options.scale)
+        for queries, keys, causal, mask in calls:
+            inputs = (
+                dout[:, :, queries],
+                q[:, :, queries],
+                k[:, :, keys],
+                v[:, :, keys],
+                out[:, :, queries],
+                saved.lse[:, :, queries],
+            )
+            dq_strip, dk_strip, dv_strip = op(*inputs, 0.0, causal, attn_mask=mask, scale=scale)
             dqs.append(dq_strip)
-            dk[:, :, c] += dk_strip
-            dv[:, :, c] += dv_strip
+            dk[:, :, keys] += dk_strip
+            dv[:, :, keys] += dv_strip
         return _back(torch.cat(dqs, 2), dk.to(k.dtype), dv.to(v.dtype))
 
 
-def _back(dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _back(dq: Tensor, dk: Tensor, dv: Tensor) -> Gradients:
     """(B, H, S, D), as the op has it, to (B, S, H, D)."""
     return dq.transpose(1, 2).contiguous(), dk.transpose(1, 2).contiguous(), dv.transpose(1, 2).contiguous()
 
 
-def _strips(q: Tensor, k: Tensor, window: tuple[int, int]) -> list[tuple[slice, slice, bool, Tensor | None]]:
-    """Strips as (rows, columns, is_causal, additive mask)."""
-    q_rows, k_rows = q.shape[2], k.shape[2]
-    assert q_rows and k_rows, "the op dies on a block without rows or keys: plans have none"
-    if window == (-1, -1) or (window == (-1, 0) and q_rows == k_rows):
-        return [(slice(0, q_rows), slice(0, k_rows), window == (-1, 0), None)]
-    found: list[tuple[slice, slice, bool, Tensor | None]] = []
-    for rows, columns in row_blocks(q_rows, k_rows, window, _STRIP):
-        seen = band_mask(rows, columns, k_rows - q_rows, window, q.device)
+class _Call(NamedTuple):
+    """One call of the op: on some queries and keys, top-left causal or under an additive mask."""
+
+    queries: slice
+    keys: slice
+    is_causal: bool
+    mask: Tensor | None
+
+
+def _calls(q: Tensor, k: Tensor, window: tuple[int, int]) -> list[_Call]:
+    """The calls that make a block."""
+    q_length, k_length = q.shape[2], k.shape[2]
+    assert q_length and k_length, "the op dies on a block without queries or keys: plans have none"
+    # top-left is bottom-right where the block is square, so only then is its causal mask ours
+    if window == (-1, -1) or (window == (-1, 0) and q_length == k_length):
+        return [_Call(slice(0, q_length), slice(0, k_length), window == (-1, 0), None)]
+    calls: list[_Call] = []
+    for strip in strips((q_length, k_length), window, _STRIP):
+        seen = band_mask(strip, k_length - q_length, window, q.device)
         mask = torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, -math.inf)[None, None]
-        found.append((slice(rows.start, rows.stop), slice(columns.start, columns.stop), False, mask))
-    return found
+        queries, keys = (slice(side.start, side.stop) for side in strip)
+        calls.append(_Call(queries, keys, False, mask))
+    return calls

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from dtensor_ring.ops.kernels.base import KernelRequirements, PositionContext, Result, SoftmaxParams
-from dtensor_ring.ops.kernels.flash import Bounds, FlashKernel, Side, drawn, lacks_gpu, lacks_tensors
+from dtensor_ring.ops.kernels.base import KernelRequirements, has_no
+from dtensor_ring.ops.kernels.block import Block, Gradients, Result, Saved
+from dtensor_ring.ops.kernels.flash import FlashKernel, drawn, is_causal, lacks_gpu, lacks_tensors
 
 
 class TorchFlashKernel(FlashKernel):
@@ -28,64 +29,45 @@ class TorchFlashKernel(FlashKernel):
     @override
     def lacks(self, need: KernelRequirements) -> str | None:
         """Needs 16-bit tensors and one head dim, a multiple of 8 up to 256; has no softcap and no ALiBi."""
-        reason = lacks_tensors(need)
+        reason = lacks_tensors(need) or has_no(need, "softcap", "ALiBi")
         if reason is not None:
             return reason
-        if need.softcap:
-            return "has no softcap"
-        if need.alibi != "no":
-            return "has no ALiBi"
         if need.deterministic and need.training and not torch.are_deterministic_algorithms_enabled():
             return "its backward is deterministic only under torch.use_deterministic_algorithms(True)"
         return None
 
     @override
-    def call_forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bounds: Bounds | None,
-        window: tuple[int, int],
-        options: SoftmaxParams,
-        extras: PositionContext | None,
-    ) -> Result:
+    def call_forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Result:
         """Out and lse are the first two results."""
-        arguments, sides = _arguments(q, k, bounds, window)
         op = torch.ops.aten._flash_attention_forward
-        *sizes, is_causal = arguments
-        out, lse, *_ = op(q, k, v, *sizes, options.dropout_p, is_causal, False, scale=options.scale, **sides)
+        out, lse, *_ = op(q, k, v, *_lengths(q, k, block), *_softmax(block), False, **_keywords(block))
         return Result(out, lse)
 
     @override
-    def call_backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        bounds: Bounds | None,
-        window: tuple[int, int],
-        options: SoftmaxParams,
-        extras: PositionContext | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def call_backward(self, saved: Saved, dout: Tensor, block: Block) -> Gradients:
         """Without dropout the op does not read its generator arguments."""
-        arguments, sides = _arguments(q, k, bounds, window)
-        state = drawn(q, options, extras)
-        rng = q.new_empty(2, dtype=torch.uint64) if state is None else state.view(torch.uint64)
+        q, k, *_ = saved
+        state = drawn(q.device, block)
+        seed_and_offset = q.new_empty(2, dtype=torch.uint64) if state is None else state.view(torch.uint64)
         unused = q.new_empty((), dtype=torch.uint64)
         op = torch.ops.aten._flash_attention_backward
-        *sizes, is_causal = arguments
-        return op(dout, q, k, v, out, lse, *sizes, options.dropout_p, is_causal, rng, unused, scale=options.scale, **sides)
+        return op(dout, *saved, *_lengths(q, k, block), *_softmax(block), seed_and_offset, unused, **_keywords(block))
 
 
-def _arguments(
-    q: Tensor, k: Tensor, bounds: Bounds | None, window: tuple[int, int]
-) -> tuple[tuple[Tensor | None, Tensor | None, int, int, bool], dict[str, int]]:
-    """Cumulative lengths, longest lengths, is_causal; and the window keywords, which a causal or full call leaves out."""
-    is_causal, left, right = Side.of(window)
-    cu_q, cu_k, max_q, max_k = (None, None, q.shape[1], k.shape[1]) if bounds is None else bounds
-    sides = {} if (left, right) == (-1, -1) else {"window_size_left": left, "window_size_right": right}
-    return (cu_q, cu_k, max_q, max_k, is_causal), sides
+def _lengths(q: Tensor, k: Tensor, block: Block) -> tuple[Tensor | None, Tensor | None, int, int]:
+    """Cumulative lengths and longest lengths."""
+    varlen = block.varlen
+    return (None, None, q.shape[1], k.shape[1]) if varlen is None else (varlen.cu_q, varlen.cu_k, varlen.max_q, varlen.max_k)
+
+
+def _softmax(block: Block) -> tuple[float, bool]:
+    """dropout_p and is_causal, which follow each other in both ops."""
+    return block.softmax.dropout_p, is_causal(block.window)
+
+
+def _keywords(block: Block) -> dict[str, Any]:
+    """The scale, and the window unless it is causal or full."""
+    left, right = block.window
+    if block.window == (-1, -1) or is_causal(block.window):
+        return {"scale": block.softmax.scale}
+    return {"scale": block.softmax.scale, "window_size_left": left, "window_size_right": right}
