@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal, NamedTuple
 
 import torch
 
+from dtensor_ring.ops.block_kinds import block_kinds
 from dtensor_ring.ops.kernels import Kernel, KernelRequirements, SoftmaxParams, choose_kernel
 from dtensor_ring.planning.documents import Documents, Slices
 from dtensor_ring.planning.layout import Layout
@@ -120,11 +121,15 @@ class AttentionCall:
     def choose(self, need: KernelRequirements, has_alibi: bool = False, problem: AttentionProblem | None = None) -> Choice:
         """The strategy and the kernel; the same on every rank, and in forward and backward.
 
+        Everything that is read here is the same on all ranks, except that packages may be installed on one and not on another:
+        which kernel came out is compared with the rest of the call before anything is sent.
+
         Args:
             need: what is asked of the kernel, ALiBi aside.
             has_alibi: whether there are ALiBi slopes. Flash kernels measure distances from the end of a block, which "gather" may
                 allow where "ring" does not.
-            problem: what is planned for; read only where there are slopes.
+            problem: what is planned for; None while lengths are symbols, and then neither ALiBi's distances nor the kinds of
+                blocks are judged.
 
         Raises:
             NotImplementedError: no kernel does what is asked; the text has each kernel's reason.
@@ -134,7 +139,8 @@ class AttentionCall:
             assert problem is not None, "distances depend on lengths"
             strategy, alignment = _choose_for_alibi(self.strategy, problem)
             need = replace(need, alibi=alignment)
-        return Choice(strategy, choose_kernel(None if self.kernel == AUTO else self.kernel, need))
+        kinds = None if problem is None else partial(block_kinds, replace(problem, strategy=strategy))
+        return Choice(strategy, choose_kernel(None if self.kernel == AUTO else self.kernel, need, kinds))
 
 
 def _choose_for_alibi(strategy: str, problem: AttentionProblem) -> tuple[str, Literal["aligned", "shifted"]]:

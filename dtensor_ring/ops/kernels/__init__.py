@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from typing import Literal
 
 from dtensor_ring.ops.kernels.base import Kernel, KernelRequirements
 from dtensor_ring.ops.kernels.block import (
+    EVERY_KIND,
     Block,
+    BlockKind,
     Gradients,
     PositionContext,
     Result,
@@ -43,8 +47,18 @@ def check_kernel_name(name: str | None) -> None:
         raise ValueError(f"unknown kernel {name!r}: choose one of {', '.join(KERNELS)}, or None for the first that does not refuse")
 
 
-def choose_kernel(name: str | None, need: KernelRequirements) -> Kernel:
+def choose_kernel(name: str | None, need: KernelRequirements, kinds: Callable[[], AbstractSet[BlockKind]] | None = None) -> Kernel:
     """The kernel called `name`, or with None the first in `KERNELS` that does not refuse.
+
+    Ranks that share an attention must use one kernel: each is handed its part of the others' gradients, and a rank that refused
+    alone would leave the others waiting. They do if `need` and `kinds` are the same on all of them.
+
+    Args:
+        name: a kernel's name, or None.
+        need: what is asked of it.
+        kinds: what kinds of blocks it may be given, on any rank. It is called only for a kernel that refuses some kind at all, so
+            that nobody pays for it otherwise. None leaves blocks unjudged: while a compiler traces, lengths are symbols, and the
+            operator judges once it has them.
 
     Raises:
         ValueError: no kernel has that name.
@@ -53,7 +67,7 @@ def choose_kernel(name: str | None, need: KernelRequirements) -> Kernel:
     check_kernel_name(name)
     reasons = {}
     for candidate in KERNELS.values() if name is None else (KERNELS[name],):
-        reason = candidate.refuses(need)
+        reason = candidate.refuses(need) or (None if kinds is None else _refuses_blocks(candidate, kinds))
         if reason is None:
             return candidate
         reasons[candidate.name] = reason
@@ -62,9 +76,20 @@ def choose_kernel(name: str | None, need: KernelRequirements) -> Kernel:
     raise NotImplementedError(f"{who}. {listed}")
 
 
+def _refuses_blocks(kernel: Kernel, kinds: Callable[[], AbstractSet[BlockKind]]) -> str | None:
+    """Why a kernel cannot compute blocks of all these kinds, or None if it can."""
+    refused = {kind: reason for kind in EVERY_KIND if (reason := kernel.refuses_block(kind)) is not None}
+    # sorted: sets are in another order in every process, and all ranks must say the same
+    for kind in sorted(refused.keys() & kinds()) if refused else ():
+        return f"{refused[kind]}, and this attention may have {kind} blocks"
+    return None
+
+
 __all__ = [
+    "EVERY_KIND",
     "KERNELS",
     "Block",
+    "BlockKind",
     "Gradients",
     "Kernel",
     "KernelName",

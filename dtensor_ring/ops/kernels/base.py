@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dtensor_ring.ops.dtypes import accumulate_dtype
-from dtensor_ring.ops.kernels.block import Block, Gradients, Result, Saved
+from dtensor_ring.ops.kernels.block import Block, BlockKind, Gradients, Result, Saved
 
 Feature = Literal["softcap", "dropout", "ALiBi"]
 
@@ -50,6 +50,14 @@ class Kernel(ABC):
     def refuses(self, need: KernelRequirements) -> str | None:
         """Why this kernel cannot do what is needed, or None if it can."""
         return self.unavailable(need) or self.lacks(need)
+
+    def refuses_block(self, kind: BlockKind) -> str | None:
+        """Why this kernel gets blocks of a kind wrong, or None if it gets them right.
+
+        A kernel is asked about every kind that the plan of any rank may have, before anything is computed. The answer depends on
+        nothing but the kind, so it is the same on every rank.
+        """
+        return None
 
     @abstractmethod
     def unavailable(self, need: KernelRequirements) -> str | None:

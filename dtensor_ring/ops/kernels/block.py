@@ -13,15 +13,17 @@ part in nothing: queries get out 0 and lse -inf, keys gradients 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import NamedTuple
+from itertools import pairwise, product
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 Gradients = tuple[Tensor, Tensor, Tensor]  # dq, dk, dv
+BlockMask = Literal["full", "square causal", "rectangular causal", "window"]
 
 
 class Result(NamedTuple):
@@ -153,6 +155,38 @@ class VarlenMetadata:
         return cls(tuple(segments), bounds[0], bounds[1], longest_q, longest_k)
 
 
+class BlockKind(NamedTuple):
+    """What a kernel may get wrong about a block whatever its tensors are; `Kernel.refuses_block` judges it.
+
+    Attributes:
+        mask: "full"; "square causal", whose diagonal starts top-left and ends bottom-right; "rectangular causal", whose diagonal
+            ends bottom-right but starts elsewhere; or "window" for all other masks. In a varlen block it is that of its segments,
+            and one rectangle among them makes them rectangular.
+        varlen: whether the block is a varlen one.
+    """
+
+    mask: BlockMask
+    varlen: bool
+
+    @override
+    def __str__(self) -> str:
+        return f"varlen {self.mask}" if self.varlen else self.mask
+
+    @classmethod
+    def of(cls, window: tuple[int, int], lengths: Iterable[tuple[int, int]], *, varlen: bool) -> BlockKind:
+        """The kind of a block, from the numbers of queries and of keys of each of its segments, or of the one dense block."""
+        if window == (-1, -1):
+            return cls("full", varlen)
+        if window != (-1, 0):
+            return cls("window", varlen)
+        square = all(queries == keys for queries, keys in lengths)
+        return cls("square causal" if square else "rectangular causal", varlen)
+
+
+MASKS: tuple[BlockMask, ...] = ("full", "square causal", "rectangular causal", "window")
+EVERY_KIND = frozenset(BlockKind(mask, varlen) for mask, varlen in product(MASKS, (False, True)))
+
+
 class Block(NamedTuple):
     """One block of attention, apart from its tensors.
 
@@ -169,3 +203,9 @@ class Block(NamedTuple):
     softmax: SoftmaxParams
     varlen: VarlenMetadata | None = None
     positions: PositionContext | None = None
+
+    def kind(self, q: Tensor, k: Tensor) -> BlockKind:
+        """What kind of block these tensors make."""
+        if self.varlen is None:
+            return BlockKind.of(self.window, [(q.shape[1], k.shape[1])], varlen=False)
+        return BlockKind.of(self.window, [(s.q1 - s.q0, s.k1 - s.k0) for s in self.varlen.segments], varlen=True)

@@ -1,0 +1,168 @@
+"""Kernels judge the blocks of all ranks' plans, on every rank alike, and one that gets a kind of them wrong is not used."""
+
+from __future__ import annotations
+
+import itertools
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import ClassVar
+
+import pytest
+import torch
+from helpers import LAYOUTS, MASKS, line, make_case, run_loopback, share
+
+from dtensor_ring import Contiguous, from_local, full_tensor, ring_attention
+from dtensor_ring.ops import kernels, operator
+from dtensor_ring.ops import prepare as prepare_module
+from dtensor_ring.ops.block_kinds import block_kinds, kinds_of_plan
+from dtensor_ring.ops.kernels import EVERY_KIND, KERNELS, Block, BlockKind, KernelRequirements, SoftmaxParams, choose_kernel
+from dtensor_ring.ops.kernels.block import VarlenMetadata, VarlenSegment
+from dtensor_ring.ops.kernels.math import MathKernel
+from dtensor_ring.planning.documents import Documents, Slices
+from dtensor_ring.planning.layout import Layout
+from dtensor_ring.planning.mask import Band
+from dtensor_ring.planning.schedule import AttentionProblem, plan
+
+SQUARE, RECTANGULAR, FULL, WINDOW = (BlockKind(mask, False) for mask in ("square causal", "rectangular causal", "full", "window"))
+NEED = KernelRequirements("cpu", torch.float32, 64, 64)
+DOCUMENTS = [None, Documents.from_lengths([9, 1, 23]), Documents(((0, 9, 33), (0, 20, 33)))]
+
+
+class TopLeft(MathKernel):
+    """As cuDNN: its causal mask begins top-left, so that it is wrong for rectangles; and it takes no varlen blocks."""
+
+    name: ClassVar[str] = "top_left"
+
+    def __init__(self) -> None:
+        self.kinds = []
+
+    def refuses_block(self, kind):
+        if kind.varlen:
+            return "takes no varlen blocks"
+        return "aligns causal masks top-left" if kind.mask == "rectangular causal" else None
+
+    def forward(self, q, k, v, block):
+        self.kinds.append(block.kind(q, k))
+        return super().forward(q, k, v, block)
+
+
+@contextmanager
+def installed():
+    """The stand-in, first among the kernels; what calls chose with it is forgotten afterwards."""
+    kernel = TopLeft()
+    kernels.KERNELS = {kernel.name: kernel, **KERNELS}
+    try:
+        yield kernel
+    finally:
+        kernels.KERNELS = KERNELS
+        prepare_module._CALLS.clear()
+        operator._resolved.cache_clear()
+
+
+@pytest.fixture
+def top_left():
+    with installed() as kernel:
+        yield kernel
+
+
+@pytest.mark.parametrize(
+    ("window", "lengths", "kind"),
+    [
+        ((-1, -1), (5, 9), FULL),
+        ((-1, 0), (5, 5), SQUARE),
+        ((-1, 0), (5, 9), RECTANGULAR),
+        ((-1, 0), (9, 5), RECTANGULAR),
+        ((3, 0), (5, 5), WINDOW),
+        ((-1, 2), (5, 5), WINDOW),
+    ],
+)
+def test_the_kind_of_a_dense_block(window, lengths, kind):
+    q, k = (torch.empty(1, length, 1, 8) for length in lengths)
+    assert Block(window, SoftmaxParams(1.0)).kind(q, k) == kind
+
+
+def test_one_rectangle_among_the_segments_of_a_varlen_block_makes_it_rectangular():
+    square, wide = VarlenSegment(0, 4, 0, 4), VarlenSegment(4, 6, 4, 9)
+    x = torch.empty(9, 1, 8)
+    for segments, mask in (((square,), "square causal"), ((square, wide), "rectangular causal")):
+        varlen = VarlenMetadata.of(segments, 6, 9, torch.device("cpu"))
+        assert Block((-1, 0), SoftmaxParams(1.0), varlen).kind(x[:6], x) == BlockKind(mask, True)
+    assert str(BlockKind("full", True)) == "varlen full"
+    assert str(FULL) == "full"
+
+
+def test_zigzag_gives_the_ring_squares_and_gathering_rectangles():
+    problem = AttentionProblem(Layout("zigzag"), Band(0), 64, 64, 4)
+    assert block_kinds(problem) == {SQUARE, FULL}
+    assert block_kinds(replace(problem, strategy="gather")) == {SQUARE, RECTANGULAR}
+    assert block_kinds(replace(problem, strategy="ulysses")) == {SQUARE}
+    for documents in (*DOCUMENTS[1:], Slices((0, 4, 16), (0, 8, 32), 0)):
+        assert block_kinds(replace(problem, documents=documents)) == EVERY_KIND
+    unmasked = replace(problem, band=Band(), documents=DOCUMENTS[1])
+    assert block_kinds(unmasked) == {FULL, BlockKind("full", True)}
+
+
+def test_the_plan_of_one_rank_does_not_tell_what_the_others_compute():
+    problem = AttentionProblem(Layout("contiguous"), Band(0), 64, 64, 4, "gather")
+    assert kinds_of_plan(plan(problem, 0)) == {SQUARE}
+    assert kinds_of_plan(plan(problem, 1)) == {RECTANGULAR}
+    assert block_kinds(problem) == {SQUARE, RECTANGULAR}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strategy", ["ring", "gather"])
+@pytest.mark.parametrize("documents", DOCUMENTS, ids=["whole", "packed", "rows"])
+def test_kernels_get_no_blocks_of_other_kinds_than_they_judged(layout, strategy, documents):
+    for mask, k_length in itertools.product(MASKS, (33, 40) if documents is None else (33,)):
+        case = make_case(33, k_length=k_length, mask=mask, documents=documents, heads=(2, 1), dim=4)
+        kernel = TopLeft()
+        run_loopback(case, layout, 3, strategy, kernel)
+        judged = block_kinds(case.problem(layout, 3, strategy))
+        assert set(kernel.kinds) <= judged
+        assert documents is not None or set(kernel.kinds) == judged
+
+
+def test_a_kernel_that_refuses_a_kind_of_block_is_passed_over(top_left):
+    assert choose_kernel(None, NEED, lambda: {SQUARE, FULL, WINDOW}) is top_left
+    assert choose_kernel(None, NEED, lambda: {SQUARE, RECTANGULAR}).name == "torch_cpu"
+    assert choose_kernel(None, NEED, lambda: {BlockKind("full", True)}).name == "torch_cpu"
+
+
+def test_the_error_of_a_kernel_asked_for_by_name_has_its_reason_and_the_kind(top_left):
+    assert choose_kernel("top_left", NEED, lambda: {SQUARE}) is top_left
+    text = "top_left: aligns causal masks top-left, and this attention may have rectangular causal blocks"
+    with pytest.raises(NotImplementedError, match=f"kernel 'top_left' refuses this attention. {text}"):
+        choose_kernel("top_left", NEED, lambda: {SQUARE, RECTANGULAR})
+
+
+def test_kinds_are_worked_out_only_for_kernels_that_refuse_one():
+    def kinds():
+        raise AssertionError("no kernel in the list refuses a kind of block")
+
+    assert choose_kernel(None, NEED, kinds).name == "torch_cpu"
+    assert choose_kernel("math", NEED, kinds).name == "math"
+
+
+def chosen_over_ranks():
+    """Under "gather" rank 0 has nothing but a square block, and yet refuses with the rank that has a rectangle."""
+    mesh, rank = line(), torch.distributed.get_rank()
+    case = make_case(22, dtype=torch.float32)
+    with installed() as kernel:
+        placed = [from_local(share(x, "contiguous", 2, rank), mesh, [Contiguous(1)], length=22) for x in case.inputs]
+        with pytest.raises(NotImplementedError) as failure:
+            ring_attention(*placed, strategy="gather", kernel="top_left")
+        assert not kernel.kinds
+        ring_attention(*placed, strategy="gather")
+        assert not kernel.kinds
+        out, lse = ring_attention(*placed, strategy="ring", return_lse=True)
+        assert set(kernel.kinds) == ({SQUARE} if rank == 0 else {SQUARE, FULL})
+    found = full_tensor(out), full_tensor(lse)
+    for mine, exact in zip(found, case.exact(), strict=False):
+        torch.testing.assert_close(mine, exact, rtol=0, atol=1e-5)
+    return str(failure.value)
+
+
+def test_ranks_refuse_a_kernel_together_whatever_their_own_blocks_are(pools):
+    first, second = pools.run(2, chosen_over_ranks)
+    assert first == second
+    assert "top_left: aligns causal masks top-left, and this attention may have rectangular causal blocks" in first
