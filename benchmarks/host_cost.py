@@ -46,7 +46,8 @@ from dtensor_ring.ops.executors.plan_executor import Executor
 from dtensor_ring.ops.kernels import KERNELS, Block, Saved, SoftmaxParams
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
-from dtensor_ring.planning.schedule import AttentionProblem, plan
+from dtensor_ring.planning.problem import AttentionProblem
+from dtensor_ring.planning.schedule import plan
 
 Calls = dict[str, Callable[[], object]]
 SHALLOW, DEEP = 2, 10  # layers

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band, mask_text
-from dtensor_ring.planning.schedule import AttentionProblem
+from dtensor_ring.planning.problem import AttentionProblem
 from dtensor_ring.tools.drawing import draw, summary
 from dtensor_ring.tools.facts import facts
 

@@ -31,7 +31,8 @@ from dtensor_ring import Documents, Zigzag, ring_plan
 from dtensor_ring.debug import balance
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
-from dtensor_ring.planning.schedule import AttentionProblem, plan
+from dtensor_ring.planning.problem import AttentionProblem
+from dtensor_ring.planning.schedule import plan
 
 LENGTHS = (418, 5, 96, 1, 233, 37, 12, 171)
 ALLOWED = 1e-5

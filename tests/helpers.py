@@ -17,7 +17,8 @@ from dtensor_ring.ops.reference import reference_attention
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band, mask_text
-from dtensor_ring.planning.schedule import AttentionProblem, plan
+from dtensor_ring.planning.problem import AttentionProblem
+from dtensor_ring.planning.schedule import plan
 
 SEED = 5
 LAYOUTS = ("contiguous", "zigzag", "stripe", "stripe:3")

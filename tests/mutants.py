@@ -61,6 +61,10 @@ TESTS = {
     ],
     "planning/mask.py": PLANNER,
     "planning/kernel_calls.py": PLANNER,
+    "planning/runs.py": ["test_layout", "test_schedule", "test_packing -k known"],
+    "planning/problem.py": [*PLANNER[:3], "test_windows"],
+    "planning/steps.py": [*PLANNER[:3], "test_windows"],
+    "planning/totals.py": ["test_totals"],
     "planning/schedule.py": [*PLANNER[:3], "test_execute -k 'bytes or packed'", "test_extras -k 'blocks or alibi'", "test_windows"],
     "ops/executors/plan_executor.py": [
         "test_one_call",

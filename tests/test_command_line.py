@@ -23,10 +23,11 @@ from dtensor_ring.debug import draw
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
-from dtensor_ring.planning.schedule import AttentionProblem, plan
+from dtensor_ring.planning.problem import AttentionProblem
+from dtensor_ring.planning.schedule import plan
+from dtensor_ring.planning.totals import fetched_by, totals
 from dtensor_ring.tools import drawing
 from dtensor_ring.tools.drawing import RANKS_OF_EXCERPT, STEPS_SHOWN, WIDTH
-from dtensor_ring.tools.totals import fetched_by, totals
 
 ROOT = Path(dtensor_ring.__file__).parents[1]
 

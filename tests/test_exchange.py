@@ -17,7 +17,8 @@ from dtensor_ring.ops.kernels import KERNELS, SoftmaxParams
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band, mask_text
-from dtensor_ring.planning.schedule import AttentionProblem, Plan, plan
+from dtensor_ring.planning.problem import AttentionProblem
+from dtensor_ring.planning.schedule import Plan, plan
 
 HEADS, DIM = 2, 3
 PACKED = ("contiguous", "zigzag", "zigzag/documents")

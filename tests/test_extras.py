@@ -21,7 +21,7 @@ from dtensor_ring.ops.kernels.math import MathKernel, keep_mask
 from dtensor_ring.ops.reference import reference_attention
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
-from dtensor_ring.planning.schedule import AttentionProblem
+from dtensor_ring.planning.problem import AttentionProblem
 
 STRATEGIES = ("ring", "gather")
 

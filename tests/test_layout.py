@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 import dtensor_ring
 from dtensor_ring.planning.documents import Documents
-from dtensor_ring.planning.layout import Layout, PackedLayout, Run, cut, work_balance
+from dtensor_ring.planning.layout import Layout, PackedLayout, work_balance
+from dtensor_ring.planning.runs import Run, cut
 
 layouts = st.sampled_from([Layout("contiguous"), Layout("zigzag"), Layout("stripe"), Layout("stripe", 2), Layout("stripe", 5)])
 

@@ -8,8 +8,9 @@ from flash_windows import as_flash_attn_2
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from dtensor_ring.planning.layout import Layout, Run, cut
+from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band, Tile, coalesce, joined, mask_text, tiles_between
+from dtensor_ring.planning.runs import Run, cut
 
 bound = st.one_of(st.none(), st.integers(-15, 15))
 boxes = st.tuples(st.integers(0, 6), st.integers(1, 8), st.integers(0, 6), st.integers(1, 8))

@@ -13,7 +13,8 @@ from dtensor_ring.ops.kernels import Kernel, Result, SoftmaxParams
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
-from dtensor_ring.planning.schedule import AttentionProblem, plan
+from dtensor_ring.planning.problem import AttentionProblem
+from dtensor_ring.planning.schedule import plan
 
 LENGTH, HEADS, DIM = 12, 4, 8
 VIEWS = {"aten::view", "aten::transpose.int", "aten::slice.Tensor"}

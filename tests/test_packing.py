@@ -26,7 +26,8 @@ from dtensor_ring import (
 )
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
-from dtensor_ring.planning.schedule import AttentionProblem, Plan, plan
+from dtensor_ring.planning.problem import AttentionProblem
+from dtensor_ring.planning.schedule import Plan, plan
 
 PER_DOCUMENT = "zigzag/documents"
 CAUSAL = Band(0, None)

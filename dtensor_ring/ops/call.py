@@ -23,7 +23,8 @@ from dtensor_ring.ops.kernels import Kernel, KernelRequirements, SoftmaxParams, 
 from dtensor_ring.planning.documents import Documents, Slices
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
-from dtensor_ring.planning.schedule import AttentionProblem, ends_together
+from dtensor_ring.planning.problem import AttentionProblem
+from dtensor_ring.planning.schedule import ends_together
 
 AUTO = "auto"
 

@@ -34,7 +34,8 @@ from dtensor_ring.ops.executors.ulysses import UlyssesExecutor
 from dtensor_ring.ops.kernels import Kernel, SoftmaxParams
 from dtensor_ring.placements import SequencePlacement, redistribute
 from dtensor_ring.planning.documents import Documents, Slices
-from dtensor_ring.planning.schedule import AttentionProblem, plan
+from dtensor_ring.planning.problem import AttentionProblem
+from dtensor_ring.planning.schedule import plan
 
 Pair = Sequence[int]
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
-from dtensor_ring.planning.layout import Piece
 from dtensor_ring.planning.mask import Band, Tile, coalesce, tiles_between
+from dtensor_ring.planning.runs import Piece
 
 
 class TokenRange(NamedTuple):

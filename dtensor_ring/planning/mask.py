@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from dtensor_ring.planning.layout import Piece, Run
+from dtensor_ring.planning.runs import Piece, Run
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,18 +13,15 @@ the rank s places before it and sends to the rank s places after it, exactly the
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from threading import Lock
 from typing import NamedTuple
 
 from dtensor_ring.cache import cached
-from dtensor_ring.planning.documents import Documents, Slices
-from dtensor_ring.planning.kernel_calls import Segment, Step, TokenRange, deepest, document_tiles, keep_needed, step_of, unions
-from dtensor_ring.planning.layout import Layout, Piece, Run, cut
-from dtensor_ring.planning.mask import Band, Tile, whole_sequence
+from dtensor_ring.planning.kernel_calls import Segment, Step, TokenRange, deepest, unions
+from dtensor_ring.planning.problem import AttentionProblem
+from dtensor_ring.planning.steps import make_step, step_count
 
 
 class KeySend(NamedTuple):
@@ -33,97 +30,6 @@ class KeySend(NamedTuple):
     rank: int
     rows: tuple[TokenRange, ...]
     sums: bool
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionProblem:
-    """Everything a plan depends on but the rank."""
-
-    layout: Layout
-    band: Band
-    q_length: int
-    k_length: int
-    world: int
-    strategy: str = "ring"
-    documents: Documents | Slices | None = None
-
-    def __str__(self) -> str:
-        """In one line, for errors; the same on every rank, so slices of documents, which differ, are not told apart."""
-        lengths = f"{self.q_length}" if self.q_length == self.k_length else f"{self.q_length} queries and {self.k_length} keys"
-        documents = f", {self.documents}" if isinstance(self.documents, Documents) else ", documents" if self.documents else ""
-        return f"{self.strategy}, {self.layout}, {self.band}, {lengths} tokens over {self.world} ranks{documents}"
-
-    @property
-    def nbytes(self) -> int:
-        """Host memory that the value takes, estimated: that of its documents."""
-        return 300 + (0 if self.documents is None else self.documents.nbytes)
-
-    @property
-    def position_band(self) -> Band:
-        """The band of positions: queries count from `k_length - q_length`, flash-attn's bottom-right alignment."""
-        return self.band.shifted(self.k_length - self.q_length)
-
-    @property
-    def bounds(self) -> tuple[tuple[int, ...] | None, ...]:
-        """Document bounds, one entry for the batch or one a batch row."""
-        return self.documents.bounds if isinstance(self.documents, Documents) else (None,)
-
-    def q_pieces(self, rank: int, row: int) -> tuple[Piece, ...]:
-        """A rank's queries cut into documents, in one batch row."""
-        runs = self.q_runs(rank)
-        if isinstance(self.documents, Slices):
-            first = runs[0].start if runs else 0
-            return tuple(Piece(Run(first + a, b - a), a, i) for i, (a, b) in enumerate(pairwise(self.documents.cu_q)) if b > a)
-        return cut(runs, self.bounds[row])
-
-    def k_pieces(self, runs: tuple[Run, ...], row: int) -> tuple[Piece, ...]:
-        """Keys in runs cut into documents, in one batch row."""
-        if isinstance(self.documents, Slices):
-            start, cu_k = self.documents.k_start, self.documents.cu_k
-            return tuple(Piece(Run(start + a, b - a), start + a, i) for i, (a, b) in enumerate(pairwise(cu_k)) if b > a)
-        return cut(runs, self.bounds[row])
-
-    def q_runs(self, rank: int) -> tuple[Run, ...]:
-        """Runs of a rank's queries, in storage order."""
-        return self.layout.runs(self.q_length, self.world, rank, self.bounds[0])
-
-    def k_runs(self, rank: int) -> tuple[Run, ...]:
-        """Runs of a rank's keys, in storage order."""
-        return self.layout.runs(self.k_length, self.world, rank, self.bounds[0])
-
-    def q_rows(self, rank: int) -> int:
-        """Queries on a rank."""
-        return self.layout.local_length(self.q_length, self.world, rank)
-
-    def k_rows(self, rank: int) -> int:
-        """Keys on a rank."""
-        return self.layout.local_length(self.k_length, self.world, rank)
-
-    def q_tokens(self, rank: int) -> list[int]:
-        """Tokens of a rank's queries, in storage order."""
-        return [token for run in self.q_runs(rank) for token in run.tokens()]
-
-    def k_tokens(self, rank: int) -> list[int]:
-        """Tokens of a rank's keys, in storage order."""
-        return [token for run in self.k_runs(rank) for token in run.tokens()]
-
-    @property
-    def in_order(self) -> bool:
-        """Whether keys are gathered into position order, which needs local runs of neighbouring tokens."""
-        return self.layout.kind != "stripe" or self.world == 1
-
-    @property
-    def is_halo(self) -> bool:
-        """Whether a window is served by fetching the keys just around each local run, at most twice the local keys."""
-        if not self.band.bounded or not self.in_order or self.world == 1 or isinstance(self.documents, Slices):
-            return False
-        return halo_rows(self) * self.world <= 2 * self.k_length
-
-    @property
-    def collective(self) -> bool:
-        """Whether the keys of all ranks are fetched by one all-gather; otherwise exact rows go from rank to rank."""
-        whole = self.documents is None or isinstance(self.documents, Slices)
-        return self.strategy == "gather" and self.world > 1 and whole and not self.is_halo
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +105,6 @@ class _Book:
     problem: AttentionProblem
     plans: dict[int, Plan] = field(default_factory=dict)
     needs: dict[tuple[int, int], Step] = field(default_factory=dict)  # (rank, step)
-    halo_rows: int | None = None
     ends_together: bool | None = None
     nbytes: int = 0
     _lock: Lock = field(default_factory=Lock)
@@ -220,7 +125,7 @@ class _Book:
         kept = self.needs.get((rank, index)) if made is None else made.steps[index]
         if kept is not None:
             return kept
-        step = replace(_step(self.problem, rank, index), calls=())
+        step = replace(make_step(self.problem, rank, index), calls=())
         with self._lock:
             if (rank, index) not in self.needs:
                 self.needs[rank, index] = step
@@ -255,7 +160,7 @@ def plan(problem: AttentionProblem, rank: int) -> Plan:
 
 def _plan(book: _Book, rank: int) -> Plan:
     problem = book.problem
-    steps = tuple(_step(problem, rank, i) for i in range(_step_count(problem)))
+    steps = tuple(make_step(problem, rank, i) for i in range(step_count(problem)))
     sends = tuple(tuple(_sends(book, rank, i)) for i in range(len(steps)))
     segments = [segment for step in steps for call in step.calls for segment in call.segments]
     returned = [(rows.start, rows.stop) for sent in sends for send in sent for rows in send.rows]
@@ -273,24 +178,12 @@ def ends_together(problem: AttentionProblem) -> bool:
     return book.ends_together
 
 
-def halo_rows(problem: AttentionProblem) -> int:
-    """Key rows that the most loaded rank fetches for a window, at most."""
-    book = _book(problem)
-    if book.halo_rows is None:
-        book.halo_rows = _halo_rows(problem)
-    return book.halo_rows
-
-
-def _step_count(problem: AttentionProblem) -> int:
-    return problem.world if problem.strategy == "ring" and not problem.is_halo else 1
-
-
 def _sends(book: _Book, rank: int, index: int) -> Iterable[KeySend]:
     """Who needs which of this rank's keys in a step, read off the other ranks' plans."""
     problem = book.problem
     if problem.collective:
         return
-    ring = _step_count(problem) > 1
+    ring = step_count(problem) > 1
     others = [(rank + index) % problem.world] if ring else [(rank + i) % problem.world for i in range(problem.world)]
     for other in others:
         if other == rank:
@@ -299,96 +192,6 @@ def _sends(book: _Book, rank: int, index: int) -> Iterable[KeySend]:
         rows = tuple(piece for piece in step.keys if piece.source == rank)
         if rows:
             yield KeySend(other, rows, step.sums)
-
-
-def _step(problem: AttentionProblem, rank: int, index: int) -> Step:
-    if problem.is_halo:
-        return _halo_step(problem, rank)
-    if problem.strategy == "ring":
-        source = (rank - index) % problem.world
-        keys = [TokenRange(source, 0, problem.k_rows(source))]
-        return _finish(problem, rank, keys, problem.k_runs(source))
-    shards = [(r, problem.k_runs(r)) for r in range(problem.world)]
-    if not problem.in_order:
-        keys = [TokenRange(r, 0, problem.k_rows(r)) for r, _ in shards]
-        return _finish(problem, rank, keys, *(runs for _, runs in shards))
-    starts = sorted((run.start, run.count, rows) for r, runs in shards for run, rows in _with_rows(r, runs))
-    return _finish(problem, rank, [rows for _, _, rows in starts], whole_sequence(problem.k_length))
-
-
-def _with_rows(rank: int, runs: Sequence[Run]) -> Iterable[tuple[Run, TokenRange]]:
-    offset = 0
-    for run in runs:
-        yield run, TokenRange(rank, offset, offset + run.count)
-        offset += run.count
-
-
-def _finish(problem: AttentionProblem, rank: int, keys: list[TokenRange], *shards: tuple[Run, ...]) -> Step:
-    """Tiles of this rank's queries and the keys given, shard after shard in buffer order; keys without a tile are dropped."""
-    tiles: list[tuple[int, Tile]] = []
-    for row in range(len(problem.bounds)):
-        queries, offset = problem.q_pieces(rank, row), 0
-        for shard in shards:
-            found = document_tiles(queries, problem.k_pieces(shard, row), problem.position_band)
-            tiles += [(row, tile.moved(0, offset)) for tile in found]
-            offset += sum(run.count for run in shard)
-    if problem.collective:
-        return step_of(tuple(keys), tiles)
-    return step_of(*keep_needed(keys, tiles))
-
-
-def _halo_rows(problem: AttentionProblem) -> int:
-    band = problem.position_band
-    assert band.lo is not None and band.hi is not None, "a halo needs a window"
-    reach = max(0, band.hi - min(band.lo, 0))
-    if not problem.layout.cut:
-        return reach * (2 if problem.layout.kind == "zigzag" else 1)
-    bounds = problem.bounds[0] or (0, problem.q_length)
-    return max(
-        sum(min(reach, run.start - bounds[Documents.find(bounds, run.start)] - min(band.lo, 0)) for run in problem.q_runs(rank))
-        for rank in range(problem.world)
-    )
-
-
-def _halo_step(problem: AttentionProblem, rank: int) -> Step:
-    """A window's keys around each local run, fetched into position order run by run: one window serves every run."""
-    band = problem.position_band
-    assert band.lo is not None and band.hi is not None, "a halo needs a window"
-    holders = sorted(
-        (run.start, run.start + run.count, rows) for r in range(problem.world) for run, rows in _with_rows(r, problem.k_runs(r))
-    )
-    ends = [stop for _, stop, _ in holders]
-    keys: list[TokenRange] = []
-    offset = 0
-    tiles: list[tuple[int, Tile]] = []
-    for piece in cut(problem.q_runs(rank), None):
-        run = piece.run
-        low, high = max(0, run.start - band.hi), min(problem.k_length, run.start + run.count - band.lo)
-        if low >= high:
-            continue
-        for row, bounds in enumerate(problem.bounds):
-            q_pieces = [Piece(p.run, p.offset + piece.offset, p.document) for p in cut((run,), bounds)]
-            near = [Piece(Run(low, high - low), 0, 0)] if bounds is None else _between(bounds, low, high)
-            tiles += [(row, tile.moved(0, offset)) for tile in document_tiles(q_pieces, near, band)]
-        at = bisect_right(ends, low)
-        while at < len(holders) and holders[at][0] < high:
-            a, b, rows = holders[at]
-            keys.append(TokenRange(rows.source, rows.start + max(low, a) - a, rows.start + min(high, b) - a))
-            at += 1
-        offset += high - low
-    return step_of(*keep_needed(keys, tiles))
-
-
-def _between(bounds: tuple[int, ...], low: int, high: int) -> list[Piece]:
-    """Positions [low, high) cut into documents, stored from 0."""
-    found = []
-    for document in range(Documents.find(bounds, low), len(bounds) - 1):
-        a, b = max(low, bounds[document]), min(high, bounds[document + 1])
-        if a < b:
-            found.append(Piece(Run(a, b - a), a - low, document))
-        if b == high:
-            break
-    return found
 
 
 def _own_key_ranges(step: Step, rank: int) -> Iterable[tuple[int, int]]:

@@ -9,10 +9,11 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 from dtensor_ring.planning.kernel_calls import KernelCall, Step, TokenRange
-from dtensor_ring.planning.layout import Run
-from dtensor_ring.planning.schedule import AttentionProblem, Plan, plan
+from dtensor_ring.planning.problem import AttentionProblem
+from dtensor_ring.planning.runs import Run
+from dtensor_ring.planning.schedule import Plan, plan
+from dtensor_ring.planning.totals import Totals, totals
 from dtensor_ring.tools.facts import asks_too_much
-from dtensor_ring.tools.totals import Totals, totals
 
 WIDTH = 80  # columns of a line, at most
 RANKS_SHOWN = 8  # a drawing of more ranks shows an excerpt

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.mask import Band, mask_text
-from dtensor_ring.planning.schedule import AttentionProblem, Plan, plan
-from dtensor_ring.tools.totals import Totals, fetched_by, totals
+from dtensor_ring.planning.problem import AttentionProblem
+from dtensor_ring.planning.schedule import Plan, plan
+from dtensor_ring.planning.totals import Totals, fetched_by, totals
 
 Facts = dict[str, object]
 

@@ -22,7 +22,8 @@ from dtensor_ring.comm import Message, Pending, Transport
 from dtensor_ring.ops.executors.merge import GradSum, accumulate_dtype
 from dtensor_ring.ops.executors.routes import Route, Slot, routes
 from dtensor_ring.planning.kernel_calls import Step, TokenRange
-from dtensor_ring.planning.schedule import AttentionProblem, KeySend, Plan
+from dtensor_ring.planning.problem import AttentionProblem
+from dtensor_ring.planning.schedule import KeySend, Plan
 
 Pair = tuple[Tensor, Tensor]
 Direction = Literal["forward", "backward"]

@@ -37,7 +37,8 @@ from dtensor_ring.ops.kernels import (
     VarlenSegment,
 )
 from dtensor_ring.planning.kernel_calls import KernelCall
-from dtensor_ring.planning.schedule import AttentionProblem, Plan, plan
+from dtensor_ring.planning.problem import AttentionProblem
+from dtensor_ring.planning.schedule import Plan, plan
 
 
 @dataclass(frozen=True, slots=True)

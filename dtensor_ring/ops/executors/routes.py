@@ -21,7 +21,8 @@ from torch import Tensor
 
 from dtensor_ring.cache import cached
 from dtensor_ring.planning.kernel_calls import Step
-from dtensor_ring.planning.schedule import AttentionProblem, KeySend, Plan, plan
+from dtensor_ring.planning.problem import AttentionProblem
+from dtensor_ring.planning.schedule import KeySend, Plan, plan
 
 _Range = tuple[int, int]
 

@@ -25,7 +25,8 @@ from dtensor_ring.ops.executors.plan_executor import Executor
 from dtensor_ring.ops.kernels import Kernel, SoftmaxParams
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import PackedLayout
-from dtensor_ring.planning.schedule import AttentionProblem, plan
+from dtensor_ring.planning.problem import AttentionProblem
+from dtensor_ring.planning.schedule import plan
 
 
 def refuses(ranks: int, heads: int, kv_heads: int) -> str | None:

@@ -22,9 +22,10 @@ from itertools import accumulate, pairwise
 from dtensor_ring.planning.document_sharding import balance_of
 from dtensor_ring.planning.documents import Documents, Slices
 from dtensor_ring.planning.kernel_calls import unions
-from dtensor_ring.planning.layout import Run, cut
 from dtensor_ring.planning.mask import Band
-from dtensor_ring.planning.schedule import AttentionProblem, Plan, plan
+from dtensor_ring.planning.problem import AttentionProblem
+from dtensor_ring.planning.runs import Run, cut
+from dtensor_ring.planning.schedule import Plan, plan
 
 Runs = tuple[Run, ...]
 Range = tuple[int, int]  # positions [low, high)

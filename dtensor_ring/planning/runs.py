@@ -1,0 +1,111 @@
+"""Tokens that a rank stores one after another, as arithmetic runs, and runs cut where documents begin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dtensor_ring.planning.documents import Documents
+
+Bounds = tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """`count` tokens, stored one after the other: `block` neighbours from `start`, then `block` more every `stride` tokens.
+
+    With `block=1`, the usual case, token i of the run is `start + i * stride`. With `block > 1` the count is a whole number
+    of blocks.
+    """
+
+    start: int
+    count: int
+    stride: int = 1
+    block: int = 1
+
+    def token(self, i: int) -> int:
+        """The global index of the run's i-th stored token."""
+        return self.start + i // self.block * self.stride + i % self.block
+
+    def tokens(self) -> list[int]:
+        """All tokens of the run in storage order."""
+        return [self.token(i) for i in range(self.count)]
+
+    def blocks(self) -> Iterator[tuple[int, Run]]:
+        """The run cut into contiguous blocks, each with the storage index of its first token."""
+        for i in range(0, self.count, self.block):
+            yield i, Run(self.token(i), self.block)
+
+    def first_at_or_after(self, position: int) -> int:
+        """Storage index of the first token >= `position` (`count` if there is none)."""
+        past = position - self.start
+        if past <= 0:
+            return 0
+        index = past // self.stride * self.block + min(past % self.stride, self.block)
+        return min(index, self.count)
+
+    def rounds(self) -> tuple[int, int]:
+        """How many blocks of neighbouring tokens the run has, and of how many tokens."""
+        return (1, self.count) if self.stride == 1 else (self.count // self.block, self.block)
+
+    def excess(self, shift: int) -> int:
+        """Sum of max(p + shift, 0) over the tokens p: what scores of a band are counted with, whatever the length."""
+        blocks, block = self.rounds()
+        first = self.start + shift
+        return _triangles(first + block - 1, self.stride, blocks) - _triangles(first - 1, self.stride, blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run inside one document: `offset` is the storage index, on the rank, of its first token."""
+
+    run: Run
+    offset: int
+    document: int
+
+
+def cut(runs: tuple[Run, ...], bounds: Bounds) -> tuple[Piece, ...]:
+    """Cut runs, given in storage order, where documents begin; without `bounds` everything is document 0."""
+    found: list[Piece] = []
+    offset = 0
+    for run in runs:
+        if bounds is None:
+            found.append(Piece(run, offset, 0))
+        else:
+            found.extend(_cut_run(run, offset, bounds))
+        offset += run.count
+    return tuple(found)
+
+
+def _cut_run(run: Run, offset: int, bounds: tuple[int, ...]) -> Iterator[Piece]:
+    last = run.token(run.count - 1)
+    document = Documents.find(bounds, run.start)
+    begin = 0
+    while begin < run.count:
+        end = run.first_at_or_after(bounds[document + 1]) if bounds[document + 1] <= last else run.count
+        for low, part in _whole_blocks(run, begin, end):
+            yield Piece(part, offset + low, document)
+        begin = end
+        document += 1
+
+
+def _whole_blocks(run: Run, begin: int, end: int) -> Iterator[tuple[int, Run]]:
+    """Storage range [begin, end) of a run as runs again: a blocked run may give a part of a block at either end."""
+    if run.block == 1:
+        if end > begin:
+            yield begin, Run(run.token(begin), end - begin, run.stride)
+        return
+    head = min(end, -(-begin // run.block) * run.block)
+    tail = max(head, end // run.block * run.block)
+    for low, high in ((begin, head), (head, tail), (tail, end)):
+        if high > low:
+            whole = low == head and high == tail and high - low > run.block
+            yield low, Run(run.token(low), high - low, run.stride, run.block) if whole else Run(run.token(low), high - low)
+
+
+def _triangles(first: int, stride: int, count: int) -> int:
+    """Sum of 1 + 2 + ... + x over x = first, first + stride, ..., `count` of them; nothing where x is negative."""
+    skipped = 0 if first > 0 else min(-first // stride + 1, count)
+    n, x = count - skipped, first + skipped * stride
+    steps, squares = n * (n - 1) // 2, n * (n - 1) * (2 * n - 1) // 6
+    return (n * x * (x + 1) + stride * (2 * x + 1) * steps + stride * stride * squares) // 2
