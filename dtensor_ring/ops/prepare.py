@@ -243,7 +243,7 @@ def _whole(documents: Documents | Tensor | Sequence[int], place: Place) -> Docum
 
 def _mine(documents: Documents | Slices | None, q: Tensor, place: Place) -> Documents | Slices | None:
     """The documents of this rank's batch rows."""
-    if not isinstance(documents, Documents) or documents.rows == 1:
+    if documents is None or documents.rows == 1:
         return documents
     first, rows = place.origin[0], local_of(q).shape[0]
     return documents.select(first, first + rows) if rows else documents.select(0, 1)  # a rank without batch rows: any row will do

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import sys
 from array import array
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -20,6 +19,8 @@ from operator import index
 from typing import TYPE_CHECKING
 
 from dtensor_ring.cache import cached
+from dtensor_ring.planning.runs import Bounds, Piece, Run, cut, document_at
+from dtensor_ring.planning.segmentation import WHOLE, Segmentation
 
 # Plans are integers: this file and those above it that make plans load torch only where a tensor is made.
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _LEAST_NUMBERS = 64  # of an encoded tensor: longer ones are powers of two
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Documents:
+class Documents(Segmentation):
     """Cumulative document bounds, one row for the whole batch or one for each batch row.
 
     Every row starts at 0, never decreases and ends at the same length; equal neighbours are empty documents. Two values are
@@ -148,6 +149,38 @@ class Documents:
         bounds = sum(map(len, self.bounds))
         return 500 + 40 * bounds + 8 * _padded(bounds + self.rows)
 
+    @property
+    def row_bounds(self) -> tuple[Bounds, ...]:
+        """The bounds."""
+        return self.bounds
+
+    @property
+    def parts(self) -> int:
+        """Documents in all rows, those without tokens too."""
+        return sum(len(row) - 1 for row in self.bounds)
+
+    @property
+    def is_shared(self) -> bool:
+        """True: ranks compare what they pass."""
+        return True
+
+    @property
+    def described(self) -> str:
+        """How many documents there are, and the digest that tells them apart."""
+        return str(self)
+
+    def q_pieces(self, runs: tuple[Run, ...], row: int) -> tuple[Piece, ...]:
+        """Runs of one rank's queries cut where documents begin."""
+        return cut(runs, self.bounds[row])
+
+    def k_pieces(self, runs: tuple[Run, ...], row: int) -> tuple[Piece, ...]:
+        """Runs of keys cut where documents begin."""
+        return cut(runs, self.bounds[row])
+
+    def operand(self) -> Tensor:
+        """The tensor of `encoded` itself, which nobody may write to."""
+        return self._encoded
+
     def select(self, start: int, stop: int) -> Documents:
         """Rows [start, stop) of a batch; one row for the whole batch stays as it is."""
         return self if self.rows == 1 else Documents(self.bounds[start:stop])
@@ -177,7 +210,7 @@ class Documents:
     @staticmethod
     def find(bounds: tuple[int, ...], token: int) -> int:
         """The index of the document in which `token` lies."""
-        return bisect_right(bounds, token) - 1
+        return document_at(bounds, token)
 
     def __reduce__(self) -> tuple[type[Documents], tuple[tuple[tuple[int, ...], ...]]]:
         return Documents, (self.bounds,)
@@ -189,12 +222,11 @@ class Documents:
         return hash(self.digest)
 
     def __str__(self) -> str:
-        count = sum(len(row) - 1 for row in self.bounds)
-        return f"Documents({count} in {self.rows} row{'s' * (self.rows > 1)} of {self.length} tokens, {self.digest[:8]})"
+        return f"Documents({self.parts} in {self.rows} row{'s' * (self.rows > 1)} of {self.length} tokens, {self.digest[:8]})"
 
 
 @dataclass(frozen=True, slots=True)
-class Slices:
+class Slices(Segmentation):
     """What one rank knows of documents packed over all ranks: its part of each, and the keys that each part may see.
 
     Part i holds this rank's tokens [cu_q[i], cu_q[i+1]) and sees positions [k_start + cu_k[i], k_start + cu_k[i+1]) of the whole
@@ -226,14 +258,53 @@ class Slices:
         """Host memory that the bounds take, estimated."""
         return 300 + 80 * len(self.cu_q)
 
+    @property
+    def row_bounds(self) -> tuple[Bounds, ...]:
+        """Nothing: where documents begin on other ranks is not known here."""
+        return (None,)
 
-def encoded_of(documents: Documents | Slices | None) -> Tensor:
+    @property
+    def rows(self) -> int:
+        """One row: the functions that make slices take one."""
+        return 1
+
+    @property
+    def parts(self) -> int:
+        """Parts on this rank, those without tokens too."""
+        return len(self.cu_q) - 1
+
+    @property
+    def is_shared(self) -> bool:
+        """False: every rank knows its own parts only."""
+        return False
+
+    @property
+    def described(self) -> str:
+        """No more than that there are documents, since ranks differ in all else."""
+        return "documents"
+
+    def q_pieces(self, runs: tuple[Run, ...], row: int) -> tuple[Piece, ...]:
+        """This rank's tokens, part by part: one run of neighbours, since slices come with contiguous layouts only."""
+        first = runs[0].start if runs else 0
+        return tuple(Piece(Run(first + a, b - a), a, i) for i, (a, b) in enumerate(pairwise(self.cu_q)) if b > a)
+
+    def k_pieces(self, runs: tuple[Run, ...], row: int) -> tuple[Piece, ...]:
+        """The keys that each part may see, in a buffer of all keys in position order, whatever `runs` it is made of."""
+        start = self.k_start
+        return tuple(Piece(Run(start + a, b - a), start + a, i) for i, (a, b) in enumerate(pairwise(self.cu_k)) if b > a)
+
+    def select(self, start: int, stop: int) -> Slices:
+        """The value itself."""
+        return self
+
+    def operand(self) -> Tensor:
+        """As `encoded`."""
+        return self.encoded
+
+
+def encoded_of(documents: Segmentation | None) -> Tensor:
     """What operators take and only read: the bounds as one tensor, empty for no documents."""
-    import torch
-
-    if isinstance(documents, Documents):
-        return documents._encoded
-    return torch.empty(0, dtype=torch.int64) if documents is None else documents.encoded
+    return (WHOLE if documents is None else documents).operand()
 
 
 def _check_row(i: int, row: tuple[int, ...], first: tuple[int, ...]) -> None:

@@ -15,14 +15,16 @@ so with fewer tokens than ranks some ranks hold none.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from dtensor_ring.planning.document_sharding import balance_of, share_documents
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.runs import Bounds, Run, cut
+from dtensor_ring.planning.segmentation import Segmentation
 
 Kind = Literal["contiguous", "zigzag", "stripe"]
 Cut = Literal["", "even", "documents"]
@@ -45,8 +47,18 @@ class Layout:
 
     def __str__(self) -> str:
         """`contiguous`, `zigzag`, `stripe:1`, `zigzag/even`, `zigzag/documents`: what `Layout.parse` reads."""
-        name = f"stripe:{self.block}" if self.kind == "stripe" else self.kind
+        name = self.kind if self.in_order else f"{self.kind}:{self.block}"
         return f"{name}/{self.cut}" if self.cut else name
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of neighbouring tokens that a rank holds of each thing that is spread; 0 where blocks are dealt out in turn."""
+        return _KINDS[self.kind].chunks
+
+    @property
+    def in_order(self) -> bool:
+        """Whether a rank's tokens are chunks of neighbours, so that the keys of all ranks can be put into position order."""
+        return self.chunks > 0
 
     @classmethod
     @lru_cache(maxsize=64)
@@ -72,26 +84,22 @@ class Layout:
             ValueError: a layout that cuts documents is not given any, or cuts evenly what does not divide.
         """
         if world == 1:
-            found: tuple[Run, ...] = (Run(0, length),)
+            runs: tuple[Run, ...] = (Run(0, length),)
         elif self.cut == "documents" and bounds is None:
             raise ValueError(
                 "zigzag of each document needs the documents: use dtensor_ring.full_tensor, redistribute, ... with documents="
             )
         elif self.cut:
-            found = self._document_runs(bounds or (0, length), world, rank)
-        elif self.kind == "contiguous":
-            found = (Run(_before(length, world, rank), _share(length, world, rank)),)
-        elif self.kind == "zigzag":
-            found = _zigzag(length, world, rank)
+            runs = self._document_runs(bounds or (0, length), world, rank)
         else:
-            found = _stripe(length, world, rank, self.block)
-        return tuple(run for run in found if run.count)
+            runs = _KINDS[self.kind].deal(length, world, rank, self.block)
+        return tuple(run for run in runs if run.count)
 
     def _document_runs(self, bounds: tuple[int, ...], world: int, rank: int) -> tuple[Run, ...]:
         if self.cut == "documents":
             totals = tuple(_share(bounds[-1], world, r) for r in range(world))
             return tuple(Run(start, count) for start, count in share_documents(bounds, totals)[rank])
-        whole, chunks = Layout(self.kind), world * (2 if self.kind == "zigzag" else 1)
+        whole, chunks = Layout(self.kind), world * self.chunks
         for start, stop in pairwise(bounds):
             if (stop - start) % chunks:
                 raise ValueError(
@@ -121,7 +129,7 @@ class PackedLayout:
     """
 
     layout: Layout
-    documents: Documents
+    documents: Segmentation
 
     def __post_init__(self) -> None:
         if self.documents.rows != 1:
@@ -131,27 +139,15 @@ class PackedLayout:
 
     def runs(self, length: int, world: int, rank: int) -> tuple[Run, ...]:
         """As `Layout.runs`."""
-        return self.layout.runs(length, world, rank, self.documents.bounds[0])
+        return self.layout.runs(length, world, rank, self.documents.row_bounds[0])
 
     def tokens(self, length: int, world: int, rank: int) -> list[int]:
         """As `Layout.tokens`."""
-        return self.layout.tokens(length, world, rank, self.documents.bounds[0])
+        return self.layout.tokens(length, world, rank, self.documents.row_bounds[0])
 
     def local_length(self, length: int, world: int, rank: int) -> int:
         """As `Layout.local_length`."""
         return self.layout.local_length(length, world, rank)
-
-
-_NAMED = {
-    str(layout): layout
-    for layout in (
-        Layout("contiguous"),
-        Layout("zigzag"),
-        Layout("zigzag", cut="documents"),
-        Layout("contiguous", cut="even"),
-        Layout("zigzag", cut="even"),
-    )
-}
 
 
 def work_balance(layout: Layout, documents: Documents, world: int, reach: int | None = None) -> float:
@@ -182,7 +178,12 @@ def _before(length: int, world: int, rank: int) -> int:
     return length // world * rank + min(rank, length % world)
 
 
-def _zigzag(length: int, world: int, rank: int) -> tuple[Run, ...]:
+def _contiguous(length: int, world: int, rank: int, _block: int) -> tuple[Run, ...]:
+    """One chunk a rank."""
+    return (Run(_before(length, world, rank), _share(length, world, rank)),)
+
+
+def _zigzag(length: int, world: int, rank: int, _block: int) -> tuple[Run, ...]:
     """Chunk r and its mirror image; an odd total gives its extra token to the early chunk on even ranks, else to the late one."""
     total, before = _share(length, world, rank), _before(length, world, rank)
     # Ranks with an odd total: those with the remainder, or those without it, as the even share is even or odd.
@@ -202,3 +203,29 @@ def _stripe(length: int, world: int, rank: int, block: int) -> tuple[Run, ...]:
         return (Run(rank, rounds + (rank < rest), world),)
     dealt = Run(rank * block, rounds * block, world * block, block) if rounds > 1 else Run(rank * block, rounds * block)
     return dealt, Run(rounds * world * block + _before(rest, world, rank), _share(rest, world, rank))
+
+
+class _Kind(NamedTuple):
+    """How one kind of layout deals tokens out: all that tells kinds apart.
+
+    Attributes:
+        deal: the runs of a rank in storage order, some perhaps empty, from (length, world, rank, block).
+        chunks: as `Layout.chunks`.
+    """
+
+    deal: Callable[[int, int, int, int], tuple[Run, ...]]
+    chunks: int
+
+
+_KINDS: dict[Kind, _Kind] = {"contiguous": _Kind(_contiguous, 1), "zigzag": _Kind(_zigzag, 2), "stripe": _Kind(_stripe, 0)}
+
+_NAMED = {
+    str(layout): layout
+    for layout in (
+        Layout("contiguous"),
+        Layout("zigzag"),
+        Layout("zigzag", cut="documents"),
+        Layout("contiguous", cut="even"),
+        Layout("zigzag", cut="even"),
+    )
+}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import pairwise
 
-from dtensor_ring.planning.documents import Documents, Slices
-from dtensor_ring.planning.layout import Layout
+from dtensor_ring.planning.layout import Layout, PackedLayout
 from dtensor_ring.planning.mask import Band
-from dtensor_ring.planning.runs import Piece, Run, cut
+from dtensor_ring.planning.runs import Bounds, Piece, Run, document_at
+from dtensor_ring.planning.segmentation import WHOLE, Segmentation
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,19 +20,24 @@ class AttentionProblem:
     k_length: int
     world: int
     strategy: str = "ring"
-    documents: Documents | Slices | None = None
+    documents: Segmentation | None = None
     _halo_rows: int | None = field(init=False, repr=False, compare=False, default=None)  # worked out when first asked for
 
     def __str__(self) -> str:
-        """In one line, for errors; the same on every rank, so slices of documents, which differ, are not told apart."""
+        """In one line, for errors; the same on every rank."""
         lengths = f"{self.q_length}" if self.q_length == self.k_length else f"{self.q_length} queries and {self.k_length} keys"
-        documents = f", {self.documents}" if isinstance(self.documents, Documents) else ", documents" if self.documents else ""
+        documents = "" if self.documents is None else f", {self.documents.described}"
         return f"{self.strategy}, {self.layout}, {self.band}, {lengths} tokens over {self.world} ranks{documents}"
+
+    @property
+    def segmentation(self) -> Segmentation:
+        """The documents, or that there are none."""
+        return WHOLE if self.documents is None else self.documents
 
     @property
     def nbytes(self) -> int:
         """Host memory that the value takes, estimated: that of its documents."""
-        return 300 + (0 if self.documents is None else self.documents.nbytes)
+        return 300 + self.segmentation.nbytes
 
     @property
     def position_band(self) -> Band:
@@ -41,24 +45,22 @@ class AttentionProblem:
         return self.band.shifted(self.k_length - self.q_length)
 
     @property
-    def bounds(self) -> tuple[tuple[int, ...] | None, ...]:
+    def bounds(self) -> tuple[Bounds, ...]:
         """Document bounds, one entry for the batch or one a batch row."""
-        return self.documents.bounds if isinstance(self.documents, Documents) else (None,)
+        return self.segmentation.row_bounds
+
+    @property
+    def split(self) -> Layout | PackedLayout:
+        """How tensors of this problem are spread over the ranks: the layout, with the documents where it depends on them."""
+        return PackedLayout(self.layout, self.documents) if self.layout.cut and self.documents is not None else self.layout
 
     def q_pieces(self, rank: int, row: int) -> tuple[Piece, ...]:
         """A rank's queries cut into documents, in one batch row."""
-        runs = self.q_runs(rank)
-        if isinstance(self.documents, Slices):
-            first = runs[0].start if runs else 0
-            return tuple(Piece(Run(first + a, b - a), a, i) for i, (a, b) in enumerate(pairwise(self.documents.cu_q)) if b > a)
-        return cut(runs, self.bounds[row])
+        return self.segmentation.q_pieces(self.q_runs(rank), row)
 
     def k_pieces(self, runs: tuple[Run, ...], row: int) -> tuple[Piece, ...]:
         """Keys in runs cut into documents, in one batch row."""
-        if isinstance(self.documents, Slices):
-            start, cu_k = self.documents.k_start, self.documents.cu_k
-            return tuple(Piece(Run(start + a, b - a), start + a, i) for i, (a, b) in enumerate(pairwise(cu_k)) if b > a)
-        return cut(runs, self.bounds[row])
+        return self.segmentation.k_pieces(runs, row)
 
     def q_runs(self, rank: int) -> tuple[Run, ...]:
         """Runs of a rank's queries, in storage order."""
@@ -87,12 +89,12 @@ class AttentionProblem:
     @property
     def in_order(self) -> bool:
         """Whether keys are gathered into position order, which needs local runs of neighbouring tokens."""
-        return self.layout.kind != "stripe" or self.world == 1
+        return self.layout.in_order or self.world == 1
 
     @property
     def is_halo(self) -> bool:
         """Whether a window is served by fetching the keys just around each local run, at most twice the local keys."""
-        if not self.band.bounded or not self.in_order or self.world == 1 or isinstance(self.documents, Slices):
+        if not self.band.bounded or not self.in_order or self.world == 1 or not self.segmentation.is_shared:
             return False
         return self.halo_rows * self.world <= 2 * self.k_length
 
@@ -109,15 +111,16 @@ class AttentionProblem:
         assert band.lo is not None and band.hi is not None, "a halo needs a window"
         reach = max(0, band.hi - min(band.lo, 0))
         if not self.layout.cut:
-            return reach * (2 if self.layout.kind == "zigzag" else 1)
+            return reach * self.layout.chunks
         bounds = self.bounds[0] or (0, self.q_length)
         return max(
-            sum(min(reach, run.start - bounds[Documents.find(bounds, run.start)] - min(band.lo, 0)) for run in self.q_runs(rank))
+            sum(min(reach, run.start - bounds[document_at(bounds, run.start)] - min(band.lo, 0)) for run in self.q_runs(rank))
             for rank in range(self.world)
         )
 
     @property
     def collective(self) -> bool:
         """Whether the keys of all ranks are fetched by one all-gather; otherwise exact rows go from rank to rank."""
-        whole = self.documents is None or isinstance(self.documents, Slices)
-        return self.strategy == "gather" and self.world > 1 and whole and not self.is_halo
+        # An exact exchange pays where documents leave keys out, and can be planned where every rank knows what the others need.
+        needs_all = self.documents is None or not self.documents.is_shared
+        return self.strategy == "gather" and self.world > 1 and needs_all and not self.is_halo

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-from dtensor_ring.planning.documents import Documents
 
 Bounds = tuple[int, ...] | None
 
@@ -64,22 +63,27 @@ class Piece:
     document: int
 
 
+def document_at(bounds: tuple[int, ...], token: int) -> int:
+    """The index of the document in which `token` lies; one without tokens is never it."""
+    return bisect_right(bounds, token) - 1
+
+
 def cut(runs: tuple[Run, ...], bounds: Bounds) -> tuple[Piece, ...]:
     """Cut runs, given in storage order, where documents begin; without `bounds` everything is document 0."""
-    found: list[Piece] = []
+    pieces: list[Piece] = []
     offset = 0
     for run in runs:
         if bounds is None:
-            found.append(Piece(run, offset, 0))
+            pieces.append(Piece(run, offset, 0))
         else:
-            found.extend(_cut_run(run, offset, bounds))
+            pieces.extend(_cut_run(run, offset, bounds))
         offset += run.count
-    return tuple(found)
+    return tuple(pieces)
 
 
 def _cut_run(run: Run, offset: int, bounds: tuple[int, ...]) -> Iterator[Piece]:
     last = run.token(run.count - 1)
-    document = Documents.find(bounds, run.start)
+    document = document_at(bounds, run.start)
     begin = 0
     while begin < run.count:
         end = run.first_at_or_after(bounds[document + 1]) if bounds[document + 1] <= last else run.count

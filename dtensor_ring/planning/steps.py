@@ -5,11 +5,10 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 
-from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.kernel_calls import Step, TokenRange, document_tiles, keep_needed, step_of
 from dtensor_ring.planning.mask import Tile, whole_sequence
 from dtensor_ring.planning.problem import AttentionProblem
-from dtensor_ring.planning.runs import Piece, Run, cut
+from dtensor_ring.planning.runs import Piece, Run, cut, document_at
 
 
 def step_count(problem: AttentionProblem) -> int:
@@ -86,7 +85,7 @@ def _halo_step(problem: AttentionProblem, rank: int) -> Step:
 def _between(bounds: tuple[int, ...], low: int, high: int) -> list[Piece]:
     """Positions [low, high) cut into documents, stored from 0."""
     found = []
-    for document in range(Documents.find(bounds, low), len(bounds) - 1):
+    for document in range(document_at(bounds, low), len(bounds) - 1):
         a, b = max(low, bounds[document]), min(high, bounds[document + 1])
         if a < b:
             found.append(Piece(Run(a, b - a), a - low, document))

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from dtensor_ring.planning.document_sharding import balance_of
-from dtensor_ring.planning.documents import Documents, Slices
+from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.kernel_calls import unions
 from dtensor_ring.planning.mask import Band
 from dtensor_ring.planning.problem import AttentionProblem
@@ -66,7 +66,7 @@ def totals(problem: AttentionProblem) -> Totals:
         ValueError: the layout cannot be laid out, as `Layout.runs` says.
     """
     ranks = range(problem.world)
-    if isinstance(problem.documents, Slices):  # parts of documents on one rank: only plans read them
+    if not problem.segmentation.is_shared:  # parts of documents on one rank: only plans read them
         plans = [plan(problem, rank) for rank in ranks]
         rows = ((problem.q_rows(each.rank), each.cells, fetched_by(each), each.rows_sent) for each in plans)
         tokens, scores, fetched, sent = zip(*rows, strict=True)
@@ -222,7 +222,7 @@ def _lines(edges: Iterable[tuple[int, int]]) -> Callable[[int], int]:
 def _has_gaps(problem: AttentionProblem) -> bool:
     """Whether a rank's queries see ranges with gaps between them, one a block: a window narrower than a stripe's stride."""
     lo, hi = problem.position_band.lo, problem.position_band.hi
-    if problem.layout.kind != "stripe" or problem.world == 1 or lo is None or hi is None or lo > hi:
+    if problem.in_order or lo is None or hi is None or lo > hi:
         return False
     block = problem.layout.block
     return problem.q_length == problem.k_length and len(problem.bounds) == 1 and problem.world * block > block + hi - lo

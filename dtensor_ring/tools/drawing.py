@@ -72,7 +72,7 @@ def _title(problem: AttentionProblem) -> str:
     ranks = "1 rank" if problem.world == 1 else f"{problem.world} ranks"
     facts = [str(problem.layout), str(problem.band), f"{problem.q_length} tokens over {ranks}", exchange]
     if problem.documents is not None:
-        facts.append(str(problem.documents))
+        facts.append(problem.documents.described)
     return _folded("", [", ".join(fact.replace(" ", _TIED) for fact in facts)], 2)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.mask import Band, mask_text
 from dtensor_ring.planning.problem import AttentionProblem
 from dtensor_ring.planning.schedule import Plan, plan
@@ -38,7 +37,7 @@ def facts(problem: AttentionProblem, ranks: Sequence[int] | None = None, *, only
         "world": problem.world,
         "strategy": problem.strategy,
         "halo": problem.is_halo,
-        "documents": sum(len(row) - 1 for row in problem.documents.bounds) if isinstance(problem.documents, Documents) else None,
+        "documents": None if problem.documents is None else problem.documents.parts,
     }
     if not only_totals:
         if ranks is None and asks_too_much(problem, problem.world):

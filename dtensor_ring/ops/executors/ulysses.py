@@ -18,13 +18,11 @@ import torch
 from torch import Tensor
 
 from dtensor_ring.comm import AloneTransport, Transport
-from dtensor_ring.comm.collectives import Chunks, Split, exchange_dims
+from dtensor_ring.comm.collectives import Chunks, exchange_dims
 from dtensor_ring.ops.dtypes import accumulate_dtype
 from dtensor_ring.ops.executors.exchange import Activity
 from dtensor_ring.ops.executors.plan_executor import Executor
 from dtensor_ring.ops.kernels import Kernel, SoftmaxParams
-from dtensor_ring.planning.documents import Documents
-from dtensor_ring.planning.layout import PackedLayout
 from dtensor_ring.planning.problem import AttentionProblem
 from dtensor_ring.planning.schedule import plan
 
@@ -71,8 +69,8 @@ class UlyssesExecutor:
         heads = q_BSHD.shape[2]
         with self.transport.during(Activity(self.problem, "forward", "tokens to heads and back")):
             out, lse = self._inner(heads).forward(self._to_heads(q_BSHD), self._kv(k_BSHD), self._kv(v_BSHD), seed)
-            by_head = (1, Chunks(), heads)
-            return self._to_tokens(out, heads), exchange_dims(lse, by_head, (2, self._split, self.problem.q_length), self.transport)
+            by_head, by_token = (1, Chunks(), heads), (2, self.problem.split, self.problem.q_length)
+            return self._to_tokens(out, heads), exchange_dims(lse, by_head, by_token, self.transport)
 
     def backward(
         self,
@@ -100,20 +98,13 @@ class UlyssesExecutor:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         heads, kv_heads = q_BSHD.shape[2], k_BSHD.shape[2]
         dout, q, out = (self._to_heads(x) for x in (dout_BSHD, q_BSHD, out_BSHD))
-        lse = exchange_dims(lse_BHS, (2, self._split, self.problem.q_length), (1, Chunks(), heads), self.transport)
+        lse = exchange_dims(lse_BHS, (2, self.problem.split, self.problem.q_length), (1, Chunks(), heads), self.transport)
         dq, dk, dv, dmine = self._inner(heads).backward(dout, q, self._kv(k_BSHD), self._kv(v_BSHD), out, lse, seed)
         dsinks = None
         if self.sinks is not None and dmine is not None:
             dsinks = torch.zeros_like(self.sinks)
             dsinks[self._mine(heads)] = dmine
         return self._to_tokens(dq, heads), self._kv_grad(dk, kv_heads), self._kv_grad(dv, kv_heads), dsinks
-
-    @property
-    def _split(self) -> Split:
-        problem = self.problem
-        if problem.layout.cut and isinstance(problem.documents, Documents):
-            return PackedLayout(problem.layout, problem.documents)
-        return problem.layout
 
     def _mine(self, heads: int) -> slice:
         each = heads // self.transport.world
@@ -129,11 +120,11 @@ class UlyssesExecutor:
 
     def _to_heads(self, x_BSHD: Tensor, length: int | None = None) -> Tensor:
         length = self.problem.q_length if length is None else length
-        return exchange_dims(x_BSHD, (1, self._split, length), (2, Chunks(), x_BSHD.shape[2]), self.transport)
+        return exchange_dims(x_BSHD, (1, self.problem.split, length), (2, Chunks(), x_BSHD.shape[2]), self.transport)
 
     def _to_tokens(self, x_BSHD: Tensor, heads: int, length: int | None = None) -> Tensor:
         length = self.problem.q_length if length is None else length
-        return exchange_dims(x_BSHD, (2, Chunks(), heads), (1, self._split, length), self.transport)
+        return exchange_dims(x_BSHD, (2, Chunks(), heads), (1, self.problem.split, length), self.transport)
 
     def _kv(self, x_BSHD: Tensor) -> Tensor:
         copies = max(1, self.transport.world // x_BSHD.shape[2])

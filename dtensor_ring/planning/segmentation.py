@@ -1,0 +1,118 @@
+"""How a sequence is divided into parts that attend to themselves only: the interface that planning knows documents by.
+
+    WHOLE       one part, the sequence
+    Documents   packed documents, known on every rank
+    Slices      what one rank knows of its own parts, in llama3's functions
+
+A plan asks for pieces: runs of tokens that lie in one part each. Queries and keys of pieces with equal numbers see each other as
+far as the band allows, others do not.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+from dtensor_ring.planning.runs import Bounds, Piece, Run, cut
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Segmentation(ABC):
+    """A frozen value that says which tokens belong together."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def row_bounds(self) -> tuple[Bounds, ...]:
+        """Cumulative bounds of the parts, for the whole batch or for each batch row; None where they are not known by position."""
+
+    @property
+    @abstractmethod
+    def rows(self) -> int:
+        """Rows of bounds: 1 for the whole batch, or one for each batch row."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> int:
+        """Parts in all rows."""
+
+    @property
+    @abstractmethod
+    def is_shared(self) -> bool:
+        """Whether every rank holds the same value, so that each knows which keys the others need."""
+
+    @property
+    @abstractmethod
+    def described(self) -> str:
+        """In a few words, for errors and drawings; the same on every rank."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Host memory that the value takes, estimated."""
+
+    @abstractmethod
+    def q_pieces(self, runs: tuple[Run, ...], row: int) -> tuple[Piece, ...]:
+        """Runs of one rank's queries, in storage order, cut into parts, in one row of bounds."""
+
+    @abstractmethod
+    def k_pieces(self, runs: tuple[Run, ...], row: int) -> tuple[Piece, ...]:
+        """Runs of keys, in the order of their buffer, cut into parts, in one row of bounds."""
+
+    @abstractmethod
+    def select(self, start: int, stop: int) -> Segmentation:
+        """The value for batch rows [start, stop); one row of bounds for the whole batch stays as it is."""
+
+    @abstractmethod
+    def operand(self) -> Tensor:
+        """What operators take and only read: the value as one int64 CPU tensor."""
+
+
+class _Whole(Segmentation):
+    """A sequence that is one part: a stand-in for no documents, so that planning need not ask whether there are any."""
+
+    __slots__ = ()
+
+    @property
+    def row_bounds(self) -> tuple[Bounds, ...]:
+        return (None,)
+
+    @property
+    def rows(self) -> int:
+        return 1
+
+    @property
+    def parts(self) -> int:
+        return 1
+
+    @property
+    def is_shared(self) -> bool:
+        return True
+
+    @property
+    def described(self) -> str:
+        return ""
+
+    @property
+    def nbytes(self) -> int:
+        return 0
+
+    def q_pieces(self, runs: tuple[Run, ...], row: int) -> tuple[Piece, ...]:
+        return cut(runs, None)
+
+    def k_pieces(self, runs: tuple[Run, ...], row: int) -> tuple[Piece, ...]:
+        return cut(runs, None)
+
+    def select(self, start: int, stop: int) -> _Whole:
+        return self
+
+    def operand(self) -> Tensor:
+        import torch
+
+        return torch.empty(0, dtype=torch.int64)
+
+
+WHOLE = _Whole()
