@@ -7,7 +7,7 @@ import torch
 from helpers import SEED, make_case, share
 
 from dtensor_ring.comm import LoopbackTransport
-from dtensor_ring.ops.executors import head_groups
+from dtensor_ring.ops.executors.head_groups import in_groups
 from dtensor_ring.ops.executors.plan_executor import Executor
 from dtensor_ring.ops.kernels import SoftmaxParams
 from dtensor_ring.ops.kernels.math import MathKernel
@@ -41,9 +41,10 @@ def attend(case, at_once: int, layout: str, strategy: str, extras: bool):
     def rank_body(transport: LoopbackTransport):
         q, k, v, dout = (share(x, layout, WORLD, transport.rank).contiguous() for x in (*case.inputs, case.dout))
         kernel = CountingHeads()
-        executor = Executor(plan(problem, transport.rank), transport, kernel, softmax, sinks, alibi, origin=(3, 5))
-        out, lse = head_groups.forward(executor, q, k, v, at_once, SEED)
-        grads = head_groups.backward(executor, dout, q, k, v, out, lse, at_once, SEED)
+        whole = Executor(plan(problem, transport.rank), transport, kernel, softmax, sinks, alibi, origin=(3, 5))
+        executor = in_groups(whole, at_once)
+        out, lse = executor.forward(q, k, v, SEED)
+        grads = executor.backward(dout, q, k, v, out, lse, SEED)
         return (
             (out, lse, *(x for x in grads if x is not None)),
             kernel.blocks,

@@ -28,8 +28,9 @@ from dtensor_ring.cache import cached
 from dtensor_ring.comm import transport_of
 from dtensor_ring.ops.call import AttentionCall
 from dtensor_ring.ops.dtypes import accumulate_dtype
-from dtensor_ring.ops.executors import head_groups
+from dtensor_ring.ops.executors.head_groups import in_groups
 from dtensor_ring.ops.executors.plan_executor import Executor
+from dtensor_ring.ops.executors.protocol import AttentionExecutor
 from dtensor_ring.ops.executors.ulysses import UlyssesExecutor
 from dtensor_ring.ops.kernels import Kernel, SoftmaxParams
 from dtensor_ring.placements import SequencePlacement, redistribute
@@ -77,7 +78,7 @@ def _attention(
     executor = _executor(call, q, v, (sinks, alibi), documents, lengths, origin, group)
     seed = torch.randint(1 << 62, (1,)) if asked.dropout_p else torch.empty(0, dtype=torch.int64)
     with _without_autocast(q.device.type):
-        return *head_groups.forward(executor, _inner(q), _inner(k), _inner(v), asked.kv_head_group_size, _value(seed)), seed
+        return *executor.forward(_inner(q), _inner(k), _inner(v), _value(seed)), seed
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
@@ -103,11 +104,10 @@ def _attention_backward(
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv of this rank's shares, and its part of dsinks, empty without sinks."""
-    asked = AttentionCall.parse(call)
     executor = _executor(call, q, v, (sinks, alibi), documents, lengths, origin, group)
     tensors = dout.contiguous(), _inner(q), _inner(k), _inner(v), out, lse
     with _without_autocast(q.device.type):
-        dq, dk, dv, dsinks = head_groups.backward(executor, *tensors, asked.kv_head_group_size, _value(seed))
+        dq, dk, dv, dsinks = executor.backward(*tensors, _value(seed))
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
@@ -182,7 +182,7 @@ def _executor(
     lengths: Pair,
     origin: Pair,
     group: str,
-) -> Executor | UlyssesExecutor:
+) -> AttentionExecutor:
     transport = transport_of(resolve_group(group) if group else None)
     facts = q.device.type, q.dtype, q.shape[3], v.shape[3], torch.are_deterministic_algorithms_enabled()
     q_length, k_length = lengths
@@ -193,7 +193,8 @@ def _executor(
     # Ulysses exchanges heads, not tokens: each rank then has a whole sequence, and there is no plan to walk.
     if resolved.problem.strategy == "ulysses":
         return UlyssesExecutor(resolved.problem, transport, *rest)
-    return Executor(plan(resolved.problem, transport.rank), transport, *rest)
+    whole = Executor(plan(resolved.problem, transport.rank), transport, *rest)
+    return in_groups(whole, resolved.kv_head_group_size)
 
 
 class _Resolved(NamedTuple):
@@ -202,6 +203,7 @@ class _Resolved(NamedTuple):
     problem: AttentionProblem
     kernel: Kernel
     softmax: SoftmaxParams
+    kv_head_group_size: int
 
 
 def _resolved_bytes(resolved: _Resolved, *_others: object) -> int:
@@ -222,4 +224,4 @@ def _resolved(
     asked = AttentionCall.parse(call)
     problem = asked.problem((q_length, k_length), world, documents)
     strategy, kernel = asked.choose(asked.need(*facts[:4]), has_alibi, problem)
-    return _Resolved(replace(problem, strategy=strategy), kernel, asked.softmax)
+    return _Resolved(replace(problem, strategy=strategy), kernel, asked.softmax, asked.kv_head_group_size)

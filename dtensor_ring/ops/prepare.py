@@ -24,11 +24,11 @@ from dtensor_ring.cache import Cache
 from dtensor_ring.ops.agree import Facts, check_agreement
 from dtensor_ring.ops.arguments import Arguments, check_extras, check_numbers, choose_strategy, factor_of
 from dtensor_ring.ops.call import AUTO, AttentionCall
-from dtensor_ring.ops.executors.ulysses import refuses
 from dtensor_ring.ops.kernels import check_kernel_name
 from dtensor_ring.ops.place import Place
 from dtensor_ring.ops.sharding import sink_placements
 from dtensor_ring.planning.documents import Documents, Slices, encoded_of
+from dtensor_ring.planning.head_sharing import refuses
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band, mask_text
 

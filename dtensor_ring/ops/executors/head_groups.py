@@ -6,75 +6,111 @@ Each group of key heads, with its query heads, is an attention of its own. The k
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from dtensor_ring.comm import Pending
 from dtensor_ring.ops.executors.exchange import Direction, Pair
 from dtensor_ring.ops.executors.plan_executor import Executor
-from dtensor_ring.ops.executors.ulysses import UlyssesExecutor
+from dtensor_ring.ops.executors.protocol import AttentionExecutor
+from dtensor_ring.planning.costs import RankCost, Sent
 
 _Visit = tuple[Executor, slice, Tensor, Tensor, Pending[Pair] | None]
 
 
-def forward(
-    executor: Executor | UlyssesExecutor, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, at_once: int, seed: int
-) -> tuple[Tensor, Tensor]:
-    """As `Executor.forward`, `at_once` key heads at a time; 0 is all."""
-    if at_once in (0, k_BSHD.shape[2]):
-        return executor.forward(q_BSHD, k_BSHD, v_BSHD, seed)
-    assert isinstance(executor, Executor), "ulysses takes all heads at once"
-    visits = _visits(executor, q_BSHD, k_BSHD, v_BSHD, at_once, "forward")
-    parts = [part.forward(q_BSHD[:, :, heads], k, v, seed, coming) for part, heads, k, v, coming in visits]
-    return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 1)
+def in_groups(executor: AttentionExecutor, kv_heads: int) -> AttentionExecutor:
+    """An executor that takes `kv_heads` key heads at a time; 0 is all of them, which is the executor itself."""
+    if not kv_heads:
+        return executor
+    assert isinstance(executor, Executor), "only plans are carried out some key heads at a time: ulysses takes all heads at once"
+    return HeadGroupsExecutor(executor, kv_heads)
 
 
-def backward(
-    executor: Executor | UlyssesExecutor,
-    dout_BSHD: Tensor,
-    q_BSHD: Tensor,
-    k_BSHD: Tensor,
-    v_BSHD: Tensor,
-    out_BSHD: Tensor,
-    lse_BHS: Tensor,
-    at_once: int,
-    seed: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """As `Executor.backward`, `at_once` key heads at a time; 0 is all."""
-    if at_once in (0, k_BSHD.shape[2]):
-        return executor.backward(dout_BSHD, q_BSHD, k_BSHD, v_BSHD, out_BSHD, lse_BHS, seed)
-    assert isinstance(executor, Executor), "ulysses takes all heads at once"
-    parts: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
-    for part, h, k, v, coming in _visits(executor, q_BSHD, k_BSHD, v_BSHD, at_once, "backward"):
-        blocks = dout_BSHD[:, :, h], q_BSHD[:, :, h], k, v, out_BSHD[:, :, h], lse_BHS[:, h]
-        parts.append(part.backward(*blocks, seed, coming))
-    dq, dk, dv = (torch.cat(grads, 2) for grads in zip(*(part[:3] for part in parts), strict=True))
-    dsinks = [part[3] for part in parts if part[3] is not None]
-    return dq, dk, dv, torch.cat(dsinks) if dsinks else None
+@dataclass(frozen=True, slots=True)
+class HeadGroupsExecutor(AttentionExecutor):
+    """One attention on one rank, group of heads after group of heads.
 
+    Attributes:
+        executor: carries out the whole attention; sinks, slopes and origin are cut to each group's heads.
+        kv_heads: key heads of a group; the last group may have fewer.
+    """
 
-def _visits(executor: Executor, q: Tensor, k: Tensor, v: Tensor, at_once: int, direction: Direction) -> Iterator[_Visit]:
-    """The executor, query heads and keys of each group, the next group's first transfer already under way."""
-    order = executor.forward_order if direction == "forward" else executor.backward_order
-    ratio, row, head = q.shape[2] // k.shape[2], *executor.origin
-    groups: list[tuple[Executor, slice, Tensor, Tensor]] = []
-    for first in range(0, k.shape[2], at_once):
-        heads, kv_heads = slice(first * ratio, (first + at_once) * ratio), slice(first, first + at_once)
-        sinks = None if executor.sinks is None else executor.sinks[heads]
-        alibi = None if executor.alibi is None else executor.alibi[..., heads].contiguous()
-        part = replace(executor, sinks=sinks, alibi=alibi, origin=(row, head + heads.start))
-        groups.append((part, heads, k[:, :, kv_heads], v[:, :, kv_heads]))
+    executor: Executor
+    kv_heads: int
 
-    def begin(i: int) -> Pending[Pair] | None:
-        if i == len(groups) or not order:
-            return None
-        part, _, k, v = groups[i]
-        return part.exchange.fetch(order[0], (k, v), direction)
+    @override
+    def forward(self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """As `Executor.forward`."""
+        if self.kv_heads == k_BSHD.shape[2]:
+            return self.executor.forward(q_BSHD, k_BSHD, v_BSHD, seed)
+        visits = self._visits(q_BSHD, k_BSHD, v_BSHD, "forward")
+        parts = [part.forward(q_BSHD[:, :, heads], k, v, seed, coming) for part, heads, k, v, coming in visits]
+        return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 1)
 
-    coming = begin(0)
-    for i, group in enumerate(groups):
-        ahead = begin(i + 1)
-        yield *group, coming
-        coming = ahead
+    @override
+    def backward(
+        self,
+        dout_BSHD: Tensor,
+        q_BSHD: Tensor,
+        k_BSHD: Tensor,
+        v_BSHD: Tensor,
+        out_BSHD: Tensor,
+        lse_BHS: Tensor,
+        seed: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """As `Executor.backward`."""
+        if self.kv_heads == k_BSHD.shape[2]:
+            return self.executor.backward(dout_BSHD, q_BSHD, k_BSHD, v_BSHD, out_BSHD, lse_BHS, seed)
+        parts: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
+        for part, h, k, v, coming in self._visits(q_BSHD, k_BSHD, v_BSHD, "backward"):
+            blocks = dout_BSHD[:, :, h], q_BSHD[:, :, h], k, v, out_BSHD[:, :, h], lse_BHS[:, h]
+            parts.append(part.backward(*blocks, seed, coming))
+        dq, dk, dv = (torch.cat(grads, 2) for grads in zip(*(part[:3] for part in parts), strict=True))
+        dsinks = [part[3] for part in parts if part[3] is not None]
+        return dq, dk, dv, torch.cat(dsinks) if dsinks else None
+
+    @override
+    def explain(self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> RankCost:
+        """The groups' costs together: as many bytes as all heads at once, in more messages and calls."""
+        groups = self._groups(q_BSHD, k_BSHD, v_BSHD)
+        each = [part.explain(q_BSHD[:, :, heads], k, v) for part, heads, k, v in groups]
+        forward, backward = (
+            Sent(sum(sent.messages for sent in all_sent), sum(sent.bytes for sent in all_sent))
+            for all_sent in ([cost.forward for cost in each], [cost.backward for cost in each])
+        )
+        work, calls = sum(cost.work for cost in each), sum(cost.calls for cost in each)
+        return replace(each[0], work=work, calls=calls, forward=forward, backward=backward)
+
+    def _groups(self, q: Tensor, k: Tensor, v: Tensor) -> list[tuple[Executor, slice, Tensor, Tensor]]:
+        """The executor, query heads and keys of each group."""
+        executor, size = self.executor, self.kv_heads
+        ratio, row, head = q.shape[2] // k.shape[2], *executor.origin
+        groups: list[tuple[Executor, slice, Tensor, Tensor]] = []
+        for first in range(0, k.shape[2], size):
+            heads, kv_heads = slice(first * ratio, (first + size) * ratio), slice(first, first + size)
+            sinks = None if executor.sinks is None else executor.sinks[heads]
+            alibi = None if executor.alibi is None else executor.alibi[..., heads].contiguous()
+            # Dropout masks depend on the head's number in the whole batch, so that groups draw what all heads at once would.
+            part = replace(executor, sinks=sinks, alibi=alibi, origin=(row, head + heads.start))
+            groups.append((part, heads, k[:, :, kv_heads], v[:, :, kv_heads]))
+        return groups
+
+    def _visits(self, q: Tensor, k: Tensor, v: Tensor, direction: Direction) -> Iterator[_Visit]:
+        """The groups, the next one's first transfer already under way."""
+        order = self.executor.forward_order if direction == "forward" else self.executor.backward_order
+        groups = self._groups(q, k, v)
+
+        def begin(i: int) -> Pending[Pair] | None:
+            if i == len(groups) or not order:
+                return None
+            part, _, k, v = groups[i]
+            return part.exchange.fetch(order[0], (k, v), direction)
+
+        coming = begin(0)
+        for i, group in enumerate(groups):
+            ahead = begin(i + 1)
+            yield *group, coming
+            coming = ahead

@@ -25,6 +25,7 @@ from dtensor_ring.comm.rank_checks import number_of
 from dtensor_ring.ops.block_kinds import is_varlen
 from dtensor_ring.ops.executors.exchange import Direction, Exchange, Pair
 from dtensor_ring.ops.executors.merge import GradSum, OutputSum, sink_gradient, with_sinks
+from dtensor_ring.ops.executors.protocol import AttentionExecutor, shape_of
 from dtensor_ring.ops.kernels import (
     Block,
     Gradients,
@@ -36,14 +37,15 @@ from dtensor_ring.ops.kernels import (
     VarlenMetadata,
     VarlenSegment,
 )
+from dtensor_ring.planning.costs import RankCost, cost_of_plan
 from dtensor_ring.planning.kernel_calls import KernelCall
 from dtensor_ring.planning.problem import AttentionProblem
 from dtensor_ring.planning.schedule import Plan, plan
 
 
 @dataclass(frozen=True, slots=True)
-class Executor:
-    """One attention on one rank.
+class Executor(AttentionExecutor):
+    """One attention on one rank, by its plan.
 
     Attributes:
         plan: what to do.
@@ -77,6 +79,10 @@ class Executor:
     def backward_order(self) -> list[int]:
         """Steps as `backward` walks them: this rank's own keys last."""
         return [*range(1, len(self.plan.steps)), 0] if self.plan.steps else []
+
+    def explain(self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> RankCost:
+        """What the plan costs on these tensors."""
+        return cost_of_plan(self.plan, shape_of(q_BSHD, k_BSHD, v_BSHD, self.kernel))
 
     def forward(
         self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, seed: int = 0, coming: Pending[Pair] | None = None

@@ -12,7 +12,7 @@ than ranks, each key head goes to every rank that has queries of it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,29 +22,17 @@ from dtensor_ring.comm.collectives import Chunks, exchange_dims
 from dtensor_ring.ops.dtypes import accumulate_dtype
 from dtensor_ring.ops.executors.exchange import Activity
 from dtensor_ring.ops.executors.plan_executor import Executor
+from dtensor_ring.ops.executors.protocol import AttentionExecutor, shape_of
 from dtensor_ring.ops.kernels import Kernel, SoftmaxParams
+from dtensor_ring.planning.costs import RankCost, cost_by_heads, one_device
+from dtensor_ring.planning.head_sharing import copies_of_key_heads
 from dtensor_ring.planning.problem import AttentionProblem
 from dtensor_ring.planning.schedule import plan
 
 
-def refuses(ranks: int, heads: int, kv_heads: int) -> str | None:
-    """Why heads cannot be shared out over ranks, with the numbers of ranks that could; None if they can."""
-    if _fits(ranks, heads, kv_heads):
-        return None
-    fitting = ", ".join(str(n) for n in range(1, heads + 1) if _fits(n, heads, kv_heads))
-    return (
-        f"strategy='ulysses' shares heads out, and {heads} query and {kv_heads} key heads cannot be shared by {ranks} ranks: "
-        f"{fitting} ranks could, or use strategy='ring' or 'gather'"
-    )
-
-
-def _fits(ranks: int, heads: int, kv_heads: int) -> bool:
-    return heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
-
-
 @dataclass(frozen=True, slots=True)
-class UlyssesExecutor:
-    """As `dtensor_ring.ops.executors.plan_executor.Executor`, by heads.
+class UlyssesExecutor(AttentionExecutor):
+    """One attention on one rank, by heads.
 
     Attributes:
         problem: the attention; its strategy plays no part.
@@ -63,6 +51,10 @@ class UlyssesExecutor:
     sinks: Tensor | None = None
     alibi: Tensor | None = None
     origin: tuple[int, int] = (0, 0)
+
+    def explain(self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> RankCost:
+        """What the all-to-alls and the attention between them cost on these tensors."""
+        return cost_by_heads(self.problem, self.transport.rank, shape_of(q_BSHD, k_BSHD, v_BSHD, self.kernel))
 
     def forward(self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Out (B, Sq/W, H, Dv) in the dtype of q, and lse (B, H, Sq/W)."""
@@ -115,8 +107,8 @@ class UlyssesExecutor:
         mine, (row, head) = self._mine(heads), self.origin
         sinks = None if self.sinks is None else self.sinks[mine]
         alibi = None if self.alibi is None else self.alibi[..., mine].contiguous()
-        whole = replace(self.problem, world=1, strategy="ring")
-        return Executor(plan(whole, 0), AloneTransport(), self.kernel, self.softmax, sinks, alibi, (row, head + mine.start))
+        inner = plan(one_device(self.problem), 0)
+        return Executor(inner, AloneTransport(), self.kernel, self.softmax, sinks, alibi, (row, head + mine.start))
 
     def _to_heads(self, x_BSHD: Tensor, length: int | None = None) -> Tensor:
         length = self.problem.q_length if length is None else length
@@ -127,12 +119,12 @@ class UlyssesExecutor:
         return exchange_dims(x_BSHD, (2, Chunks(), heads), (1, self.problem.split, length), self.transport)
 
     def _kv(self, x_BSHD: Tensor) -> Tensor:
-        copies = max(1, self.transport.world // x_BSHD.shape[2])
+        copies = copies_of_key_heads(self.transport.world, x_BSHD.shape[2])
         return self._to_heads(x_BSHD.repeat_interleave(copies, 2) if copies > 1 else x_BSHD, self.problem.k_length)
 
     def _kv_grad(self, grad: Tensor, kv_heads: int) -> Tensor:
         """Gradients of copies of a key head are summed in float32."""
-        copies = max(1, self.transport.world // kv_heads)
+        copies = copies_of_key_heads(self.transport.world, kv_heads)
         if copies == 1:
             return self._to_tokens(grad, kv_heads, self.problem.k_length)
         parts = self._to_tokens(grad, kv_heads * copies, self.problem.k_length).unflatten(2, (kv_heads, copies))
