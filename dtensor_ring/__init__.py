@@ -41,6 +41,7 @@ if TYPE_CHECKING or not (sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)
     )
     from dtensor_ring.planning.documents import Documents
     from dtensor_ring.replicas import average_gradients, check_replicas
+    from dtensor_ring.tools.explain import explain
 
     _register.register()
 
@@ -59,6 +60,7 @@ __all__ = [
     "average_gradients",
     "check_replicas",
     "distribute_tensor",
+    "explain",
     "from_local",
     "full_tensor",
     "redistribute",
@@ -75,6 +77,7 @@ _ROOMS = {
     "RingPlan": "dtensor_ring.integrations.transformers",
     "average_gradients": "dtensor_ring.replicas",
     "check_replicas": "dtensor_ring.replicas",
+    "explain": "dtensor_ring.tools.explain",
     "ring_attention": "dtensor_ring.attention",
     "ring_plan": "dtensor_ring.integrations.transformers",
 }

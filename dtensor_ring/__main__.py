@@ -13,11 +13,13 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from dtensor_ring.planning.costs import LLAMA_8B, AttentionShape
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band, mask_text
 from dtensor_ring.planning.problem import AttentionProblem
 from dtensor_ring.tools.drawing import draw, summary
+from dtensor_ring.tools.explain import shape_of_heads
 from dtensor_ring.tools.facts import facts
 
 _LENGTH = 64
@@ -33,8 +35,9 @@ examples:
 """
 _ABOUT_PLAN = """\
 Print a plan: who holds what, which step computes each score, what every step
-fetches and sends, and the work of each rank. More than 8 ranks are shown as an
-excerpt; --rank shows others, --summary the totals of all.
+fetches and sends, and the work of each rank; or with --strategy ulysses, which
+heads each rank gets. More than 8 ranks are shown as an excerpt; --rank shows
+others, --summary the totals of all.
 
 A length is a number of tokens, also with k, M or G (1000, 1000^2, 1000^3) or
 Ki, Mi or Gi (1024, 1024^2, 1024^3) after it: 10k, 1.5M, 64Ki.
@@ -44,6 +47,7 @@ examples:
   python -m dtensor_ring plan --layout zigzag --world 4 --length 64
   python -m dtensor_ring plan --layout stripe:4 --world 2 --window 16 0
   python -m dtensor_ring plan --layout zigzag/documents --documents 10,20,34
+  python -m dtensor_ring plan --strategy ulysses --heads 32 --kv-heads 8
   python -m dtensor_ring plan --world 64 --length 1M --rank 0,63
   python -m dtensor_ring plan --world 1024 --length 10M --summary
   python -m dtensor_ring plan --world 8 --length 64Ki --json
@@ -119,7 +123,27 @@ def _add_plan_arguments(plan: argparse.ArgumentParser) -> None:
     masks = plan.add_mutually_exclusive_group()
     masks.add_argument("--full", action="store_true", help="every query sees every key; causal otherwise")
     masks.add_argument("--window", type=_side, nargs=2, metavar=("L", "R"), help="keys from L back to R ahead; -1 is unbounded")
-    plan.add_argument("--strategy", choices=("ring", "gather"), default="ring", help="ulysses makes no plan: heads change places")
+    plan.add_argument(
+        "--strategy",
+        choices=("ring", "gather", "ulysses"),
+        default="ring",
+        help="who gets what: keys step by step, all keys at once, or all tokens of some heads (default: ring)",
+    )
+    sizes = LLAMA_8B
+    plan.add_argument("--heads", type=int, default=sizes.heads, help=f"query heads (default: {sizes.heads})")
+    plan.add_argument(
+        "--kv-heads",
+        type=int,
+        metavar="HEADS",
+        help=f"key heads (default: {sizes.kv_heads}, or --heads where that does not divide them)",
+    )
+    plan.add_argument(
+        "--head-dim",
+        type=int,
+        default=sizes.head_dim,
+        metavar="DIM",
+        help=f"numbers in a head, of 2 bytes (default: {sizes.head_dim})",
+    )
     shown = plan.add_mutually_exclusive_group()
     shown.add_argument(
         "--rank",
@@ -139,9 +163,10 @@ def _plan(options: argparse.Namespace) -> str:
         ranks = sorted({rank for some in options.rank for rank in some})
         if ranks[-1] >= problem.world:
             raise ValueError(f"--rank {ranks[-1]}: the ranks of --world {problem.world} are 0 to {problem.world - 1}")
+    shape = _shape(options)
     if options.json:
-        return json.dumps(facts(problem, ranks, only_totals=options.summary), indent=2)
-    return summary(problem) if options.summary else draw(problem, ranks)
+        return json.dumps(facts(problem, ranks, only_totals=options.summary, shape=shape), indent=2)
+    return summary(problem, shape) if options.summary else draw(problem, ranks, shape)
 
 
 def _problem(options: argparse.Namespace) -> AttentionProblem:
@@ -163,6 +188,13 @@ def _problem(options: argparse.Namespace) -> AttentionProblem:
     is_causal = not options.full and options.window is None
     band = Band.parse(mask_text(is_causal, window))
     return AttentionProblem(layout, band, length, length, options.world, options.strategy, documents)
+
+
+def _shape(options: argparse.Namespace) -> AttentionShape:
+    kv_heads = options.kv_heads
+    if kv_heads is None:
+        kv_heads = options.heads if options.heads % LLAMA_8B.kv_heads else LLAMA_8B.kv_heads
+    return shape_of_heads(options.heads, kv_heads, options.head_dim)
 
 
 def _length(text: str) -> int:

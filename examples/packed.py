@@ -27,12 +27,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers.utils import logging
 
-from dtensor_ring import Documents, Zigzag, ring_plan
-from dtensor_ring.debug import balance
-from dtensor_ring.planning.layout import Layout
-from dtensor_ring.planning.mask import Band
-from dtensor_ring.planning.problem import AttentionProblem
-from dtensor_ring.planning.schedule import plan
+from dtensor_ring import Documents, Zigzag, explain, ring_plan
 
 LENGTHS = (418, 5, 96, 1, 233, 37, 12, 171)
 ALLOWED = 1e-5
@@ -111,10 +106,8 @@ def report(documents: Documents, alone: list[float], found: dict[int, list[float
             cells += f"{losses[i]:>12.6f}{gap:>11.1e}"
         print(f"{length:>8}{alone[i]:>12.6f}{cells}")
     for ranks in found:
-        problem = AttentionProblem(
-            Layout("zigzag", cut="documents"), Band(0, None), *[documents.length] * 2, ranks, "ring", documents
-        )
-        print(f"balance over {ranks} ranks (mean work / most loaded rank): {balance([plan(problem, r) for r in range(ranks)]):.3f}")
+        balance = explain(Zigzag(1, per_document=True), documents.length, ranks, documents).balance
+        print(f"balance over {ranks} ranks (mean work / most loaded rank): {balance:.3f}")
     print("all within 1e-5" if worst <= ALLOWED else "OUT OF TOLERANCE")
     return int(worst > ALLOWED)
 

@@ -20,6 +20,7 @@ import dtensor_ring
 from dtensor_ring import __main__ as command_line
 from dtensor_ring.__main__ import main
 from dtensor_ring.debug import draw
+from dtensor_ring.planning.costs import AttentionShape, cost_of, costs
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
@@ -128,7 +129,7 @@ COMMON = list(
     itertools.product(
         ("contiguous", "zigzag", "stripe", "stripe:4"),
         ((), ("--full",), ("--window", "16", "0"), ("--window", "-1", "3"), ("--window", "5", "7")),
-        ("ring", "gather"),
+        ("ring", "gather", "ulysses"),
     )
 )
 
@@ -136,7 +137,8 @@ COMMON = list(
 @pytest.mark.parametrize(("layout", "mask", "strategy"), COMMON)
 def test_every_line_has_at_most_80_columns(capsys, layout, mask, strategy):
     for world, length in itertools.product((1, 3, 4, 64), ("0", "1", "23", "2k", "1M")):
-        arguments = ("--layout", layout, *mask, "--strategy", strategy, "--world", str(world), "--length", length)
+        arguments = ("--layout", layout, *mask, "--strategy", strategy, "--world", str(world), "--length", length, "--heads", "192")
+        arguments = (*arguments, "--kv-heads", "192")
         assert_narrow(lines_of(capsys, "plan", *arguments))
 
 
@@ -217,7 +219,7 @@ def test_a_summary_has_the_totals_of_the_plans(capsys):
     plans = [plan(problem, rank) for rank in range(3)]
     cells, fetched = [each.cells for each in plans], [fetched_by(each) for each in plans]
     text = "\n".join(lines)
-    assert len(lines) == 8
+    assert len(lines) == 9
     assert "zigzag, causal, 100 tokens over 3 ranks, ring" in lines
     assert "tokens a rank:             33 to 34" in text
     assert f"scores a rank:             mean {sum(cells) / 3:.1f}, most {max(cells)} (rank {cells.index(max(cells))})" in text
@@ -240,13 +242,14 @@ def test_json_has_the_same_facts(capsys, arguments):
     assert main(["plan", "--json", *arguments]) == 0
     entries = json.loads(capsys.readouterr().out)
     problem = command_line._problem(argparse_of(arguments))
-    assert set(entries) == {"layout", "mask", "length", "world", "strategy", "halo", "documents", "ranks", "totals"}
+    keys = {"layout", "mask", "length", "world", "strategy", "halo", "documents", "shape", "ranks", "totals"}
+    assert set(entries) == keys
     assert (entries["length"], entries["world"], entries["strategy"]) == (64, problem.world, problem.strategy)
     assert Band.parse(entries["mask"]) == problem.band
     assert entries["documents"] == (3 if "--documents" in arguments else None)
-    counted = totals(problem)
+    counted, shape = totals(problem), AttentionShape(**entries["shape"])
     for rank, entry in enumerate(entries["ranks"]):
-        made = plan(problem, rank)
+        made, cost = plan(problem, rank), cost_of(problem, rank, shape)
         assert entry == {
             "rank": rank,
             "tokens": counted.tokens[rank],
@@ -255,6 +258,9 @@ def test_json_has_the_same_facts(capsys, arguments):
             "messages": made.messages,
             "key_tokens_sent": made.rows_sent,
             "key_tokens_fetched": fetched_by(made),
+            "work": cost.work,
+            "forward": cost.forward._asdict(),
+            "backward": cost.backward._asdict(),
         }
     work = [entry["scores"] for entry in entries["ranks"]]
     assert entries["totals"]["scores"]["mean"] == sum(work) / len(work)
@@ -263,6 +269,30 @@ def test_json_has_the_same_facts(capsys, arguments):
     assert json.loads(capsys.readouterr().out) == {key: value for key, value in entries.items() if key != "ranks"}
     assert main(["plan", "--json", "--rank", "1", *arguments]) == 0
     assert json.loads(capsys.readouterr().out)["ranks"] == entries["ranks"][1:2]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--world", "8", "--kv-heads", "2"], ["--documents", "10,0,54", "--heads", "4"]])
+def test_ulysses_is_drawn_with_the_heads_and_bytes_of_its_costs(capsys, arguments):
+    arguments = ["--strategy", "ulysses", *arguments]
+    text = " ".join(" ".join(lines_of(capsys, "plan", *arguments)).split())
+    options = argparse_of(arguments)
+    problem, shape = command_line._problem(options), command_line._shape(options)
+    heads, ranks_of_a_key_head = shape.heads // problem.world, max(1, problem.world // shape.kv_heads)
+    for rank in range(problem.world):
+        cost = cost_of(problem, rank, shape)
+        drawn = text.split(f" rank {rank} to heads: ")[1].split(" messages")[0]
+        first = rank * heads
+        assert f"query head{'' if heads == 1 else f's {first}..{first + heads - 1}'}" in drawn
+        if ranks_of_a_key_head > 1:
+            assert f"with key head {rank // ranks_of_a_key_head} on" in drawn
+        assert f"{cost.work // heads} scores a head in 1 call" in drawn
+        assert f"out and lse of {64 - cost.tokens} tokens" in drawn
+        assert drawn.endswith(f"{cost.forward.bytes} bytes in {cost.forward.messages}")
+    assert "balance (mean work / most loaded rank): 1.0000" in text
+    assert main(["plan", "--json", *arguments]) == 0
+    entries = json.loads(capsys.readouterr().out)
+    assert [entry["work"] for entry in entries["ranks"]] == list(costs(problem, shape).work)
+    assert entries["totals"]["bytes_sent"]["most"] == max(costs(problem, shape).bytes)
 
 
 def argparse_of(arguments):
@@ -312,6 +342,12 @@ def test_documents_set_the_length(capsys):
         (["--rank", "1,"], "takes ranks between commas"),
         (["--rank", "1", "--summary"], "not allowed with"),
         (["--world", "4k"], "invalid int value"),
+        (
+            ["--strategy", "ulysses", "--heads", "6", "--kv-heads", "2"],
+            "6 query and 2 key heads cannot be shared by 4 ranks: 1, 2, 6",
+        ),
+        (["--heads", "6", "--kv-heads", "4"], "the 4 key heads must divide the 6 query heads"),
+        (["--head-dim", "0"], "sizes are whole numbers from 1 up, found head_dim=0"),
     ],
 )
 def test_what_cannot_be_read_is_said(capsys, arguments, text):

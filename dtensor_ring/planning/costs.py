@@ -19,7 +19,7 @@ from dtensor_ring.planning.document_sharding import balance_of
 from dtensor_ring.planning.head_sharing import copies_of_key_heads, refuses
 from dtensor_ring.planning.problem import AttentionProblem
 from dtensor_ring.planning.schedule import Plan, plan
-from dtensor_ring.planning.totals import totals
+from dtensor_ring.planning.totals import Totals, totals
 
 
 class AttentionShape(NamedTuple):
@@ -52,6 +52,9 @@ class AttentionShape(NamedTuple):
     def kv_numbers(self) -> int:
         """Numbers in the key and the value of one token, over all batch rows and key heads."""
         return self.batch * self.kv_heads * (self.head_dim + self.v_head_dim)
+
+
+LLAMA_8B = AttentionShape()
 
 
 class Sent(NamedTuple):
@@ -90,11 +93,18 @@ class Costs:
         tokens: as `RankCost.tokens`.
         work: as `RankCost.work`.
         bytes: as `RankCost.forward.bytes`.
+        totals: the same in scores of one head and in key tokens; None for "ulysses", where no keys go from rank to rank by plan.
     """
 
     tokens: tuple[int, ...]
     work: tuple[int, ...]
     bytes: tuple[int, ...]
+    totals: Totals | None = None
+
+    @property
+    def most_loaded(self) -> int:
+        """The first of the ranks with the most work."""
+        return self.work.index(max(self.work))
 
     @property
     def balance(self) -> float:
@@ -181,7 +191,7 @@ def costs(problem: AttentionProblem, shape: AttentionShape) -> Costs:
         return Costs(queries, (scores * factor // problem.world,) * problem.world, sent)
     counted = totals(problem)
     numbers = shape.kv_numbers * shape.itemsize
-    return Costs(counted.tokens, tuple(n * factor for n in counted.scores), tuple(n * numbers for n in counted.sent))
+    return Costs(counted.tokens, tuple(n * factor for n in counted.scores), tuple(n * numbers for n in counted.sent), counted)
 
 
 def one_device(problem: AttentionProblem) -> AttentionProblem:

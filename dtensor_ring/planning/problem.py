@@ -94,7 +94,13 @@ class AttentionProblem:
     @property
     def is_halo(self) -> bool:
         """Whether a window is served by fetching the keys just around each local run, at most twice the local keys."""
-        if not self.band.bounded or not self.in_order or self.world == 1 or not self.segmentation.is_shared:
+        if (
+            self.strategy == "ulysses"
+            or not self.band.bounded
+            or not self.in_order
+            or self.world == 1
+            or not self.segmentation.is_shared
+        ):
             return False
         return self.halo_rows * self.world <= 2 * self.k_length
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Sequence
 
+from dtensor_ring.planning.costs import LLAMA_8B, AttentionShape, Costs, RankCost, cost_of, costs
+from dtensor_ring.planning.head_sharing import copies_of_key_heads
 from dtensor_ring.planning.kernel_calls import KernelCall, Step, TokenRange
 from dtensor_ring.planning.problem import AttentionProblem
 from dtensor_ring.planning.runs import Run
 from dtensor_ring.planning.schedule import Plan, plan
-from dtensor_ring.planning.totals import Totals, totals
 from dtensor_ring.tools.facts import asks_too_much
 
 WIDTH = 80  # columns of a line, at most
@@ -27,18 +28,23 @@ _LARGEST_PICTURE = 4096  # queries, or keys; the picture visits every score's ro
 _TIED = "\u00a0"  # a space at which no line is broken
 
 
-def draw(problem: AttentionProblem, ranks: Sequence[int] | None = None) -> str:
-    """A plan as text: who holds what, what each rank computes and exchanges in each step, work and balance.
+def draw(problem: AttentionProblem, ranks: Sequence[int] | None = None, shape: AttentionShape = LLAMA_8B) -> str:
+    """An attention as text: who holds what, what each rank computes and exchanges in each step, work, bytes and balance.
 
     Args:
         problem: what is planned.
         ranks: ranks whose steps are drawn, all of them; None draws up to 8 ranks, or an excerpt of more, and few of their steps.
+        shape: sizes of the tensors; bytes are counted for them, and "ulysses" shares out their heads.
 
     Raises:
-        ValueError: the layout cannot be laid out, as `Layout.runs` says.
+        ValueError: the layout cannot be laid out, as `Layout.runs` says, or the heads cannot be shared out for "ulysses".
     """
-    counted = totals(problem)
-    shown = _excerpt(counted) if ranks is None else list(ranks)
+    spent = costs(problem, shape)
+    shown = _excerpt(spent) if ranks is None else list(ranks)
+    if problem.strategy == "ulysses":
+        drawn = [_by_heads(cost_of(problem, rank, shape), problem, shape) for rank in shown]
+        parts = [_title(problem), _holdings(problem, shown), *drawn, _pass(shape) + "\n" + _totals(spent)]
+        return "\n\n".join(parts)
     most = STEPS_SHOWN if ranks is None else None
     left_out = ranks is None and asks_too_much(problem, len(shown))
     plans: list[Plan] = [] if left_out else [plan(problem, rank) for rank in shown]
@@ -47,24 +53,24 @@ def draw(problem: AttentionProblem, ranks: Sequence[int] | None = None) -> str:
         parts.append("Steps are left out, since they take long to plan here: --rank R shows a rank's.")
     else:
         parts += [_picture(problem), *(_steps(problem, each, most) for each in plans)]
-    parts.append(_forward_pass(counted, shown, plans) + "\n" + _totals(counted))
+    parts.append(_forward_pass(spent, shape, shown, plans) + "\n" + _totals(spent))
     return "\n\n".join(part for part in parts if part)
 
 
-def summary(problem: AttentionProblem) -> str:
+def summary(problem: AttentionProblem, shape: AttentionShape = LLAMA_8B) -> str:
     """The totals of all ranks as text; no plan is made for them.
 
     Raises:
-        ValueError: the layout cannot be laid out, as `Layout.runs` says.
+        ValueError: as for `draw`.
     """
-    return f"{_title(problem)}\n\nper forward pass\n{_totals(totals(problem))}"
+    return f"{_title(problem)}\n\n{_pass(shape)}\n{_totals(costs(problem, shape))}"
 
 
-def _excerpt(counted: Totals) -> list[int]:
-    world = len(counted.tokens)
+def _excerpt(spent: Costs) -> list[int]:
+    world = len(spent.tokens)
     if world <= RANKS_SHOWN:
         return list(range(world))
-    return sorted({*range(RANKS_OF_EXCERPT), counted.most_loaded})
+    return sorted({*range(RANKS_OF_EXCERPT), spent.most_loaded})
 
 
 def _title(problem: AttentionProblem) -> str:
@@ -206,29 +212,81 @@ def _listed(items: Iterable[str]) -> str:
     return ", ".join([*every[:ITEMS_SHOWN], *([f"and {more} more"] if more > 0 else [])])
 
 
-def _forward_pass(counted: Totals, shown: Sequence[int], plans: Sequence[Plan]) -> str:
-    lines = ["per forward pass"]
+def _by_heads(cost: RankCost, problem: AttentionProblem, shape: AttentionShape) -> str:
+    """What a rank gives and gets when heads change places, and what it attends with in between."""
+    world, rank, kv_heads = problem.world, cost.rank, shape.kv_heads
+    copies = copies_of_key_heads(world, kv_heads)
+    heads, keys = _share(shape.heads, world, rank), _share(kv_heads * copies, world, rank)
+    own_keys = problem.k_rows(rank)
+    given = f"{cost.tokens} tokens" if own_keys == cost.tokens else f"{cost.tokens} queries and {own_keys} keys"
+    lines = [
+        _folded("  to heads: ", [f"of its {given}, each other rank gets q, k and v of its heads"]),
+        _folded(
+            "  attends:  ",
+            [
+                f"query {_heads(heads)} with key {_heads(range(keys.start // copies, (keys.stop - 1) // copies + 1))}",
+                f"on all {problem.q_length} tokens, {problem.band}:" if problem.q_length == problem.k_length else "on all tokens:",
+                f"{cost.work // (len(heads) * _batch_rows(problem, shape))} scores a head in {_calls_of(cost.calls)}",
+            ],
+        ),
+        _folded("  back:     ", [f"out and lse of {problem.q_length - cost.tokens} tokens of those heads"]),
+        _folded("  sends:    ", [f"{cost.forward.bytes} bytes in {cost.forward.messages} messages"]),
+    ]
+    return "\n".join([f"rank {rank}", *lines])
+
+
+def _share(count: int, world: int, rank: int) -> range:
+    return range(rank * count // world, (rank + 1) * count // world)
+
+
+def _heads(heads: range) -> str:
+    return f"head {heads.start}" if len(heads) == 1 else f"heads {heads.start}..{heads.stop - 1}"
+
+
+def _calls_of(count: int) -> str:
+    return "1 call" if count == 1 else f"{count} calls"
+
+
+def _batch_rows(problem: AttentionProblem, shape: AttentionShape) -> int:
+    return shape.batch if problem.segmentation.rows == 1 else 1
+
+
+def _pass(shape: AttentionShape) -> str:
+    batch = "" if shape.batch == 1 else f"{shape.batch} batch rows of "
+    dims = f"{shape.head_dim}" if shape.head_dim == shape.v_head_dim else f"{shape.head_dim} (values {shape.v_head_dim})"
+    about = f"{batch}{shape.heads} query and {shape.kv_heads} key heads of {dims}, {shape.itemsize} bytes a number"
+    return _folded("", [f"per forward pass, bytes for {about}"], 2)
+
+
+def _forward_pass(spent: Costs, shape: AttentionShape, shown: Sequence[int], plans: Sequence[Plan]) -> str:
+    lines = [_pass(shape)]
     made = {each.rank: each for each in plans}
+    assert spent.totals is not None, "plans are counted in key tokens"
     for rank in shown:
-        work, sent = f"{counted.scores[rank]} scores", f"sends {counted.sent[rank]} key tokens"
+        work, sent = f"{spent.totals.scores[rank]} scores", f"sends {spent.totals.sent[rank]} key tokens"
         if rank in made:
             work += f" in {made[rank].calls} calls"
             sent += f" in {made[rank].messages} messages"
         lines.append(_folded(f"  rank {rank}: ", [f"{work};", sent]))
-    return "\n".join([*lines, *_more_ranks(len(counted.tokens), shown)])
+    return "\n".join([*lines, *_more_ranks(len(spent.tokens), shown)])
 
 
-def _totals(counted: Totals) -> str:
-    low, high = min(counted.tokens), max(counted.tokens)
-    return "\n".join(
-        [
-            f"  tokens a rank:             {low if low == high else f'{low} to {high}'}",
+def _totals(spent: Costs) -> str:
+    low, high, counted = min(spent.tokens), max(spent.tokens), spent.totals
+    lines = [f"  tokens a rank:             {low if low == high else f'{low} to {high}'}"]
+    if counted is None:
+        lines.append(f"  scores a rank, all heads:  {_mean_and_most(spent.work)}")
+    else:
+        lines += [
             f"  scores a rank:             {_mean_and_most(counted.scores)}",
             f"  key tokens fetched a rank: {_mean_and_most(counted.fetched)}",
             f"  key tokens sent a rank:    {_mean_and_most(counted.sent)}",
-            f"  balance (mean work / most loaded rank): {counted.balance:.4f}",
         ]
-    )
+    lines += [
+        _folded("  bytes sent a rank:         ", [_mean_and_most(spent.bytes)]),
+        f"  balance (mean work / most loaded rank): {spent.balance:.4f}",
+    ]
+    return "\n".join(lines)
 
 
 def _mean_and_most(numbers: Sequence[int]) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dtensor_ring.planning.costs import LLAMA_8B, AttentionShape, Costs, cost_of, costs
 from dtensor_ring.planning.mask import Band, mask_text
 from dtensor_ring.planning.problem import AttentionProblem
-from dtensor_ring.planning.schedule import Plan, plan
-from dtensor_ring.planning.totals import Totals, fetched_by, totals
+from dtensor_ring.planning.schedule import plan
+from dtensor_ring.planning.totals import fetched_by
 
 Facts = dict[str, object]
 
@@ -22,13 +23,21 @@ def asks_too_much(problem: AttentionProblem, ranks: int) -> bool:
     return ranks * max(steps, blocks) > MOST_TILES
 
 
-def facts(problem: AttentionProblem, ranks: Sequence[int] | None = None, *, only_totals: bool = False) -> Facts:
+def facts(
+    problem: AttentionProblem,
+    ranks: Sequence[int] | None = None,
+    *,
+    only_totals: bool = False,
+    shape: AttentionShape = LLAMA_8B,
+) -> Facts:
     """What is planned, the totals of all ranks, and unless `only_totals`, what each rank, or each one of `ranks`, does.
 
-    Keys stay as they are from one version to the next; new ones may come. Key tokens travel with their values.
+    Keys stay as they are from one version to the next; new ones may come. Key tokens travel with their values; for "ulysses", where
+    heads travel, nothing is said of key tokens. Scores are those of one head, work those of all heads and batch rows; bytes are
+    those of tensors of `shape`.
 
     Raises:
-        ValueError: the layout cannot be laid out, or plans of all ranks would take minutes.
+        ValueError: the layout cannot be laid out, the heads cannot be shared out, or plans of all ranks would take minutes.
     """
     entries: Facts = {
         "layout": str(problem.layout),
@@ -37,6 +46,7 @@ def facts(problem: AttentionProblem, ranks: Sequence[int] | None = None, *, only
         "world": problem.world,
         "strategy": problem.strategy,
         "halo": problem.is_halo,
+        "shape": shape._asdict(),
         "documents": None if problem.documents is None else problem.documents.parts,
     }
     if not only_totals:
@@ -45,8 +55,8 @@ def facts(problem: AttentionProblem, ranks: Sequence[int] | None = None, *, only
                 f"plans of all {problem.world} ranks take too long for {problem.layout} and {problem.q_length} tokens: "
                 "ask for some with --rank, or for the totals with --summary"
             )
-        entries["ranks"] = [_rank(plan(problem, rank)) for rank in (range(problem.world) if ranks is None else ranks)]
-    entries["totals"] = _totals(totals(problem))
+        entries["ranks"] = [_rank(problem, rank, shape) for rank in (range(problem.world) if ranks is None else ranks)]
+    entries["totals"] = _totals(costs(problem, shape))
     return entries
 
 
@@ -57,25 +67,29 @@ def _mask(band: Band) -> str:
     return mask_text(False, (-1 if band.hi is None else band.hi, -1 if band.lo is None else -band.lo))
 
 
-def _rank(each: Plan) -> Facts:
-    return {
-        "rank": each.rank,
-        "tokens": each.problem.q_rows(each.rank),
-        "scores": each.cells,
-        "calls": each.calls,
-        "messages": each.messages,
-        "key_tokens_sent": each.rows_sent,
-        "key_tokens_fetched": fetched_by(each),
-    }
+def _rank(problem: AttentionProblem, rank: int, shape: AttentionShape) -> Facts:
+    cost = cost_of(problem, rank, shape)
+    entries: Facts = {"rank": rank, "tokens": cost.tokens, "work": cost.work, "calls": cost.calls}
+    if problem.strategy != "ulysses":
+        each = plan(problem, rank)
+        entries |= {
+            "scores": each.cells,
+            "messages": each.messages,
+            "key_tokens_sent": each.rows_sent,
+            "key_tokens_fetched": fetched_by(each),
+        }
+    return entries | {"forward": cost.forward._asdict(), "backward": cost.backward._asdict()}
 
 
-def _totals(counted: Totals) -> Facts:
-    return {
-        "tokens": {"least": min(counted.tokens), "most": max(counted.tokens)},
-        "scores": _spread(counted.scores) | {"balance": counted.balance},
-        "key_tokens_fetched": _spread(counted.fetched),
-        "key_tokens_sent": _spread(counted.sent),
-    }
+def _totals(spent: Costs) -> Facts:
+    entries: Facts = {"tokens": {"least": min(spent.tokens), "most": max(spent.tokens)}}
+    if spent.totals is not None:
+        entries |= {
+            "scores": _spread(spent.totals.scores) | {"balance": spent.balance},
+            "key_tokens_fetched": _spread(spent.totals.fetched),
+            "key_tokens_sent": _spread(spent.totals.sent),
+        }
+    return entries | {"work": _spread(spent.work) | {"balance": spent.balance}, "bytes_sent": _spread(spent.bytes)}
 
 
 def _spread(numbers: Sequence[int]) -> Facts:

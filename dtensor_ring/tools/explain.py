@@ -1,0 +1,172 @@
+"""`explain`: what an attention costs each rank, before any tensor exists.
+
+    >>> print(explain("zigzag", 16, 4))
+    zigzag, causal, 16 tokens over 4 ranks, ring
+
+    per forward pass, bytes for 32 query and 8 key heads of 128, 2 bytes a number
+      tokens a rank:             4
+      scores a rank:             mean 34.0, most 34 (rank 0)
+      key tokens fetched a rank: mean 9.0, most 12 (rank 0)
+      key tokens sent a rank:    mean 9.0, most 12 (rank 3)
+      bytes sent a rank:         mean 36864.0, most 49152 (rank 3)
+      balance (mean work / most loaded rank): 1.0000
+
+No torch is loaded for texts and layouts: the command line starts with these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from dtensor_ring.planning.costs import AttentionShape, Costs, RankCost, cost_of, costs
+from dtensor_ring.planning.documents import Documents
+from dtensor_ring.planning.layout import Layout
+from dtensor_ring.planning.mask import Band, mask_text
+from dtensor_ring.planning.problem import AttentionProblem
+from dtensor_ring.tools.drawing import draw, summary
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class HasLayout(Protocol):
+    """A placement of ours, such as `Zigzag(1)`."""
+
+    @property
+    def layout(self) -> Layout:
+        """How it spreads a sequence."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What an attention costs; prints as a summary of all ranks.
+
+    Attributes:
+        problem: the layout, mask, lengths, documents, ranks and strategy.
+        shape: the sizes of the tensors.
+        costs: what each rank holds, computes and sends in a forward pass.
+    """
+
+    problem: AttentionProblem
+    shape: AttentionShape
+    costs: Costs
+
+    @property
+    def balance(self) -> float:
+        """Mean work over the most loaded rank's: 1 is perfect."""
+        return self.costs.balance
+
+    @property
+    def work(self) -> tuple[int, ...]:
+        """Scores that each rank computes in a forward pass, over all batch rows and heads."""
+        return self.costs.work
+
+    @property
+    def bytes(self) -> tuple[int, ...]:
+        """Bytes that each rank sends in a forward pass."""
+        return self.costs.bytes
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Queries that each rank holds."""
+        return self.costs.tokens
+
+    def rank(self, rank: int) -> RankCost:
+        """One rank's work, kernel calls, messages and bytes, forward and backward; its plan is made for that."""
+        return cost_of(self.problem, rank, self.shape)
+
+    def plot(self, ranks: Sequence[int] | None = None) -> str:
+        """A drawing in text of 80 columns: who holds what, and what each rank computes and exchanges in each step.
+
+        Args:
+            ranks: ranks whose steps are drawn, all of them; None draws up to 8 ranks, or an excerpt of more.
+        """
+        return draw(self.problem, ranks, self.shape)
+
+    def __str__(self) -> str:
+        return summary(self.problem, self.shape)
+
+
+def explain(
+    placement: HasLayout | Layout | str,
+    length: int,
+    world: int,
+    documents: Documents | Tensor | Sequence[int] | None = None,
+    *,
+    is_causal: bool = True,
+    window: tuple[int, int] = (-1, -1),
+    strategy: Literal["ring", "gather", "ulysses"] = "ring",
+    heads: int = 32,
+    kv_heads: int = 8,
+    head_dim: int = 128,
+    v_head_dim: int | None = None,
+    batch: int = 1,
+    itemsize: int = 2,
+) -> Explanation:
+    """What `ring_attention` would compute and send, rank by rank. Makes no tensors and asks no other rank.
+
+        print(explain(Zigzag(1, per_document=True), 65536, 8, documents))        # a summary
+        explain(Zigzag(1), 65536, 8).balance, .work, .bytes                      # of all ranks, without a plan
+        print(explain(Zigzag(1), 64, 4, strategy="gather").plot())               # a drawing
+
+    Args:
+        placement: a placement such as `Zigzag(1)`, its layout, or the layout's text: "contiguous", "zigzag", "stripe:BLOCK",
+            "zigzag/documents".
+        length: tokens of the sequence, of queries and keys alike.
+        world: ranks that share it.
+        documents: bounds of packed documents, a `Documents` or a cu_seqlens, as for `ring_attention`.
+        is_causal: as for `ring_attention`, and by the same default.
+        window: as for `ring_attention`.
+        strategy: as for `ring_attention`.
+        heads: query heads.
+        kv_heads: key heads, which divide the query heads.
+        head_dim: numbers in a query or key.
+        v_head_dim: numbers in a value; None is `head_dim`.
+        batch: batch rows.
+        itemsize: bytes of a number; the default is that of bfloat16.
+
+    Raises:
+        TypeError: a placement that has no layout, or a window of no integers.
+        ValueError: numbers, a window, documents or heads that do not fit.
+    """
+    layout = _layout_of(placement)
+    if world < 1 or length < 0:
+        raise ValueError(f"need a length of 0 tokens or more and at least one rank, found length={length} and world={world}")
+    if strategy not in ("ring", "gather", "ulysses"):
+        raise ValueError(f"unknown strategy {strategy!r}: use 'ring', 'gather' or 'ulysses'")
+    packed = None if documents is None else Documents.of(documents, length)
+    if layout.cut and (packed is None or packed.rows != 1):
+        raise ValueError(f"{layout} is cut document by document: pass documents=, one row for the whole batch, found {packed}")
+    band = Band.parse(mask_text(is_causal, window))
+    problem = AttentionProblem(layout, band, length, length, world, strategy, packed)
+    shape = shape_of_heads(heads, kv_heads, head_dim, v_head_dim, batch, itemsize)
+    return Explanation(problem, shape, costs(problem, shape))
+
+
+def shape_of_heads(
+    heads: int, kv_heads: int, head_dim: int, v_head_dim: int | None = None, batch: int = 1, itemsize: int = 2
+) -> AttentionShape:
+    """The sizes, checked.
+
+    Raises:
+        ValueError: a size below 1, or key heads that do not divide the query heads.
+    """
+    shape = AttentionShape(heads, kv_heads, head_dim, v_head_dim or head_dim, batch, itemsize, itemsize)
+    wrong = [f"{name}={size}" for name, size in shape._asdict().items() if size < 1]
+    if wrong:
+        raise ValueError(f"sizes are whole numbers from 1 up, found {', '.join(wrong)}")
+    if heads % kv_heads:
+        raise ValueError(f"the {kv_heads} key heads must divide the {heads} query heads")
+    return shape
+
+
+def _layout_of(placement: HasLayout | Layout | str) -> Layout:
+    if isinstance(placement, str):
+        return Layout.parse(placement)
+    layout = placement if isinstance(placement, Layout) else getattr(placement, "layout", None)
+    if not isinstance(layout, Layout):
+        raise TypeError(f"placement must be Contiguous, Zigzag or Stripe, a layout or its text, found {placement!r}")
+    return layout
