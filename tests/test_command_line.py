@@ -109,7 +109,7 @@ def test_the_picture_shows_the_step_of_every_score(layout, length, world, strate
             for p in problem.layout.tokens(length, world, rank):
                 for index, step in enumerate(plan(problem, rank).steps):
                     held = {
-                        problem.layout.tokens(length, world, rows.source)[i]
+                        problem.layout.tokens(length, world, rows.owner)[i]
                         for rows in step.keys
                         for i in range(rows.start, rows.stop)
                     }

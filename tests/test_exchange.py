@@ -54,7 +54,7 @@ def same_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def peers_of(each: Plan, index: int) -> int:
     """Ranks that a rank sends to or gets keys from in a step."""
-    return len(each.sends[index]) + len({rows.source for rows in each.steps[index].keys} - {each.rank})
+    return len(each.sends[index]) + len({rows.owner for rows in each.steps[index].keys} - {each.rank})
 
 
 def sweep():
@@ -88,7 +88,7 @@ def test_a_step_gets_its_rows_in_order_and_the_plan_says_what_travels(batch):
             for index, step in enumerate(each.steps):
                 before = transport.traffic.copy()
                 keys, values = exchange.fetch(index, (k, k[..., :2] + 0.5), "forward").wait()
-                wanted = [shards[rows.source][:, rows.start : rows.stop] for rows in step.keys] or [k[:, :0]]
+                wanted = [shards[rows.owner][:, rows.start : rows.stop] for rows in step.keys] or [k[:, :0]]
                 assert torch.equal(keys, torch.cat(wanted, 1))
                 assert torch.equal(values, torch.cat(wanted, 1)[..., :2] + 0.5)
                 if not problem.collective:
@@ -114,7 +114,7 @@ def test_an_own_row_gets_the_sum_of_what_all_steps_found_for_it(batch):
             for index, step in enumerate(plan(problem, rank).steps):
                 grad, offset = gradients(problem, rank, index, batch, torch.float64), 0
                 for rows in step.keys:
-                    sums[rows.source][:, rows.start : rows.stop] += grad[:, offset : offset + rows.size]
+                    sums[rows.owner][:, rows.start : rows.stop] += grad[:, offset : offset + rows.size]
                     offset += rows.size
 
         def rank_body(transport, problem=problem, sums=sums):
@@ -148,7 +148,7 @@ def test_gradients_in_16_bits_are_summed_in_float32_own_part_first_then_by_peer(
         for rank in (owner, *(r for r in range(4) if r != owner)):
             grad, offset = gradients(problem, rank, 0, 2, torch.bfloat16).float(), 0
             for rows in plan(problem, rank).steps[0].keys:
-                if rows.source == owner:
+                if rows.owner == owner:
                     total[:, rows.start : rows.stop] += grad[:, offset : offset + rows.size]
                 offset += rows.size
         wanted.append(total)

@@ -110,7 +110,7 @@ def test_a_rank_sends_the_bytes_of_its_plan_and_gets_gradients_back_for_them(wor
             returned = (world - 1) * largest * row * 4
         else:
             returned = sum(
-                rows.size * row * (4 if step.sums else 2) for step in each.steps for rows in step.keys if rows.source != each.rank
+                rows.size * row * (4 if step.sums else 2) for step in each.steps for rows in step.keys if rows.owner != each.rank
             )
         assert total - forward == forward + returned
 

@@ -80,7 +80,7 @@ def test_only_keys_that_some_query_needs_are_sent(layout, strategy):
             last = {Documents.find(bounds, token): token for token in sorted(held[rank])}
             for other in set(range(world)) - {rank}:
                 needed = [t for t in held[other] if t <= last.get(Documents.find(bounds, t), -1)]
-                fetched = [rows for step in each.steps for rows in step.keys if rows.source == other]
+                fetched = [rows for step in each.steps for rows in step.keys if rows.owner == other]
                 assert sorted(held[other][i] for rows in fetched for i in range(rows.start, rows.stop)) == sorted(needed)
                 sends = [send for step in plans[other].sends for send in step if send.rank == rank]
                 assert sum(rows.size for send in sends for rows in send.rows) == len(needed)

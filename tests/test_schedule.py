@@ -45,7 +45,7 @@ def computed(problem: AttentionProblem, row: int, reading=lambda window, longest
     for rank in range(problem.world):
         queries = problem.layout.tokens(problem.q_length, problem.world, rank)
         for step in plan(problem, rank).steps:
-            buffer = [keys_of[rows.source][i] for rows in step.keys for i in range(rows.start, rows.stop)]
+            buffer = [keys_of[rows.owner][i] for rows in step.keys for i in range(rows.start, rows.stop)]
             for call in step.calls:
                 left, right = reading(call.window, max(s.k1 - s.k0 for s in call.segments))
                 for segment in call.segments:
@@ -108,13 +108,13 @@ def test_what_a_rank_sends_is_what_the_others_expect_and_a_call_reads(problem):
             read = {key for call in step.calls for s in call.segments for key in range(s.k0, s.k1)}
             if not problem.collective:
                 assert read == set(range(step.rows))
-            for source in {rows.source for rows in step.keys} - {rank}:
+            for source in {rows.owner for rows in step.keys} - {rank}:
                 if not problem.collective:
                     (sent,) = [send for send in plan(problem, source).sends[index] if send.rank == rank]
-                    assert sent.rows == tuple(rows for rows in step.keys if rows.source == source)
+                    assert sent.rows == tuple(rows for rows in step.keys if rows.owner == source)
                     assert sent.sums == step.sums
         expected = sum(
-            rows.source == rank
+            rows.owner == rank
             for other in range(problem.world)
             if other != rank
             for step in plan(problem, other).steps
@@ -145,7 +145,7 @@ def test_contributions_are_counted_for_every_row(problem):
         assert all(row in range(len(problem.bounds)) for row, _ in counts)
         keys = Counter(i for sends in each.sends for send in sends for rows in send.rows for i in range(rows.start, rows.stop))
         for step in each.steps:
-            buffer = [(rows.source, i) for rows in step.keys for i in range(rows.start, rows.stop)]  # may hold a key twice
+            buffer = [(rows.owner, i) for rows in step.keys for i in range(rows.start, rows.stop)]  # may hold a key twice
             for call in step.calls:
                 read = {j for s in call.segments for j in range(s.k0, s.k1)}
                 keys.update(buffer[j][1] for j in read if buffer[j][0] == rank)

@@ -132,12 +132,12 @@ def cost_of_plan(each: Plan, shape: AttentionShape) -> RankCost:
         forward = Sent(problem.world - 1, keys)
         returned = Sent(problem.world - 1, each.rows_sent * numbers * shape.sum_itemsize)
     else:
-        # A message of keys and one of values for each peer, and the same in the other direction for their gradients.
+        # A message of keys and one of values for each owner and peer, and the same in the other direction for their gradients.
         forward = Sent(2 * each.messages, keys)
         messages = total = 0
         for step in each.steps:
-            fetched = [rows for rows in step.keys if rows.source != each.rank]
-            messages += 2 * len({rows.source for rows in fetched})
+            fetched = [rows for rows in step.keys if rows.owner != each.rank]
+            messages += 2 * len({(rows.owner, rows.peer) for rows in fetched})
             total += sum(rows.size for rows in fetched) * (shape.sum_itemsize if step.sums else shape.grad_itemsize)
         returned = Sent(messages, total * numbers)
     backward = Sent(forward.messages + returned.messages, forward.bytes + returned.bytes)

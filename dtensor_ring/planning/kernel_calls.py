@@ -18,15 +18,25 @@ from dtensor_ring.planning.runs import Piece
 
 
 class TokenRange(NamedTuple):
-    """Rows [start, stop) of a rank's stored keys."""
+    """Keys [start, stop) of those that rank `owner` stores, which arrive from rank `peer`; their gradients go back there.
 
-    source: int
+    Both are the owner where keys travel in one hop. A peer that is not the owner has the keys from an earlier step, or its number
+    in the transport's group is another than its number in the layout: `owner` counts as layouts do, `peer` as the transport does.
+    """
+
+    owner: int
     start: int
     stop: int
+    peer: int
+
+    @classmethod
+    def of_owner(cls, owner: int, start: int, stop: int) -> TokenRange:
+        """A range that its owner sends itself."""
+        return cls(owner, start, stop, owner)
 
     @property
     def size(self) -> int:
-        """How many rows."""
+        """How many keys."""
         return self.stop - self.start
 
 
@@ -93,7 +103,7 @@ def keep_needed(keys: Sequence[TokenRange], tiles: list[tuple[int, Tile]]) -> tu
         for low, high in needed[first : bisect_left(lows, offset + rows.size)]:
             start, stop = max(low - offset, 0), min(high - offset, rows.size)
             if start < stop:
-                kept.append(TokenRange(rows.source, rows.start + start, rows.start + stop))
+                kept.append(TokenRange(rows.owner, rows.start + start, rows.start + stop, rows.peer))
         offset += rows.size
     starts = list(accumulate((high - low for low, high in needed), initial=0))
     moved = []

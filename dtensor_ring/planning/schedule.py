@@ -25,18 +25,36 @@ from dtensor_ring.planning.steps import make_step, step_count
 
 
 class KeySend(NamedTuple):
-    """Rows of this rank's keys that `rank` needs in a step, and whether their gradients come back summed in float32."""
+    """Keys that a rank sends in one step to one peer, in one message, and whose gradients come back from there.
+
+    Attributes:
+        rank: the peer, as the transport counts.
+        rows: the keys, all of one owner.
+        sums: whether their gradients come back summed in float32.
+        step: the earlier step in which this rank got the keys, to pass them on; None for keys of its own.
+    """
 
     rank: int
     rows: tuple[TokenRange, ...]
     sums: bool
+    step: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """All that one rank does in one attention, forward and backward.
 
-    `q_parts` and `k_parts` are the most contributions any query row's output, or any own key row's gradient, is summed from.
+    Sends to one peer in a step stand in the order in which that peer's step first names their owners. Where keys are passed on,
+    the step in which they came has `sums`, since its gradients are summed with those that come back.
+
+    Attributes:
+        problem: what is planned.
+        rank: this rank's number in the layout.
+        steps: what is fetched and computed, in the order of the forward pass.
+        sends: what each step sends to whom.
+        q_parts: the most contributions that any query's output is summed from.
+        k_parts: the most that the gradient of any key of this rank is summed from.
+        relays: whether some rank passes keys on that are not its own; the same on every rank.
     """
 
     problem: AttentionProblem
@@ -45,6 +63,7 @@ class Plan:
     sends: tuple[tuple[KeySend, ...], ...]
     q_parts: int
     k_parts: int
+    relays: bool = False
 
     @property
     def cells(self) -> int:
@@ -70,7 +89,7 @@ class Plan:
         shift = problem.k_length - problem.q_length
         held = {source: problem.k_tokens(source) for source in range(problem.world)}
         queries = [token + shift for token in problem.q_tokens(self.rank)]
-        return queries, [[t for rows in step.keys for t in held[rows.source][rows.start : rows.stop]] for step in self.steps]
+        return queries, [[t for rows in step.keys for t in held[rows.owner][rows.start : rows.stop]] for step in self.steps]
 
     @property
     def ends_together(self) -> bool:
@@ -112,7 +131,7 @@ class _Book:
     def add_plan(self, rank: int, made: Plan) -> Plan:
         """Keep a rank's plan, and return the one kept."""
         steps = sum(_step_bytes(step) for step in made.steps)
-        sends = sum(200 + 160 * len(send.rows) for sent in made.sends for send in sent)
+        sends = sum(200 + 168 * len(send.rows) for sent in made.sends for send in sent)
         with self._lock:
             if rank not in self.plans:
                 self.plans[rank] = made
@@ -134,9 +153,9 @@ class _Book:
 
 
 def _step_bytes(step: Step) -> int:
-    """Rows are three integers in a tuple, segments are five, of which one is small."""
+    """Ranges are four integers in a tuple, two of them small; segments are five, of which one is small."""
     segments = sum(len(call.segments) for call in step.calls)
-    return 250 + 250 * len(step.calls) + 160 * len(step.keys) + 232 * segments
+    return 250 + 250 * len(step.calls) + 168 * len(step.keys) + 232 * segments
 
 
 def _book_bytes(book: _Book, problem: AttentionProblem) -> int:
@@ -189,7 +208,7 @@ def _sends(book: _Book, rank: int, index: int) -> Iterable[KeySend]:
         if other == rank:
             continue
         step = book.need(other, index)
-        rows = tuple(piece for piece in step.keys if piece.source == rank)
+        rows = tuple(piece for piece in step.keys if piece.peer == rank)
         if rows:
             yield KeySend(other, rows, step.sums)
 
@@ -199,7 +218,7 @@ def _own_key_ranges(step: Step, rank: int) -> Iterable[tuple[int, int]]:
     offset = 0
     ranges = [(s.k0, s.k1) for call in step.calls for s in _first_row(call.segments)]
     for rows in step.keys:
-        if rows.source == rank:
+        if rows.owner == rank:
             for k0, k1 in ranges:
                 low, high = max(k0, offset), min(k1, offset + rows.size)
                 if low < high:

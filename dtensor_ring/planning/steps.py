@@ -22,11 +22,11 @@ def make_step(problem: AttentionProblem, rank: int, index: int) -> Step:
         return _halo_step(problem, rank)
     if problem.strategy == "ring":
         source = (rank - index) % problem.world
-        keys = [TokenRange(source, 0, problem.k_rows(source))]
+        keys = [TokenRange.of_owner(source, 0, problem.k_rows(source))]
         return _finish(problem, rank, keys, problem.k_runs(source))
     shards = [(r, problem.k_runs(r)) for r in range(problem.world)]
     if not problem.in_order:
-        keys = [TokenRange(r, 0, problem.k_rows(r)) for r, _ in shards]
+        keys = [TokenRange.of_owner(r, 0, problem.k_rows(r)) for r, _ in shards]
         return _finish(problem, rank, keys, *(runs for _, runs in shards))
     starts = sorted((run.start, run.count, rows) for r, runs in shards for run, rows in _with_rows(r, runs))
     return _finish(problem, rank, [rows for _, _, rows in starts], whole_sequence(problem.k_length))
@@ -35,7 +35,7 @@ def make_step(problem: AttentionProblem, rank: int, index: int) -> Step:
 def _with_rows(rank: int, runs: Sequence[Run]) -> Iterable[tuple[Run, TokenRange]]:
     offset = 0
     for run in runs:
-        yield run, TokenRange(rank, offset, offset + run.count)
+        yield run, TokenRange.of_owner(rank, offset, offset + run.count)
         offset += run.count
 
 
@@ -76,7 +76,7 @@ def _halo_step(problem: AttentionProblem, rank: int) -> Step:
         at = bisect_right(ends, low)
         while at < len(holders) and holders[at][0] < high:
             a, b, rows = holders[at]
-            keys.append(TokenRange(rows.source, rows.start + max(low, a) - a, rows.start + min(high, b) - a))
+            keys.append(TokenRange(rows.owner, rows.start + max(low, a) - a, rows.start + min(high, b) - a, rows.peer))
             at += 1
         offset += high - low
     return step_of(*keep_needed(keys, tiles))

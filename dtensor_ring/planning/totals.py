@@ -56,7 +56,7 @@ class Totals:
 
 def fetched_by(each: Plan) -> int:
     """Key tokens that the rank of a plan fetches from other ranks."""
-    return sum(rows.size for step in each.steps for rows in step.keys if rows.source != each.rank)
+    return sum(rows.size for step in each.steps for rows in step.keys if rows.owner != each.rank)
 
 
 def totals(problem: AttentionProblem) -> Totals:

@@ -13,7 +13,7 @@ from dtensor_ring.planning.head_sharing import copies_of_key_heads
 from dtensor_ring.planning.kernel_calls import KernelCall, Step, TokenRange
 from dtensor_ring.planning.problem import AttentionProblem
 from dtensor_ring.planning.runs import Run
-from dtensor_ring.planning.schedule import Plan, plan
+from dtensor_ring.planning.schedule import KeySend, Plan, plan
 from dtensor_ring.tools.facts import asks_too_much
 
 WIDTH = 80  # columns of a line, at most
@@ -121,7 +121,7 @@ def _picture(problem: AttentionProblem) -> str:
     for rank in range(problem.world):
         queries = problem.q_tokens(rank)
         for index, step in enumerate(plan(problem, rank).steps):
-            keys = [held[part.source][i] for part in step.keys for i in range(part.start, part.stop)]
+            keys = [held[part.owner][i] for part in step.keys for i in range(part.start, part.stop)]
             for call in step.calls:
                 for i, j in _samples(call, queries, keys, scale):
                     cells[queries[i] // scale][keys[j] // scale] = _SIGNS[index]
@@ -172,14 +172,18 @@ def _steps(problem: AttentionProblem, each: Plan, most: int | None) -> str:
 
 
 def _fetched(step: Step, rank: int) -> str:
-    by_source: dict[int, list[TokenRange]] = {}
-    for rows in step.keys:
-        by_source.setdefault(rows.source, []).append(rows)
-    if not by_source:
+    by_origin: dict[tuple[int, int], list[TokenRange]] = {}
+    for keys in step.keys:
+        by_origin.setdefault((keys.owner, keys.peer), []).append(keys)
+    if not by_origin:
         return "no keys needed"
-    return _listed(
-        f"{'own keys' if source == rank else f'rank{_TIED}{source}'} {_rows(rows)}" for source, rows in by_source.items()
-    )
+    return _listed(f"{_origin(owner, peer, rank)} {_rows(ranges)}" for (owner, peer), ranges in by_origin.items())
+
+
+def _origin(owner: int, peer: int, rank: int) -> str:
+    if owner == rank:
+        return "own keys"
+    return f"rank{_TIED}{owner}" if peer == owner else f"rank{_TIED}{owner}'s{_TIED}from{_TIED}{peer}"
 
 
 def _rows(rows: Sequence[TokenRange]) -> str:
@@ -202,8 +206,12 @@ def _call(call: KernelCall) -> str:
 def _sends(problem: AttentionProblem, each: Plan, index: int) -> str:
     if problem.collective:
         return "sends its keys to every rank"
-    sends = (f"{_rows(send.rows)} to{_TIED}rank{_TIED}{send.rank}" for send in each.sends[index])
+    sends = (f"{_passed_on(send)}{_rows(send.rows)} to{_TIED}rank{_TIED}{send.rank}" for send in each.sends[index])
     return f"sends {_listed(sends) or 'nothing'}"
+
+
+def _passed_on(send: KeySend) -> str:
+    return "" if send.step is None else f"rank{_TIED}{send.rows[0].owner}'s{_TIED}"
 
 
 def _listed(items: Iterable[str]) -> str:
@@ -275,7 +283,7 @@ def _totals(spent: Costs) -> str:
     low, high, counted = min(spent.tokens), max(spent.tokens), spent.totals
     lines = [f"  tokens a rank:             {low if low == high else f'{low} to {high}'}"]
     if counted is None:
-        lines.append(f"  scores a rank, all heads:  {_mean_and_most(spent.work)}")
+        lines.append(_folded("  scores a rank, all heads:  ", [_mean_and_most(spent.work)]))
     else:
         lines += [
             f"  scores a rank:             {_mean_and_most(counted.scores)}",

@@ -9,8 +9,10 @@ give back  dK and dV of the step's keys, each row to its owner: in the dtype the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ from typing_extensions import override
 
 from dtensor_ring.comm import Message, Pending, Transport
 from dtensor_ring.ops.executors.merge import GradSum, accumulate_dtype
+from dtensor_ring.ops.executors.relays import add_returned, own_sends, with_passed_on, with_return_buffers
 from dtensor_ring.ops.executors.routes import Route, Slot, routes
 from dtensor_ring.planning.kernel_calls import Step, TokenRange
 from dtensor_ring.planning.problem import AttentionProblem
@@ -27,6 +30,8 @@ from dtensor_ring.planning.schedule import KeySend, Plan
 
 Pair = tuple[Tensor, Tensor]
 Direction = Literal["forward", "backward"]
+Arrived = Mapping[int, Pair]  # by step: its keys and values, or their gradients
+_NOTHING: Arrived = MappingProxyType({})
 
 
 class Activity(NamedTuple):
@@ -58,29 +63,41 @@ class Exchange:
     transport: Transport
     grad_dtype: Callable[[torch.dtype], torch.dtype]
 
-    def fetch(self, index: int, kv: Pair, direction: Direction) -> Pending[Pair]:
-        """Start to send what others need in this step and to receive what this rank needs."""
+    def fetch(self, index: int, kv: Pair, direction: Direction, arrived: Arrived = _NOTHING) -> Pending[Pair]:
+        """Start to send what others need in this step and to receive what this rank needs.
+
+        `arrived` has the keys of earlier steps, as far as this step passes them on.
+        """
         with self.transport.during(Activity(self.plan.problem, direction, "keys", index, len(self.plan.steps))):
-            return self._fetch(index, kv)
+            return self._fetch(index, kv, arrived)
 
-    def give_back(self, index: int, grads: Pair, own: tuple[GradSum, GradSum]) -> Pending[None]:
-        """Start to return the gradients of a step's keys; once it is over, `own` holds what this rank's keys got in the step."""
+    def give_back(self, index: int, grads: Pair, own: tuple[GradSum, GradSum], waiting: Arrived = _NOTHING) -> Pending[None]:
+        """Start to return the gradients of a step's keys to the peers they came from.
+
+        Once it is over, `own` holds what this rank's keys got in the step. What the keys got that this rank passed on is added, in
+        place, to the gradients of the steps in which they came: `waiting` has them, and they must not have been given back yet.
+        """
         with self.transport.during(Activity(self.plan.problem, "backward", "gradients", index, len(self.plan.steps))):
-            return self._reduce(index, grads, own) if self.plan.problem.collective else self._give_back(index, grads, own)
+            if self.plan.problem.collective:
+                return self._reduce(index, grads, own)
+            return self._give_back(index, grads, own, waiting)
 
-    def _fetch(self, index: int, kv: Pair) -> Pending[Pair]:
+    def _fetch(self, index: int, kv: Pair, arrived: Arrived) -> Pending[Pair]:
         step, sends, rank, transport = self.plan.steps[index], self.plan.sends[index], self.plan.rank, self.transport
         if self.plan.problem.collective:
             shards = [_padded(self.plan, x) for x in kv]
             gathered = transport.all_gather(torch.cat([shard.flatten() for shard in shards]))
             return Pending(lambda: _pair(_assemble(step, x, y) for x, y in zip(kv, _apart(gathered, shards), strict=True)))
         route = self._route(index, kv[0])
-        k_taken, v_taken = (_taken(sends, route, x) for x in kv)
+        k_taken, v_taken = (_taken(own_sends(self.plan, sends), route, x) for x in kv)
+        if self.plan.relays:
+            k_taken = with_passed_on(self.plan, sends, k_taken, {step: k for step, (k, _) in arrived.items()})
+            v_taken = with_passed_on(self.plan, sends, v_taken, {step: v for step, (_, v) in arrived.items()})
         (k_slots, k_keys), (v_slots, v_keys) = (_landing(transport, rank, route, x) for x in kv)
-        peers = [slot.source for slot in route.slots if slot.source != rank]
+        foreign = [slot for slot in route.slots if slot.owner != rank]
         pending = transport.exchange(
             _in_turn([send.rank for send in sends], k_taken, v_taken),
-            _in_turn(peers, [k_slots[peer] for peer in peers], [v_slots[peer] for peer in peers]),
+            _in_turn([slot.peer for slot in foreign], [k_slots[slot] for slot in foreign], [v_slots[slot] for slot in foreign]),
         )
 
         def finish() -> Pair:
@@ -89,18 +106,23 @@ class Exchange:
 
         return Pending(finish)
 
-    def _give_back(self, index: int, grads: Pair, own: tuple[GradSum, GradSum]) -> Pending[None]:
+    def _give_back(self, index: int, grads: Pair, own: tuple[GradSum, GradSum], waiting: Arrived) -> Pending[None]:
         sends, rank = self.plan.sends[index], self.plan.rank
         if self.plan.steps[index].sums:
             grads = _pair(grad.to(accumulate_dtype(grad.dtype)) for grad in grads)
         route = self._route(index, own[0].like)
-        peers = [slot for slot in route.slots if slot.source != rank]
-        k_leaving, v_leaving = (_leaving(peers, route, grad) for grad in grads)
+        foreign = [slot for slot in route.slots if slot.owner != rank]
+        k_leaving, v_leaving = (_leaving(foreign, route, grad) for grad in grads)
         (k_buffers, add_k), (v_buffers, add_v) = (
-            self._returns(sends, route, grad, total) for grad, total in zip(grads, own, strict=True)
+            self._returns(own_sends(self.plan, sends), route, grad, total) for grad, total in zip(grads, own, strict=True)
         )
+        if self.plan.relays:
+            k_buffers, v_buffers = (
+                with_return_buffers(sends, buffers, partial(self._empty, like=total.like))
+                for buffers, total in zip((k_buffers, v_buffers), own, strict=True)
+            )
         pending = self.transport.exchange(
-            _in_turn([slot.source for slot in peers], k_leaving, v_leaving),
+            _in_turn([slot.peer for slot in foreign], k_leaving, v_leaving),
             _in_turn([send.rank for send in sends], k_buffers, v_buffers),
         )
 
@@ -108,8 +130,16 @@ class Exchange:
             pending.wait()
             add_k()
             add_v()
+            if self.plan.relays:
+                add_returned(self.plan, sends, k_buffers, {step: dk for step, (dk, _) in waiting.items()})
+                add_returned(self.plan, sends, v_buffers, {step: dv for step, (_, dv) in waiting.items()})
 
         return Pending(finish)
+
+    def _empty(self, tokens: int, sums: bool, like: Tensor) -> Tensor:
+        """A buffer (B, tokens, Hk, D) for gradients: in the kernel's dtype, or float32 where they were summed."""
+        dtype = accumulate_dtype(like.dtype) if sums else self.grad_dtype(like.dtype)
+        return self.transport.empty((like.shape[0], tokens, *like.shape[2:]), like, dtype)
 
     def _route(self, index: int, x_BSHD: Tensor) -> Route:
         return routes(self.plan.problem, self.plan.rank, x_BSHD.shape[0], x_BSHD.device)[index]
@@ -125,10 +155,7 @@ class Exchange:
             if own is not None:
                 total.add(own.start, grad[:, own.at : own.at + own.rows])
             ranges = [send.rows[0] for send in sends]
-            buffers = [
-                self.transport.empty((batch, rows.size, *dims), like, wide if send.sums else narrow)
-                for send, rows in zip(sends, ranges, strict=True)
-            ]
+            buffers = [self._empty(rows.size, send.sums, like) for send, rows in zip(sends, ranges, strict=True)]
 
             def add() -> None:
                 for rows, buffer in zip(ranges, buffers, strict=True):
@@ -172,7 +199,7 @@ class Exchange:
         for grad, shape, part in zip(grads, shapes, shards.split(sizes, 1), strict=True):
             whole = part.view(problem.world, *shape)
             for start, rows in _offsets(step):
-                whole[rows.source, :, rows.start : rows.stop] = grad[:, start : start + rows.size]
+                whole[rows.peer, :, rows.start : rows.stop] = grad[:, start : start + rows.size]
         summed = self.transport.reduce_scatter(shards)
 
         def finish() -> None:
@@ -181,6 +208,38 @@ class Exchange:
                 total.add(0, mine.clone() if mine.dtype == total.like.dtype else mine)  # dK and dV must not share memory
 
         return Pending(finish)
+
+
+class Returns:
+    """The return of gradients over a backward pass: at once where they go to the owners, at the end where others pass them on.
+
+    A rank that passed keys on must have their gradients back before it returns its own of the same step, so those of relayed
+    plans wait until all steps are computed, and go back in the opposite order. That keeps the gradients of all steps at a time.
+    """
+
+    def __init__(self, exchange: Exchange, own: tuple[GradSum, GradSum]) -> None:
+        self._exchange, self._own = exchange, own
+        self._returning: Pending[None] | None = None
+        self._waiting: dict[int, Pair] = {}
+
+    def add(self, index: int, grads: Pair) -> None:
+        """Take the gradients of a step's keys; the sum may take them over and change them."""
+        if self._exchange.plan.relays:
+            if self._exchange.plan.steps[index].sums:  # what others return for these keys is added in float32
+                grads = _pair(grad.to(accumulate_dtype(grad.dtype)) for grad in grads)
+            self._waiting[index] = grads
+            return
+        # One return at a time is under way: its buffers, a step's keys in float32, are the most that a backward pass adds.
+        if self._returning is not None:
+            self._returning.wait()
+        self._returning = self._exchange.give_back(index, grads, self._own)
+
+    def finish(self) -> None:
+        """Wait until every rank's keys have their gradients."""
+        if self._returning is not None:
+            self._returning.wait()
+        for index in reversed(self._waiting):
+            self._exchange.give_back(index, self._waiting[index], self._own, self._waiting).wait()
 
 
 def _pair(tensors: Iterator[Tensor]) -> Pair:
@@ -205,7 +264,7 @@ def _padded(todo: Plan, x: Tensor) -> Tensor:
 
 def _assemble(step: Step, own: Tensor, gathered: list[Tensor]) -> Tensor:
     """The step's key buffer from the shards of all ranks."""
-    parts = [gathered[rows.source][:, rows.start : rows.stop] for rows in step.keys]
+    parts = [gathered[rows.peer][:, rows.start : rows.stop] for rows in step.keys]
     if not parts:
         return own[:, :0]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
@@ -236,33 +295,34 @@ def _split(x_BSHD: Tensor, index: Tensor, rows: Sequence[int]) -> list[Tensor]:
     return [part.view(batch, n, *dims) for part, n in zip(parts, rows, strict=True)]
 
 
-def _landing(transport: Transport, rank: int, route: Route, x_BSHD: Tensor) -> tuple[dict[int, Tensor], Callable[[], Tensor]]:
-    """Buffers for the rows of each peer, and what gives the step's key buffer once they are full.
+def _landing(transport: Transport, rank: int, route: Route, x_BSHD: Tensor) -> tuple[dict[Slot, Tensor], Callable[[], Tensor]]:
+    """Buffers for the rows of each slot but the own one, and what gives the step's key buffer once they are full.
 
     Where the order of arrival is that of the key buffer, peers' rows land in their place and only this rank's own are copied.
     """
     batch, _, *dims = x_BSHD.shape
     own, slots = route.own, route.slots
-    peers = [slot for slot in slots if slot.source != rank]
-    if not peers:
+    foreign = [slot for slot in slots if slot.owner != rank]
+    if not foreign:
         return {}, lambda: x_BSHD[:, :0] if own is None else _own_part(own.start, own.rows, own.take, x_BSHD)
     if route.order is None and (batch > 1 or len(slots) == 1):
-        apart = {slot.source: transport.empty((batch, slot.rows, *dims), x_BSHD) for slot in peers}
+        apart = {slot: transport.empty((batch, slot.rows, *dims), x_BSHD) for slot in foreign}
         if len(slots) == 1:
-            return apart, lambda: apart[slots[0].source]
+            return apart, lambda: apart[slots[0]]
         mine = [] if own is None else [_own_part(own.start, own.rows, own.take, x_BSHD)]
-        return apart, lambda: torch.cat([mine[0] if slot.source == rank else apart[slot.source] for slot in slots], 1)
+        return apart, lambda: torch.cat([mine[0] if slot.owner == rank else apart[slot] for slot in slots], 1)
     total = sum(slot.rows for slot in slots)
     landed = transport.empty((batch * total, *dims), x_BSHD)
-    parts = dict(zip([slot.source for slot in slots], landed.split([batch * slot.rows for slot in slots]), strict=True))
+    parts = dict(zip(slots, landed.split([batch * slot.rows for slot in slots]), strict=True))
     if own is not None:
-        _own_part(own.start, own.rows, own.take, x_BSHD, parts[rank])
+        home = next(slot for slot in slots if slot.owner == rank)
+        _own_part(own.start, own.rows, own.take, x_BSHD, parts[home])
 
     def keys() -> Tensor:
         flat = landed if route.order is None else landed.index_select(0, route.order)
         return flat.view(batch, total, *dims)
 
-    return {slot.source: parts[slot.source].view(batch, slot.rows, *dims) for slot in peers}, keys
+    return {slot: parts[slot].view(batch, slot.rows, *dims) for slot in foreign}, keys
 
 
 def _own_part(start: int, rows: int, index: Tensor | None, x_BSHD: Tensor, target: Tensor | None = None) -> Tensor:

@@ -23,7 +23,7 @@ from dtensor_ring.cache import cached
 from dtensor_ring.comm import Pending, Transport
 from dtensor_ring.comm.rank_checks import number_of
 from dtensor_ring.ops.block_kinds import is_varlen
-from dtensor_ring.ops.executors.exchange import Direction, Exchange, Pair
+from dtensor_ring.ops.executors.exchange import Direction, Exchange, Pair, Returns
 from dtensor_ring.ops.executors.merge import GradSum, OutputSum, sink_gradient, with_sinks
 from dtensor_ring.ops.executors.protocol import AttentionExecutor, shape_of
 from dtensor_ring.ops.kernels import (
@@ -133,7 +133,7 @@ class Executor(AttentionExecutor):
         dq = GradSum(q, self.plan.q_parts)
         own = GradSum(own_k, self.plan.k_parts), GradSum(own_v, self.plan.k_parts)
         block_of, exchange = self._blocks(q, seed), self.exchange
-        returning: Pending[None] | None = None
+        returns = Returns(exchange, own)
         for index, (k, v) in self._visits(exchange, (own_k, own_v), "backward", coming):
             step, of_step = self.plan.steps[index], Saved(q, k, v, out, lse)
             dk, dv = GradSum(k, 1 + 2 * step.sums), GradSum(v, 1 + 2 * step.sums)
@@ -142,11 +142,8 @@ class Executor(AttentionExecutor):
                 dq.add(q_start, grads[0])
                 dk.add(k_start, grads[1])
                 dv.add(k_start, grads[2])
-            if returning is not None:
-                returning.wait()
-            returning = exchange.give_back(index, (dk.result(), dv.result()), own)
-        if returning is not None:
-            returning.wait()
+            returns.add(index, (dk.result(), dv.result()))
+        returns.finish()
         return dq.result(q.dtype), own[0].result(own_k.dtype), own[1].result(own_v.dtype)
 
     def _backward_alone(
@@ -186,7 +183,7 @@ class Executor(AttentionExecutor):
     def _only_keys(self, kv: Pair, direction: Direction, coming: Pending[Pair] | None) -> Pair:
         """The keys of the only step: `kv` itself where they are all of this rank's and no other rank takes part."""
         if coming is None:
-            if self.plan.problem.world == 1 and self.plan.steps[0].keys == ((0, 0, kv[0].shape[1]),):
+            if self.plan.problem.world == 1 and self.plan.steps[0].keys == ((0, 0, kv[0].shape[1], 0),):
                 return kv
             coming = self.exchange.fetch(0, kv, direction)
         return coming.wait()
@@ -263,9 +260,13 @@ class Executor(AttentionExecutor):
         """Each step's keys in the order of the pass, the next step's transfer already under way."""
         order = self.forward_order if direction == "forward" else self.backward_order
         pending = exchange.fetch(order[0], kv, direction) if order and coming is None else coming
+        arrived: dict[int, Pair] = {}
         for place, index in enumerate(order):
             assert pending is not None, "every step but the first is fetched one step ahead"
-            ahead = exchange.fetch(order[place + 1], kv, direction) if place + 1 < len(order) else None
+            if self.plan.relays:  # the next step may pass these keys on, so they must have come before it starts
+                arrived[index] = pending.wait()
+                pending = Pending.ready(arrived[index])
+            ahead = exchange.fetch(order[place + 1], kv, direction, arrived) if place + 1 < len(order) else None
             yield index, pending.wait()
             pending = ahead
 

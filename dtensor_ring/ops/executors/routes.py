@@ -25,12 +25,14 @@ from dtensor_ring.planning.problem import AttentionProblem
 from dtensor_ring.planning.schedule import KeySend, Plan, plan
 
 _Range = tuple[int, int]
+_Origin = tuple[int, int]  # owner and peer
 
 
 class Slot(NamedTuple):
-    """The rows that one rank's keys take in the order of arrival: rows [first, first + rows) of each batch row."""
+    """Where one owner's keys, as one peer sends them, stand in the order of arrival: `rows` from `first` in each batch row."""
 
-    source: int
+    owner: int
+    peer: int
     first: int
     rows: int
 
@@ -70,7 +72,8 @@ class Sums:
         low: first own key row with a contribution.
         high: one past the last.
         rows: rows of the buffer in one batch row: own, wide, others.
-        firsts: first row in a batch row of each send's rows, counted from the first of all, in the order of the plan's sends.
+        firsts: first row in a batch row of each send's rows, counted from the first of all, in the order of the plan's sends;
+            sends of keys that are passed on are left out, since the gradients of those are not summed here.
     """
 
     index: Tensor
@@ -88,7 +91,7 @@ class Route:
 
     Attributes:
         take: rows that peers need, peer after peer; None where each needs one range.
-        slots: the ranks whose keys the step needs, as their first rows follow in the key buffer.
+        slots: owners and peers of the keys that the step needs, as their first rows follow in the key buffer.
         own: this rank's part of the key buffer; None where it has none.
         order: for each row of the key buffer where it stands in the slots; None where each rank's rows stand together there.
         leave: for each row of the peers' slots where it stands in the key buffer; None as for `order`.
@@ -123,24 +126,26 @@ def routes(problem: AttentionProblem, rank: int, batch: int, device: torch.devic
 
 
 def _route(whole: Plan, index: int, batch: int, device: torch.device) -> Route:
-    step, sends, length = whole.steps[index], whole.sends[index], whole.problem.k_rows(whole.rank)
-    stored, held = _by_source(step)
+    step, length = whole.steps[index], whole.problem.k_rows(whole.rank)
+    sends = [send for send in whole.sends[index] if send.step is None]
+    stored, held = _by_origin(step)
     slots: list[Slot] = []
     first = 0
-    for source, ranges in stored.items():
-        slots.append(Slot(source, first, _count(ranges)))
+    for (owner, peer), ranges in stored.items():
+        slots.append(Slot(owner, peer, first, _count(ranges)))
         first += slots[-1].rows
     grouped = all(a[1] == b[0] for ranges in held.values() for a, b in pairwise(ranges))
     order = leave = None
     if not grouped:
-        places = {source: _flat(ranges, batch, step.rows) for source, ranges in held.items()}
+        places = {origin: _flat(ranges, batch, step.rows) for origin, ranges in held.items()}
         every = torch.cat(list(places.values()))
         order = torch.empty_like(every)
         order[every] = torch.arange(len(every))
-        leave = torch.cat([rows for source, rows in places.items() if source != whole.rank])
-    own, mine = None, stored.get(whole.rank, [])
-    if mine:
-        at = held[whole.rank]
+        leave = torch.cat([rows for (owner, _), rows in places.items() if owner != whole.rank])
+    own, home = None, next((origin for origin in stored if origin[0] == whole.rank), None)
+    mine: list[_Range] = [] if home is None else stored[home]
+    if home is not None:
+        at = held[home]
         take = None if len(mine) == 1 else _placed(_flat(mine, batch, length), device)
         back = None if grouped or len(at) == 1 else _placed(_flat(at, batch, step.rows), device)
         own = Own(mine[0][0], at[0][0], _count(mine), take, back)
@@ -156,14 +161,15 @@ def _route(whole: Plan, index: int, batch: int, device: torch.device) -> Route:
     )
 
 
-def _by_source(step: Step) -> tuple[dict[int, list[_Range]], dict[int, list[_Range]]]:
-    """The ranges of each rank's rows that a step needs: as they are stored, and where they go in the key buffer."""
-    stored: dict[int, list[_Range]] = {}
-    held: dict[int, list[_Range]] = {}
+def _by_origin(step: Step) -> tuple[dict[_Origin, list[_Range]], dict[_Origin, list[_Range]]]:
+    """The ranges that a step needs, by owner and peer: as their owner stores them, and where they go in the key buffer."""
+    stored: dict[_Origin, list[_Range]] = {}
+    held: dict[_Origin, list[_Range]] = {}
     offset = 0
     for rows in step.keys:
-        stored.setdefault(rows.source, []).append((rows.start, rows.stop))
-        held.setdefault(rows.source, []).append((offset, offset + rows.size))
+        origin = rows.owner, rows.peer
+        stored.setdefault(origin, []).append((rows.start, rows.stop))
+        held.setdefault(origin, []).append((offset, offset + rows.size))
         offset += rows.size
     return stored, held
 
