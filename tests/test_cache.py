@@ -40,7 +40,7 @@ NAMES = {
     "places of attention",
     "plans",
     "positions for dropout and ALiBi",
-    "rows of transfers",
+    "places of transfers",
     "segments of packed calls",
     "slices of llama3 functions",
 }
@@ -222,7 +222,7 @@ def test_every_cache_is_listed_with_its_limits_which_together_are_as_documented(
     assert {use.name for use in uses} == NAMES
     assert sum(use.most_bytes for use in uses) <= HOST_BYTES
     assert max(use.most_entries for use in uses) <= 128
-    device = "positions for dropout and ALiBi", "rows of transfers", "segments of packed calls"
+    device = "positions for dropout and ALiBi", "places of transfers", "segments of packed calls"
     on_device = [use for use in uses if use.name in device]
     assert sum(use.most_bytes for use in on_device) <= DEVICE_BYTES
 

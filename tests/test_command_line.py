@@ -256,7 +256,7 @@ def test_json_has_the_same_facts(capsys, arguments):
             "scores": made.cells,
             "calls": made.calls,
             "messages": made.messages,
-            "key_tokens_sent": made.rows_sent,
+            "key_tokens_sent": made.key_tokens_sent,
             "key_tokens_fetched": fetched_by(made),
             "work": cost.work,
             "forward": cost.forward._asdict(),

@@ -71,7 +71,7 @@ def sweep():
 
 def shard(problem: AttentionProblem, rank: int, batch: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Keys whose elements tell rank, batch row and stored row."""
-    rows = torch.arange(problem.k_rows(rank), dtype=torch.float64)[None, :, None, None] + 1000 * rank
+    rows = torch.arange(problem.k_local(rank), dtype=torch.float64)[None, :, None, None] + 1000 * rank
     whole = rows + 100_000 * torch.arange(batch)[:, None, None, None] + 0.25 * torch.arange(HEADS)[:, None]
     return whole.repeat(1, 1, 1, DIM).to(dtype)
 
@@ -92,7 +92,10 @@ def test_a_step_gets_its_rows_in_order_and_the_plan_says_what_travels(batch):
                 assert torch.equal(keys, torch.cat(wanted, 1))
                 assert torch.equal(values, torch.cat(wanted, 1)[..., :2] + 0.5)
                 if not problem.collective:
-                    sent, rows = transport.traffic.since(before), sum(rows.size for send in each.sends[index] for rows in send.rows)
+                    sent, rows = (
+                        transport.traffic.since(before),
+                        sum(keys.size for send in each.sends[index] for keys in send.ranges),
+                    )
                     assert (sent.messages, sent.bytes) == (2 * len(each.sends[index]), batch * rows * HEADS * (DIM + 2) * 8)
 
         LoopbackTransport.run(problem.world, rank_body)
@@ -101,15 +104,15 @@ def test_a_step_gets_its_rows_in_order_and_the_plan_says_what_travels(batch):
 def gradients(problem: AttentionProblem, rank: int, index: int, batch: int, dtype: torch.dtype) -> torch.Tensor:
     """The gradients that a rank's step finds for its key buffer."""
     generator = torch.Generator().manual_seed(100 * rank + index)
-    return torch.randn((batch, plan(problem, rank).steps[index].rows, HEADS, DIM), generator=generator, dtype=torch.float64).to(
-        dtype
-    )
+    return torch.randn(
+        (batch, plan(problem, rank).steps[index].key_count, HEADS, DIM), generator=generator, dtype=torch.float64
+    ).to(dtype)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_an_own_row_gets_the_sum_of_what_all_steps_found_for_it(batch):
     for problem in sweep():
-        sums = [torch.zeros(batch, problem.k_rows(rank), HEADS, DIM, dtype=torch.float64) for rank in range(problem.world)]
+        sums = [torch.zeros(batch, problem.k_local(rank), HEADS, DIM, dtype=torch.float64) for rank in range(problem.world)]
         for rank in range(problem.world):
             for index, step in enumerate(plan(problem, rank).steps):
                 grad, offset = gradients(problem, rank, index, batch, torch.float64), 0
@@ -133,7 +136,7 @@ def test_an_own_row_gets_the_sum_of_what_all_steps_found_for_it(batch):
 
 def test_the_sweep_has_a_row_that_one_peer_needs_twice():
     sends = [send for problem in sweep() for r in range(problem.world) for sent in plan(problem, r).sends for send in sent]
-    assert any(a.start < b.stop and b.start < a.stop for send in sends for i, a in enumerate(send.rows) for b in send.rows[:i])
+    assert any(a.start < b.stop and b.start < a.stop for send in sends for i, a in enumerate(send.ranges) for b in send.ranges[:i])
 
 
 SUMMED = [(layout, mask) for layout in (*PACKED, "stripe:3") for mask in MASKS]
@@ -144,7 +147,7 @@ def test_gradients_in_16_bits_are_summed_in_float32_own_part_first_then_by_peer(
     problem = problem_of(layout, "gather", 4, mask, random_documents(12, 96, 3))
     wanted = []
     for owner in range(4):
-        total = torch.zeros(2, problem.k_rows(owner), HEADS, DIM)
+        total = torch.zeros(2, problem.k_local(owner), HEADS, DIM)
         for rank in (owner, *(r for r in range(4) if r != owner)):
             grad, offset = gradients(problem, rank, 0, 2, torch.bfloat16).float(), 0
             for rows in plan(problem, rank).steps[0].keys:

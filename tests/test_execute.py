@@ -104,9 +104,9 @@ def test_a_rank_sends_the_bytes_of_its_plan_and_gets_gradients_back_for_them(wor
     plans = [plan(problem, rank) for rank in range(world)]
     row = 2 * case.k.shape[2] * (8 + 8)  # batch rows x key heads x (D + Dv)
     for each, (forward, total) in zip(plans, sent, strict=True):
-        assert forward == each.rows_sent * row * 2
+        assert forward == each.key_tokens_sent * row * 2
         if problem.collective:
-            largest = max(problem.k_rows(rank) for rank in range(world))
+            largest = max(problem.k_local(rank) for rank in range(world))
             returned = (world - 1) * largest * row * 4
         else:
             returned = sum(

@@ -28,11 +28,11 @@ def cells(tile):
 def window_cells(tile, window):
     """Scores of a bottom-right window on the tile's box, as flash-attn defines it."""
     left, right = window
-    offset = tile.columns - tile.rows
+    offset = tile.k_count - tile.q_count
     return {
         (tile.q0 + i, tile.k0 + j)
-        for i in range(tile.rows)
-        for j in range(tile.columns)
+        for i in range(tile.q_count)
+        for j in range(tile.k_count)
         if (left < 0 or j >= i + offset - left) and (right < 0 or j <= i + offset + right)
     }
 
@@ -69,7 +69,7 @@ def test_the_window_of_a_tile_is_never_negative_and_means_its_scores(tile):
 @given(tiles(), st.integers(-1, 9), st.integers(-1, 9))
 @example(Tile(0, 9, 0, 3), 3, -1)
 def test_a_tile_fits_a_window_only_if_it_means_the_same_scores_beside_any_longer_segment(tile, left, right):
-    longest = range(max(tile.columns, right + 1), 20)
+    longest = range(max(tile.k_count, right + 1), 20)
     readings = [(left, right), *(as_flash_attn_2((left, right), keys) for keys in longest)]
     assert tile.fits((left, right)) == all(window_cells(tile, reading) == cells(tile) for reading in readings)
 
@@ -83,18 +83,18 @@ def test_splitting_a_misread_window_keeps_the_scores_and_leaves_none_misread(til
     assert set().union(*(cells(part) for part in parts)) == cells(tile)
     for part in parts:
         assert part.fits(part.window)
-        for longest in range(part.columns, 20):
+        for longest in range(part.k_count, 20):
             assert window_cells(part, as_flash_attn_2(part.window, longest)) == cells(part)
 
 
 @given(tiles())
 @example(Tile(0, 6, 5, 8, -5, -2))
 def test_a_tile_is_split_only_where_its_window_is_misread_or_looks_as_far_ahead_as_it_has_keys(tile):
-    misread = window_cells(tile, as_flash_attn_2(tile.window, tile.columns)) != cells(tile)
+    misread = window_cells(tile, as_flash_attn_2(tile.window, tile.k_count)) != cells(tile)
     if tile.split_misread() == (tile,):
         assert not misread
     else:
-        assert misread or tile.window[1] == tile.columns
+        assert misread or tile.window[1] == tile.k_count
 
 
 @given(tiles(), st.integers(-9, 9), st.integers(-9, 9))

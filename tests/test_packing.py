@@ -50,7 +50,7 @@ def long_tailed(generator: random.Random, length: int) -> tuple[int, ...]:
 
 def is_balanced(bounds: tuple[int, ...], world: int) -> bool:
     plans = plans_of(bounds, PER_DOCUMENT, world)
-    work, tokens = [each.cells for each in plans], [each.problem.q_rows(each.rank) for each in plans]
+    work, tokens = [each.cells for each in plans], [each.problem.q_local(each.rank) for each in plans]
     return sum(work) / world >= 0.97 * max(work) and max(tokens) <= 1.02 * sum(tokens) / world
 
 
@@ -83,7 +83,7 @@ def test_only_keys_that_some_query_needs_are_sent(layout, strategy):
                 fetched = [rows for step in each.steps for rows in step.keys if rows.owner == other]
                 assert sorted(held[other][i] for rows in fetched for i in range(rows.start, rows.stop)) == sorted(needed)
                 sends = [send for step in plans[other].sends for send in step if send.rank == rank]
-                assert sum(rows.size for send in sends for rows in send.rows) == len(needed)
+                assert sum(rows.size for send in sends for rows in send.ranges) == len(needed)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", PER_DOCUMENT])

@@ -75,7 +75,7 @@ def renumbered(base: str, order: list[int]) -> Callable[[AttentionProblem, int],
         assert not known.problem.collective
         steps = tuple(replace(s, keys=tuple(k._replace(peer=order[k.peer]) for k in s.keys)) for s in known.steps)
         sends = tuple(
-            tuple(s._replace(rank=order[s.rank], rows=tuple(k._replace(peer=order[k.peer]) for k in s.rows)) for s in sent)
+            tuple(s._replace(rank=order[s.rank], ranges=tuple(k._replace(peer=order[k.peer]) for k in s.ranges)) for s in sent)
             for sent in known.sends
         )
         return replace(known, problem=problem, steps=steps, sends=sends)
@@ -101,7 +101,7 @@ def relayed(hops: Callable[[int, int], Hop], steps: int) -> Callable[[AttentionP
 
     def step(problem: AttentionProblem, rank: int, index: int) -> Step:
         owner, peer = hops(rank, index)
-        keys = (TokenRange(owner, 0, problem.k_rows(owner), peer),) if problem.k_rows(owner) else ()
+        keys = (TokenRange(owner, 0, problem.k_local(owner), peer),) if problem.k_local(owner) else ()
         tiles = [
             (row, tile)
             for row in range(len(problem.bounds))

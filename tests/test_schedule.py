@@ -107,11 +107,11 @@ def test_what_a_rank_sends_is_what_the_others_expect_and_a_call_reads(problem):
         for index, step in enumerate(each.steps):
             read = {key for call in step.calls for s in call.segments for key in range(s.k0, s.k1)}
             if not problem.collective:
-                assert read == set(range(step.rows))
+                assert read == set(range(step.key_count))
             for source in {rows.owner for rows in step.keys} - {rank}:
                 if not problem.collective:
                     (sent,) = [send for send in plan(problem, source).sends[index] if send.rank == rank]
-                    assert sent.rows == tuple(rows for rows in step.keys if rows.owner == source)
+                    assert sent.ranges == tuple(rows for rows in step.keys if rows.owner == source)
                     assert sent.sums == step.sums
         expected = sum(
             rows.owner == rank
@@ -121,7 +121,7 @@ def test_what_a_rank_sends_is_what_the_others_expect_and_a_call_reads(problem):
             for rows in step.keys
         )
         if not problem.collective:
-            assert sum(len(send.rows) for sends in each.sends for send in sends) == expected
+            assert sum(len(send.ranges) for sends in each.sends for send in sends) == expected
 
 
 @settings(max_examples=200)
@@ -143,7 +143,7 @@ def test_contributions_are_counted_for_every_row(problem):
         counts = Counter((s.row, i) for step in each.steps for call in step.calls for s in call.segments for i in range(s.q0, s.q1))
         assert each.q_parts == max(counts.values(), default=0)
         assert all(row in range(len(problem.bounds)) for row, _ in counts)
-        keys = Counter(i for sends in each.sends for send in sends for rows in send.rows for i in range(rows.start, rows.stop))
+        keys = Counter(i for sends in each.sends for send in sends for rows in send.ranges for i in range(rows.start, rows.stop))
         for step in each.steps:
             buffer = [(rows.owner, i) for rows in step.keys for i in range(rows.start, rows.stop)]  # may hold a key twice
             for call in step.calls:
@@ -214,15 +214,15 @@ def test_rows_sent_follow_the_formulas(world):
     length = 2 * world * chunk
     for rank, each in enumerate(causal("zigzag", world, length)):
         # ranks after this one need its early chunk, ranks before it both chunks
-        assert each.rows_sent == (world - 1 - rank) * chunk + rank * 2 * chunk
+        assert each.key_tokens_sent == (world - 1 - rank) * chunk + rank * 2 * chunk
         assert each.messages == world - 1
     for rank, each in enumerate(causal("contiguous", world, length)):
-        assert each.rows_sent == (world - 1 - rank) * 2 * chunk
+        assert each.key_tokens_sent == (world - 1 - rank) * 2 * chunk
     for rank, each in enumerate(causal("stripe", world, length)):
         # ranks before this one attend strictly before its last token
-        assert each.rows_sent == (world - 1) * 2 * chunk - rank
+        assert each.key_tokens_sent == (world - 1) * 2 * chunk - rank
     for each in causal("zigzag", world, length, "gather"):
-        assert each.rows_sent == (world - 1) * 2 * chunk
+        assert each.key_tokens_sent == (world - 1) * 2 * chunk
 
 
 @pytest.mark.parametrize("window", [3, 10])
@@ -235,7 +235,7 @@ def test_a_window_fetches_only_the_keys_around_each_run_and_makes_one_call(kind,
     for rank in range(world):
         each = plan(problem, rank)
         assert each.calls == 1
-        sent += each.rows_sent
+        sent += each.key_tokens_sent
     # every boundary between runs of two ranks is crossed by `window` keys, once
     boundaries = world - 1 if kind == "contiguous" else 2 * world - 2
     assert sent == boundaries * window
@@ -266,9 +266,9 @@ def test_a_window_with_documents_makes_one_call_too():
 def test_packed_documents_send_only_what_crosses_ranks():
     documents = Documents.from_lengths([8] * 8)
     problem = AttentionProblem(Layout("contiguous"), CAUSAL, 64, 64, 4, "ring", documents)
-    assert [plan(problem, rank).rows_sent for rank in range(4)] == [0, 0, 0, 0]
+    assert [plan(problem, rank).key_tokens_sent for rank in range(4)] == [0, 0, 0, 0]
     straddling = AttentionProblem(Layout("contiguous"), CAUSAL, 64, 64, 4, "gather", Documents.from_lengths([14, 4, 46]))
-    assert [plan(straddling, rank).rows_sent for rank in range(4)] == [2, 14 + 14, 16, 0]
+    assert [plan(straddling, rank).key_tokens_sent for rank in range(4)] == [2, 14 + 14, 16, 0]
 
 
 def test_causal_gather_needs_no_merging_where_keys_lie_in_order():

@@ -47,7 +47,7 @@ def of_plans(problem):
         tuple(len(problem.q_tokens(rank)) for rank in range(problem.world)),
         tuple(each.cells for each in plans),
         tuple(fetched_by(each) for each in plans),
-        tuple(each.rows_sent for each in plans),
+        tuple(each.key_tokens_sent for each in plans),
     )
 
 

@@ -14,7 +14,7 @@ from dtensor_ring.debug import traffic
 LENGTH, WORLD, WINDOW = 1000, 4, 100
 
 
-def rows_sent(layout: str, rank: int, length: int, window: int) -> int:
+def key_tokens_sent(layout: str, rank: int, length: int, window: int) -> int:
     """Keys just before a chunk come from the ranks that hold them: contiguous chunks from the rank before; in zigzag the early
     chunk from the rank before, the late one from the rank after, but for the last rank, whose two chunks are neighbours."""
     if layout == "contiguous":
@@ -38,7 +38,7 @@ def window_of_a_hundred(layout: str, length: int, dtype: torch.dtype):
     grads = torch.autograd.grad(out, placed, dout)
     backward = traffic(mesh).since(before).bytes
     row = 2 * 2 * 8 * dtype.itemsize  # keys and values of 2 heads of 8
-    sent, received = (rows_sent(layout, rank, length, WINDOW) for rank in (dist.get_rank(), WORLD - 1 - dist.get_rank()))
+    sent, received = (key_tokens_sent(layout, rank, length, WINDOW) for rank in (dist.get_rank(), WORLD - 1 - dist.get_rank()))
     assert forward == sent * row
     assert backward == (sent + received) * row  # the keys again, and the gradients of those that came
     found = full_tensor(out).detach(), full_tensor(lse.detach()), *(full_tensor(x) for x in grads)

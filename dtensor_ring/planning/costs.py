@@ -126,23 +126,23 @@ def cost_of(problem: AttentionProblem, rank: int, shape: AttentionShape) -> Rank
 def cost_of_plan(each: Plan, shape: AttentionShape) -> RankCost:
     """The cost of the rank of a plan, forward and backward as the plan's executor walks it."""
     problem, numbers = each.problem, shape.kv_numbers
-    keys = each.rows_sent * numbers * shape.itemsize
+    keys = each.key_tokens_sent * numbers * shape.itemsize
     if problem.collective:
         # One all-gather carries keys and values together, one reduce-scatter their gradients, which are summed on the go.
         forward = Sent(problem.world - 1, keys)
-        returned = Sent(problem.world - 1, each.rows_sent * numbers * shape.sum_itemsize)
+        returned = Sent(problem.world - 1, each.key_tokens_sent * numbers * shape.sum_itemsize)
     else:
         # A message of keys and one of values for each owner and peer, and the same in the other direction for their gradients.
         forward = Sent(2 * each.messages, keys)
         messages = total = 0
         for step in each.steps:
-            fetched = [rows for rows in step.keys if rows.owner != each.rank]
-            messages += 2 * len({(rows.owner, rows.peer) for rows in fetched})
-            total += sum(rows.size for rows in fetched) * (shape.sum_itemsize if step.sums else shape.grad_itemsize)
+            fetched = [keys for keys in step.keys if keys.owner != each.rank]
+            messages += 2 * len({(keys.owner, keys.peer) for keys in fetched})
+            total += sum(keys.size for keys in fetched) * (shape.sum_itemsize if step.sums else shape.grad_itemsize)
         returned = Sent(messages, total * numbers)
     backward = Sent(forward.messages + returned.messages, forward.bytes + returned.bytes)
     work = each.cells * _rows_a_score_counts_for(problem, shape) * shape.heads
-    return RankCost(each.rank, problem.q_rows(each.rank), work, each.calls, forward, backward)
+    return RankCost(each.rank, problem.q_local(each.rank), work, each.calls, forward, backward)
 
 
 def cost_by_heads(problem: AttentionProblem, rank: int, shape: AttentionShape) -> RankCost:
@@ -152,8 +152,8 @@ def cost_by_heads(problem: AttentionProblem, rank: int, shape: AttentionShape) -
         ValueError: the heads cannot be shared out, as `refuses` says.
     """
     _check_heads(problem, shape)
-    queries = [problem.q_rows(r) for r in range(problem.world)]
-    keys = queries if problem.q_length == problem.k_length else [problem.k_rows(r) for r in range(problem.world)]
+    queries = [problem.q_local(r) for r in range(problem.world)]
+    keys = queries if problem.q_length == problem.k_length else [problem.k_local(r) for r in range(problem.world)]
     to_heads_q, to_tokens_q = _exchanges(queries, rank)
     to_heads_k, to_tokens_k = _exchanges(keys, rank)
     sizes = _HeadBytes.of(problem, shape)
@@ -181,8 +181,8 @@ def costs(problem: AttentionProblem, shape: AttentionShape) -> Costs:
     if problem.strategy == "ulysses":
         _check_heads(problem, shape)
         (scores,), sizes = totals(one_device(problem)).scores, _HeadBytes.of(problem, shape)
-        queries = tuple(problem.q_rows(rank) for rank in range(problem.world))
-        keys = [problem.k_rows(rank) for rank in range(problem.world)]
+        queries = tuple(problem.q_local(rank) for rank in range(problem.world))
+        keys = [problem.k_local(rank) for rank in range(problem.world)]
         # A rank's own tokens leave for W - 1 ranks, and the tokens of all others come back to them.
         sent = tuple(
             (problem.world - 1) * (mine * sizes.q + k * (sizes.k + sizes.v)) + (problem.q_length - mine) * (sizes.out + sizes.lse)

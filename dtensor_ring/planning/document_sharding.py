@@ -60,6 +60,8 @@ def _shared(bounds: tuple[int, ...], totals: tuple[int, ...], limit: int) -> tup
     for document in order:
         length = lengths[document]
         rank = min(range(world), key=lambda r: (held[r], r))
+        # The rank with the fewest whole tokens gets the next longest document, as in any greedy bin packing; one that does not fit
+        # there is cut, rather than put where it unbalances.
         if length > limit or left[rank] < length:
             cut.append(document)
             continue
@@ -88,21 +90,21 @@ def _proportional(length: int, left: Sequence[int]) -> list[int]:
 
 def _chunks(bounds: tuple[int, ...], parts: dict[int, list[tuple[int, int]]], rank: int, world: int) -> Chunks:
     """The rank's chunks: of a cut document an early one, in rank order from its start, and a late one from its end."""
-    found: list[tuple[int, int]] = []
+    chunks: list[tuple[int, int]] = []
     for document in sorted(parts):
         start, stop, sizes = bounds[document], bounds[document + 1], dict(parts[document])
         if rank not in sizes:
             continue
         if len(sizes) == 1:
-            found.append((start, stop - start))
+            chunks.append((start, stop - start))
             continue
         early = late = 0
         for r in range(rank + 1):
             first = (sizes[r] + (r + document) % 2) // 2  # odd tokens alternate between the two chunks
             early, late = early + first, late + sizes[r] - first
         first = (sizes[rank] + (rank + document) % 2) // 2
-        found += [(start + early - first, first), (stop - late, sizes[rank] - first)]
-    return tuple(chunk for chunk in found if chunk[1])
+        chunks += [(start + early - first, first), (stop - late, sizes[rank] - first)]
+    return tuple(chunk for chunk in chunks if chunk[1])
 
 
 def _quality(bounds: tuple[int, ...], shared: Sequence[Chunks]) -> float:

@@ -111,8 +111,8 @@ class Documents(Segmentation):
         rows = position_ids if position_ids.dim() == 2 else position_ids[None]
         if rows.dim() != 2:
             raise ValueError(f"position_ids must have shape (S,) or (B, S), found {tuple(position_ids.shape)}")
-        found = [_restarts(i, row.tolist()) for i, row in enumerate(rows)]
-        return cls((found[0],) if all(row == found[0] for row in found) else tuple(found))
+        bounds = [_restarts(i, row.tolist()) for i, row in enumerate(rows)]
+        return cls((bounds[0],) if all(row == bounds[0] for row in bounds) else tuple(bounds))
 
     @classmethod
     def of(cls, value: Documents | Tensor | Sequence[int], length: int) -> Documents:
@@ -250,7 +250,7 @@ class Slices(Segmentation):
 
     @property
     def encoded(self) -> Tensor:
-        """As `Documents.encoded`, told apart by a negative first value: -1, `k_start`, the number of bounds, `cu_q`, `cu_k`."""
+        """As `Documents.encoded`: -1, by which `unpack` knows slices, `k_start`, the number of bounds, `cu_q`, `cu_k`."""
         return _tensor(array("q", (-1, self.k_start, len(self.cu_q), *self.cu_q, *self.cu_k)).tobytes())
 
     @property

@@ -1,8 +1,8 @@
 """From tiles to kernel calls: what one step computes on the keys it has.
 
 tiles       bands of scores of one rank's queries against a buffer of keys, one document at a time
-keys        rows that no tile reads are dropped from the buffer, so they are not fetched either
-calls       tiles that fit one window, with rows and keys both increasing, are one varlen call
+keys        keys that no tile reads are dropped from the buffer, so they are not fetched either
+calls       tiles that fit one window, with queries and keys both increasing, are one varlen call
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class KernelCall:
-    """One kernel call: segments with disjoint, increasing rows and keys under one bottom-right window (left, right)."""
+    """One kernel call: segments with disjoint, increasing queries and keys under one bottom-right window (left, right)."""
 
     window: tuple[int, int]
     segments: tuple[Segment, ...]
@@ -60,10 +60,11 @@ class KernelCall:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one step computes: the key rows it needs, in buffer order, and the calls on that buffer.
+    """What one step computes: the keys it needs, in buffer order, and the calls on that buffer.
 
-    `sums` tells that some key row takes part in more than one call, so that its gradients are added in float32 before they
-    travel; calls on other batch rows add zeros, which round nothing. `cells` counts the scores.
+    `sums` says that the gradient of some key is summed from several, of calls here or of ranks that the key was passed on to, so
+    that gradients are kept and travel in float32; calls on other batch rows add zeros, which round nothing. `cells` counts the
+    scores.
     """
 
     keys: tuple[TokenRange, ...] = ()
@@ -72,8 +73,8 @@ class Step:
     sums: bool = False
 
     @property
-    def rows(self) -> int:
-        """Key rows in the buffer."""
+    def key_count(self) -> int:
+        """Keys in the buffer."""
         return sum(piece.size for piece in self.keys)
 
 
@@ -85,29 +86,36 @@ def document_tiles(queries: Sequence[Piece], keys: Sequence[Piece], band: Band) 
     by_document: dict[int, list[Piece]] = {}
     for query in queries:
         by_document.setdefault(query.document, []).append(query)
-    found: list[Tile] = []
+    tiles: list[Tile] = []
     for document, q_pieces in by_document.items():
+        # Joined before they are cut for the kernel: half of a cut tile would not join with its neighbour any more.
         k_pieces = of_document.get(document, [])
-        found += coalesce([tile for q in q_pieces for k in k_pieces for tile in tiles_between(q, k, band)])
-    return [part for tile in found for part in tile.split_misread()]
+        tiles += coalesce([tile for q in q_pieces for k in k_pieces for tile in tiles_between(q, k, band)])
+    return [part for tile in tiles for part in tile.split_misread()]
 
 
 def keep_needed(keys: Sequence[TokenRange], tiles: list[tuple[int, Tile]]) -> tuple[tuple[TokenRange, ...], list[tuple[int, Tile]]]:
-    """Drop key rows that no tile reads, and renumber the columns of the tiles."""
+    """Drop keys that no tile reads, and renumber the keys of the tiles.
+
+    A window or documents leave holes in the buffer that was planned for. What no tile reads is not fetched, so the buffer closes
+    up: every tile moves back by as many keys as were dropped before it.
+    """
     needed = unions((tile.k0, tile.k1) for _, tile in tiles)
     lows = [low for low, _ in needed]
     kept: list[TokenRange] = []
     offset = 0
-    for rows in keys:
+    for held in keys:
+        # Both are in buffer order, so the needed ranges that meet this one stand together; the first may begin before it.
         first = max(bisect_right(lows, offset) - 1, 0)
-        for low, high in needed[first : bisect_left(lows, offset + rows.size)]:
-            start, stop = max(low - offset, 0), min(high - offset, rows.size)
+        for low, high in needed[first : bisect_left(lows, offset + held.size)]:
+            start, stop = max(low - offset, 0), min(high - offset, held.size)
             if start < stop:
-                kept.append(TokenRange(rows.owner, rows.start + start, rows.start + stop, rows.peer))
-        offset += rows.size
+                kept.append(TokenRange(held.owner, held.start + start, held.start + stop, held.peer))
+        offset += held.size
     starts = list(accumulate((high - low for low, high in needed), initial=0))
     moved = []
     for row, tile in tiles:
+        # A tile's keys lie in one needed range, since ranges that touch were joined: it moves as that range does.
         at = bisect_right(lows, tile.k0) - 1
         moved.append((row, tile.moved(0, starts[at] - lows[at])))
     return tuple(kept), moved
@@ -120,7 +128,9 @@ def step_of(keys: tuple[TokenRange, ...], tiles: list[tuple[int, Tile]]) -> Step
 
 
 def _group(tiles: list[tuple[int, Tile]]) -> tuple[KernelCall, ...]:
-    """Put tiles that one kernel call can serve together: one window, rows and keys both increasing and disjoint."""
+    """Put tiles that one kernel call can serve together: one window, queries and keys both increasing and disjoint."""
+    # A varlen kernel takes segments as cumulative lengths, so they must follow one another in queries and in keys. A tile that
+    # fits no open call begins one: a few windows serve thousands of documents.
     open_calls: list[tuple[tuple[int, int], list[Segment]]] = []
     for row, tile in sorted(tiles):
         segment = Segment(row, tile.q0, tile.q1, tile.k0, tile.k1)
@@ -137,16 +147,17 @@ def _group(tiles: list[tuple[int, Tile]]) -> tuple[KernelCall, ...]:
 
 def unions(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """Overlapping or touching ranges joined, in order."""
-    found: list[tuple[int, int]] = []
+    joint: list[tuple[int, int]] = []
     for low, high in sorted(ranges):
-        if found and low <= found[-1][1]:
-            found[-1] = (found[-1][0], max(found[-1][1], high))
+        if joint and low <= joint[-1][1]:
+            joint[-1] = (joint[-1][0], max(joint[-1][1], high))
         else:
-            found.append((low, high))
-    return found
+            joint.append((low, high))
+    return joint
 
 
 def deepest(ranges: list[tuple[int, int]]) -> int:
     """The most ranges that overlap anywhere."""
+    # An end sorts before a beginning at the same place: ranges that only touch do not overlap.
     edges = sorted([(low, 1) for low, _ in ranges] + [(high, -1) for _, high in ranges])
     return max(accumulate(change for _, change in edges), default=0)

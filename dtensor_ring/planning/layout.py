@@ -201,6 +201,7 @@ def _stripe(length: int, world: int, rank: int, block: int) -> tuple[Run, ...]:
     rounds, rest = divmod(length, world * block)
     if block == 1:
         return (Run(rank, rounds + (rank < rest), world),)
+    # A single round is a run of neighbours: it must look like one, for its tiles to join with others.
     dealt = Run(rank * block, rounds * block, world * block, block) if rounds > 1 else Run(rank * block, rounds * block)
     return dealt, Run(rounds * world * block + _before(rest, world, rank), _share(rest, world, rank))
 

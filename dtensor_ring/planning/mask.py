@@ -1,6 +1,6 @@
 """What may attend to what, as a band, and its share in a block of scores, as a tile.
 
-    causal, q and k of length 4     window (1, 0)        a tile: rows 2..4 x columns 0..4 of the causal band
+    causal, q and k of length 4     window (1, 0)        a tile: queries 2..4 x keys 0..4 of the causal band
     q0: x . . .                     x . . .              q2: x x x .
     q1: x x . .                     x x . .              q3: x x x x
     q2: x x x .                     . x x .
@@ -87,9 +87,9 @@ def mask_text(is_causal: bool, window: tuple[int, int]) -> str:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Tile:
-    """A box of scores under a band: rows i in [q0, q1), columns j in [k0, k1), `lo <= i - j <= hi`; None does not cut the box.
+    """A box of scores under a band: queries i in [q0, q1), keys j in [k0, k1), `lo <= i - j <= hi`; None does not cut the box.
 
-    Tiles made by `Tile.trimmed` are tight: every row sees a key, every column is seen, and a bound that cuts nothing is None.
+    Tiles made by `Tile.trimmed` are tight: every query sees a key, every key is seen, and a bound that cuts nothing is None.
     """
 
     q0: int
@@ -104,6 +104,8 @@ class Tile:
         """The tight tile of a box and a band, None if nothing is left."""
         if lo is not None and hi is not None and lo > hi:
             return None
+        # First the queries that see no key at all are cut off, then the keys that no query left sees: in this order each side of
+        # the box is cut once, since what the second pair drops was seen by none of the queries that the first pair kept.
         if lo is not None:
             q0 = max(q0, k0 + lo)
         if hi is not None:
@@ -114,18 +116,19 @@ class Tile:
             k0 = max(k0, q0 - hi)
         if q0 >= q1 or k0 >= k1:
             return None
+        # A bound outside the box is dropped, so that equal scores make equal tiles, and neighbours can join.
         cuts_low = lo is not None and q0 - (k1 - 1) < lo
         cuts_high = hi is not None and (q1 - 1) - k0 > hi
         return cls(q0, q1, k0, k1, lo if cuts_low else None, hi if cuts_high else None)
 
     @property
-    def rows(self) -> int:
-        """Query rows of the box."""
+    def q_count(self) -> int:
+        """Queries of the box."""
         return self.q1 - self.q0
 
     @property
-    def columns(self) -> int:
-        """Key columns of the box."""
+    def k_count(self) -> int:
+        """Keys of the box."""
         return self.k1 - self.k0
 
     @property
@@ -133,11 +136,11 @@ class Tile:
         """Scores inside the band."""
         below = 0 if self.lo is None else self._corner(self.lo - 1 - (self.q0 - self.k1 + 1))
         above = 0 if self.hi is None else self._corner(self.q1 - 1 - self.k0 - (self.hi + 1))
-        return self.rows * self.columns - below - above
+        return self.q_count * self.k_count - below - above
 
     def _corner(self, m: int) -> int:
         """Cells of the box within `m` diagonals of one corner."""
-        sides = (m + 1, m + 1 - self.rows, m + 1 - self.columns, m + 1 - self.rows - self.columns)
+        sides = (m + 1, m + 1 - self.q_count, m + 1 - self.k_count, m + 1 - self.q_count - self.k_count)
         a, b, c, d = (x * (x + 1) // 2 if x > 0 else 0 for x in sides)
         return a - b - c + d
 
@@ -153,11 +156,11 @@ class Tile:
         shift = self.q1 - self.k1
         lo, hi = (None if right < 0 else shift - right), (None if left < 0 else shift + left)
         # see `split_misread`: for FlashAttention-2 the right side is the key count of the call's longest segment
-        misread = right < 0 <= left and self.rows > max(self.columns, left + 1) + 1
+        misread = right < 0 <= left and self.q_count > max(self.k_count, left + 1) + 1
         return not misread and Tile.trimmed(self.q0, self.q1, self.k0, self.k1, lo, hi) == self
 
     def moved(self, q: int, k: int) -> Tile:
-        """The tile with its rows moved by `q` and its columns by `k`."""
+        """The tile with its queries moved by `q` and its keys by `k`."""
         d = q - k
         lo, hi = (None if self.lo is None else self.lo + d), (None if self.hi is None else self.hi + d)
         return Tile(self.q0 + q, self.q1 + q, self.k0 + k, self.k1 + k, lo, hi)
@@ -166,14 +169,14 @@ class Tile:
         """The tile cut where FlashAttention-2 would misread its window.
 
         That kernel reads a right side of as many tokens as there are keys, or more, as unbounded; and where the left side is
-        bounded, an unbounded right side as the number of keys, which hides the last keys from the first rows of a box of many
-        more rows than keys.
+        bounded, an unbounded right side as the number of keys, which hides the last keys from the first queries of a box
+        of many more queries than keys.
         """
         right = self.window[1]
-        if self.lo is not None and right >= self.columns:
-            first = self.lo + self.k1  # one past the last row that does not see the last key
-        elif self.hi is not None and right < 0 and self.rows > self.columns + 1:
-            first = self.hi + self.k0 + 1  # one past the last row that sees the first key
+        if self.lo is not None and right >= self.k_count:
+            first = self.lo + self.k1  # one past the last query that does not see the last key
+        elif self.hi is not None and right < 0 and self.q_count > self.k_count + 1:
+            first = self.hi + self.k0 + 1  # one past the last query that sees the first key
         else:
             return (self,)
         boxes = (self.q0, first), (first, self.q1)
@@ -184,6 +187,7 @@ class Tile:
 def joined(a: Tile, b: Tile) -> Tile | None:
     """The one tile that covers exactly the scores of two disjoint tiles, or None."""
     box = min(a.q0, b.q0), max(a.q1, b.q1), min(a.k0, b.k0), max(a.k1, b.k1)
+    # The bounding box covers both tiles; it is their union if, under a band that one of them has, it has as many scores as both.
     cells = a.cells + b.cells
     if cells > (box[1] - box[0]) * (box[3] - box[2]):
         return None
@@ -207,16 +211,17 @@ def coalesce(tiles: list[Tile], near: int = 4) -> list[Tile]:
     """Join tiles that are neighbours in storage until no two make one tile any more; `near` bounds how far neighbours lie."""
     if len(tiles) < 2:
         return tiles
-    found: list[Tile] = []
+    joint: list[Tile] = []
+    # Comparing all pairs would make planning quadratic in documents. Sorted, tiles that can join stand close together.
     for tile in sorted(tiles):
         whole = tile
-        for other in found[: -near - 1 : -1]:
+        for other in joint[: -near - 1 : -1]:
             union = joined(other, whole)
             if union is not None:
-                found.remove(other)
+                joint.remove(other)
                 whole = union
-        found.append(whole)
-    return found if len(found) == len(tiles) else coalesce(found)
+        joint.append(whole)
+    return joint if len(joint) == len(tiles) else coalesce(joint)
 
 
 def tiles_between(q: Piece, k: Piece, band: Band) -> list[Tile]:
@@ -225,6 +230,7 @@ def tiles_between(q: Piece, k: Piece, band: Band) -> list[Tile]:
         return _line_tiles(q, k, band)
     if (q.run.stride, q.run.block) == (k.run.stride, k.run.block):
         return _block_tiles(q, k, band)
+    # Runs of two strides (the last, partial round of a stripe against the whole ones) have no common band but block by block.
     return [
         tile
         for i, q_block in q.run.blocks()
@@ -298,10 +304,10 @@ def _corner_tiles(q: Piece, k: Piece, side: _Side, floor: int | None, ceiling: i
         return []
     block = q.run.block
     tiles: list[Tile] = []
-    for row in range(q.run.count // block):
-        column = row - side.diagonal
-        if 0 <= column < k.run.count // block:
-            i, j = q.offset + row * block, k.offset + column * block
+    for q_block in range(q.run.count // block):
+        k_block = q_block - side.diagonal
+        if 0 <= k_block < k.run.count // block:
+            i, j = q.offset + q_block * block, k.offset + k_block * block
             tile = Tile.trimmed(i, i + block, j, j + block, i - j + least, i - j + most)
             tiles += [] if tile is None else [tile]
     return tiles

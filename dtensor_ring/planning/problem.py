@@ -1,4 +1,4 @@
-"""What a plan is made for."""
+"""What a plan is made for: everything that it depends on but the rank."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class AttentionProblem:
     world: int
     strategy: str = "ring"
     documents: Segmentation | None = None
-    _halo_rows: int | None = field(init=False, repr=False, compare=False, default=None)  # worked out when first asked for
+    _halo_tokens: int | None = field(init=False, repr=False, compare=False, default=None)  # worked out when first asked for
 
     def __str__(self) -> str:
         """In one line, for errors; the same on every rank."""
@@ -70,11 +70,11 @@ class AttentionProblem:
         """Runs of a rank's keys, in storage order."""
         return self.layout.runs(self.k_length, self.world, rank, self.bounds[0])
 
-    def q_rows(self, rank: int) -> int:
+    def q_local(self, rank: int) -> int:
         """Queries on a rank."""
         return self.layout.local_length(self.q_length, self.world, rank)
 
-    def k_rows(self, rank: int) -> int:
+    def k_local(self, rank: int) -> int:
         """Keys on a rank."""
         return self.layout.local_length(self.k_length, self.world, rank)
 
@@ -102,23 +102,26 @@ class AttentionProblem:
             or not self.segmentation.is_shared
         ):
             return False
-        return self.halo_rows * self.world <= 2 * self.k_length
+        return self.halo_tokens * self.world <= 2 * self.k_length
 
     @property
-    def halo_rows(self) -> int:
-        """Key rows that the most loaded rank fetches for a window, at most."""
-        if self._halo_rows is None:
-            object.__setattr__(self, "_halo_rows", self._count_halo_rows())
-        assert self._halo_rows is not None, "counted above"
-        return self._halo_rows
+    def halo_tokens(self) -> int:
+        """Keys that the most loaded rank fetches for a window, at most."""
+        if self._halo_tokens is None:
+            object.__setattr__(self, "_halo_tokens", self._count_halo_tokens())
+        assert self._halo_tokens is not None, "counted above"
+        return self._halo_tokens
 
-    def _count_halo_rows(self) -> int:
+    def _count_halo_tokens(self) -> int:
         band = self.position_band
         assert band.lo is not None and band.hi is not None, "a halo needs a window"
+        # Keys before and after a chunk; a window that begins ahead of its query reaches over some keys in between too.
         reach = max(0, band.hi - min(band.lo, 0))
         if not self.layout.cut:
             return reach * self.layout.chunks
         bounds = self.bounds[0] or (0, self.q_length)
+        # Before a chunk a window reaches no farther than to the beginning of its document: a document that is whole on its rank
+        # fetches nothing, however long the window.
         return max(
             sum(min(reach, run.start - bounds[document_at(bounds, run.start)] - min(band.lo, 0)) for run in self.q_runs(rank))
             for rank in range(self.world)
@@ -126,7 +129,7 @@ class AttentionProblem:
 
     @property
     def collective(self) -> bool:
-        """Whether the keys of all ranks are fetched by one all-gather; otherwise exact rows go from rank to rank."""
+        """Whether one all-gather brings the keys of all ranks; otherwise exactly the keys that are needed travel."""
         # An exact exchange pays where documents leave keys out, and can be planned where every rank knows what the others need.
         needs_all = self.documents is None or not self.documents.is_shared
         return self.strategy == "gather" and self.world > 1 and needs_all and not self.is_halo

@@ -49,6 +49,8 @@ class Run:
 
     def excess(self, shift: int) -> int:
         """Sum of max(p + shift, 0) over the tokens p: what scores of a band are counted with, whatever the length."""
+        # A block's sum is a difference of two triangular numbers, and blocks lie a stride apart: what is left are two sums of
+        # triangular numbers in arithmetic progression, which have a closed form.
         blocks, block = self.rounds()
         first = self.start + shift
         return _triangles(first + block - 1, self.stride, blocks) - _triangles(first - 1, self.stride, blocks)
@@ -99,6 +101,7 @@ def _whole_blocks(run: Run, begin: int, end: int) -> Iterator[tuple[int, Run]]:
         if end > begin:
             yield begin, Run(run.token(begin), end - begin, run.stride)
         return
+    # Only whole blocks have the run's stride; the parts at either end, of neighbouring tokens, are runs of their own.
     head = min(end, -(-begin // run.block) * run.block)
     tail = max(head, end // run.block * run.block)
     for low, high in ((begin, head), (head, tail), (tail, end)):

@@ -7,8 +7,9 @@
     step 3   rank 2 sends 4 5 10 11     one full call            12 13 x 4 5 10 11
 
 A plan is a pure function of (layout, band, lengths, documents, strategy, world, rank). Ring, gather and the window's halo
-differ in nothing else: the executor walks the steps of whatever plan it gets. At step s of a ring every rank receives from
-the rank s places before it and sends to the rank s places after it, exactly the rows that have a tile there.
+differ in their steps only: the executor walks the steps of whatever plan it gets. "Ring" is a rotation of pairs: keys go from
+their owner straight to the rank that needs them. At step s of a ring every rank receives from
+the rank s places before it and sends to the rank s places after it, exactly the keys that have a tile there.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ class KeySend(NamedTuple):
 
     Attributes:
         rank: the peer, as the transport counts.
-        rows: the keys, all of one owner.
+        ranges: the keys, all of one owner.
         sums: whether their gradients come back summed in float32.
         step: the earlier step in which this rank got the keys, to pass them on; None for keys of its own.
     """
 
     rank: int
-    rows: tuple[TokenRange, ...]
+    ranges: tuple[TokenRange, ...]
     sums: bool
     step: int | None = None
 
@@ -76,11 +77,11 @@ class Plan:
         return sum(len(step.calls) for step in self.steps)
 
     @property
-    def rows_sent(self) -> int:
-        """Key rows this rank sends in a forward pass (an all-gather sends the padded shard to every other rank)."""
+    def key_tokens_sent(self) -> int:
+        """Keys that this rank sends in a forward pass; an all-gather sends the padded shard to every other rank."""
         if self.problem.collective:
-            return (self.problem.world - 1) * max(self.problem.k_rows(r) for r in range(self.problem.world))
-        return sum(rows.size for sends in self.sends for send in sends for rows in send.rows)
+            return (self.problem.world - 1) * max(self.problem.k_local(r) for r in range(self.problem.world))
+        return sum(keys.size for sends in self.sends for send in sends for keys in send.ranges)
 
     @property
     def positions(self) -> tuple[list[int], list[list[int]]]:
@@ -89,7 +90,7 @@ class Plan:
         shift = problem.k_length - problem.q_length
         held = {source: problem.k_tokens(source) for source in range(problem.world)}
         queries = [token + shift for token in problem.q_tokens(self.rank)]
-        return queries, [[t for rows in step.keys for t in held[rows.owner][rows.start : rows.stop]] for step in self.steps]
+        return queries, [[t for part in step.keys for t in held[part.owner][part.start : part.stop]] for step in self.steps]
 
     @property
     def ends_together(self) -> bool:
@@ -126,12 +127,12 @@ class _Book:
     needs: dict[tuple[int, int], Step] = field(default_factory=dict)  # (rank, step)
     ends_together: bool | None = None
     nbytes: int = 0
-    _lock: Lock = field(default_factory=Lock)
+    _lock: Lock = field(default_factory=Lock)  # ranks may be threads, which plan one problem at a time
 
     def add_plan(self, rank: int, made: Plan) -> Plan:
         """Keep a rank's plan, and return the one kept."""
         steps = sum(_step_bytes(step) for step in made.steps)
-        sends = sum(200 + 168 * len(send.rows) for sent in made.sends for send in sent)
+        sends = sum(200 + 168 * len(send.ranges) for sent in made.sends for send in sent)
         with self._lock:
             if rank not in self.plans:
                 self.plans[rank] = made
@@ -182,7 +183,9 @@ def _plan(book: _Book, rank: int) -> Plan:
     steps = tuple(make_step(problem, rank, i) for i in range(step_count(problem)))
     sends = tuple(tuple(_sends(book, rank, i)) for i in range(len(steps)))
     segments = [segment for step in steps for call in step.calls for segment in call.segments]
-    returned = [(rows.start, rows.stop) for sent in sends for send in sent for rows in send.rows]
+    # How many gradients are summed for a key is known before any is computed: one by each own call that reads it, and one that
+    # comes back of each send. Up to two are summed in the dtype they have, more in float32.
+    returned = [(keys.start, keys.stop) for sent in sends for send in sent for keys in send.ranges]
     own = [(k0, k1) for step in steps for k0, k1 in _own_key_ranges(step, rank)]
     rows = {segment.row for segment in segments}
     q_parts = max((deepest([(s.q0, s.q1) for s in segments if s.row == row]) for row in rows), default=0)
@@ -203,32 +206,35 @@ def _sends(book: _Book, rank: int, index: int) -> Iterable[KeySend]:
     if problem.collective:
         return
     ring = step_count(problem) > 1
+    # In a ring only one rank has this rank's keys in a step, so that no other rank's step need be worked out for it.
     others = [(rank + index) % problem.world] if ring else [(rank + i) % problem.world for i in range(problem.world)]
     for other in others:
         if other == rank:
             continue
         step = book.need(other, index)
-        rows = tuple(piece for piece in step.keys if piece.peer == rank)
-        if rows:
-            yield KeySend(other, rows, step.sums)
+        ranges = tuple(keys for keys in step.keys if keys.peer == rank)
+        if ranges:
+            yield KeySend(other, ranges, step.sums)
 
 
 def _own_key_ranges(step: Step, rank: int) -> Iterable[tuple[int, int]]:
-    """The own key rows of a step, once for each call that reads them."""
+    """Ranges of this rank's keys, as it stores them, that a step's calls read: a key as often as calls read it."""
     offset = 0
-    ranges = [(s.k0, s.k1) for call in step.calls for s in _first_row(call.segments)]
-    for rows in step.keys:
-        if rows.owner == rank:
-            for k0, k1 in ranges:
-                low, high = max(k0, offset), min(k1, offset + rows.size)
+    read = [key_range for call in step.calls for key_range in _keys_read(call.segments)]
+    for held in step.keys:
+        if held.owner == rank:
+            for k0, k1 in read:
+                low, high = max(k0, offset), min(k1, offset + held.size)
                 if low < high:
-                    yield rows.start + low - offset, rows.start + high - offset
-        offset += rows.size
+                    yield held.start + low - offset, held.start + high - offset
+        offset += held.size
 
 
-def _first_row(segments: Sequence[Segment]) -> Sequence[Segment]:
-    rows = {segment.row for segment in segments}
-    if len(rows) == 1:
-        return segments
-    merged = unions((s.k0, s.k1) for s in segments)  # batch rows differ: every key row counts once a call
-    return [Segment(0, 0, 0, low, high) for low, high in merged]
+def _keys_read(segments: Sequence[Segment]) -> Iterable[tuple[int, int]]:
+    """Ranges of a step's key buffer that a call reads, none twice.
+
+    Segments of one batch row are disjoint. Those of several may overlap, but are other tokens of the batch: a call gives each of
+    them one gradient, so a key counts once.
+    """
+    ranges = [(s.k0, s.k1) for s in segments]
+    return ranges if len({segment.row for segment in segments}) == 1 else unions(ranges)

@@ -1,4 +1,10 @@
-"""The steps of the strategies."""
+"""The steps of the strategies: whose keys a rank has in each, in what order, and the tiles on them.
+
+zigzag, causal, 4 ranks, 16 tokens; rank 1 holds 2 3 | 12 13
+ring      step s has the keys of rank 1 - s, as they are stored there       2 3 12 13, then 0 1, then 6 7 8 9, then 4 5 10 11
+gather    one step has all keys in position order                           0 .. 15
+halo      one step has the keys that a window sees, run by run              window (1, 0): 1 2 3 | 11 12 13
+"""
 
 from __future__ import annotations
 
@@ -21,48 +27,55 @@ def make_step(problem: AttentionProblem, rank: int, index: int) -> Step:
     if problem.is_halo:
         return _halo_step(problem, rank)
     if problem.strategy == "ring":
-        source = (rank - index) % problem.world
-        keys = [TokenRange.of_owner(source, 0, problem.k_rows(source))]
-        return _finish(problem, rank, keys, problem.k_runs(source))
+        owner = (rank - index) % problem.world
+        return _step_on(problem, rank, [TokenRange.of_owner(owner, 0, problem.k_local(owner))], problem.k_runs(owner))
     shards = [(r, problem.k_runs(r)) for r in range(problem.world)]
     if not problem.in_order:
-        keys = [TokenRange.of_owner(r, 0, problem.k_rows(r)) for r, _ in shards]
-        return _finish(problem, rank, keys, *(runs for _, runs in shards))
-    starts = sorted((run.start, run.count, rows) for r, runs in shards for run, rows in _with_rows(r, runs))
-    return _finish(problem, rank, [rows for _, _, rows in starts], whole_sequence(problem.k_length))
+        keys = [TokenRange.of_owner(r, 0, problem.k_local(r)) for r, _ in shards]
+        return _step_on(problem, rank, keys, *(runs for _, runs in shards))
+    # In position order neighbours of two ranks are one run, so that all keys under a causal mask are one kernel call.
+    ordered = sorted((run.start, run.count, keys) for r, runs in shards for run, keys in _stored(r, runs))
+    return _step_on(problem, rank, [keys for _, _, keys in ordered], whole_sequence(problem.k_length))
 
 
-def _with_rows(rank: int, runs: Sequence[Run]) -> Iterable[tuple[Run, TokenRange]]:
+def _stored(rank: int, runs: Sequence[Run]) -> Iterable[tuple[Run, TokenRange]]:
+    """A rank's runs, and where in its shard each is stored."""
     offset = 0
     for run in runs:
         yield run, TokenRange.of_owner(rank, offset, offset + run.count)
         offset += run.count
 
 
-def _finish(problem: AttentionProblem, rank: int, keys: list[TokenRange], *shards: tuple[Run, ...]) -> Step:
-    """Tiles of this rank's queries and the keys given, shard after shard in buffer order; keys without a tile are dropped."""
+def _step_on(problem: AttentionProblem, rank: int, keys: list[TokenRange], *shards: tuple[Run, ...]) -> Step:
+    """The step on a buffer of keys, given as ranges and as runs of tokens; keys that no tile reads are dropped."""
     tiles: list[tuple[int, Tile]] = []
     for row in range(len(problem.bounds)):
         queries, offset = problem.q_pieces(rank, row), 0
         for shard in shards:
-            found = document_tiles(queries, problem.k_pieces(shard, row), problem.position_band)
-            tiles += [(row, tile.moved(0, offset)) for tile in found]
+            on_shard = document_tiles(queries, problem.k_pieces(shard, row), problem.position_band)
+            tiles += [(row, tile.moved(0, offset)) for tile in on_shard]
             offset += sum(run.count for run in shard)
-    if problem.collective:
+    if problem.collective:  # an all-gather brings every key, needed or not
         return step_of(tuple(keys), tiles)
     return step_of(*keep_needed(keys, tiles))
 
 
 def _halo_step(problem: AttentionProblem, rank: int) -> Step:
-    """A window's keys around each local run, fetched into position order run by run: one window serves every run."""
+    """A window's keys around each local run, fetched into position order run by run.
+
+    The keys of a run lie in the buffer just as its queries lie in the shard, ahead of and behind it as far as the window reaches.
+    So the tile of every run has the same window, and one kernel call serves all runs and documents. The price are keys that two
+    runs see: they are fetched once for each.
+    """
     band = problem.position_band
     assert band.lo is not None and band.hi is not None, "a halo needs a window"
+    # All runs of all ranks in position order: they cover the sequence without gaps or overlaps.
     holders = sorted(
-        (run.start, run.start + run.count, rows) for r in range(problem.world) for run, rows in _with_rows(r, problem.k_runs(r))
+        (run.start, run.start + run.count, keys) for r in range(problem.world) for run, keys in _stored(r, problem.k_runs(r))
     )
     ends = [stop for _, stop, _ in holders]
     keys: list[TokenRange] = []
-    offset = 0
+    offset = 0  # of this run's keys in the buffer
     tiles: list[tuple[int, Tile]] = []
     for piece in cut(problem.q_runs(rank), None):
         run = piece.run
@@ -75,8 +88,8 @@ def _halo_step(problem: AttentionProblem, rank: int) -> Step:
             tiles += [(row, tile.moved(0, offset)) for tile in document_tiles(q_pieces, near, band)]
         at = bisect_right(ends, low)
         while at < len(holders) and holders[at][0] < high:
-            a, b, rows = holders[at]
-            keys.append(TokenRange(rows.owner, rows.start + max(low, a) - a, rows.start + min(high, b) - a, rows.peer))
+            a, b, held = holders[at]
+            keys.append(TokenRange(held.owner, held.start + max(low, a) - a, held.start + min(high, b) - a, held.peer))
             at += 1
         offset += high - low
     return step_of(*keep_needed(keys, tiles))
@@ -84,11 +97,11 @@ def _halo_step(problem: AttentionProblem, rank: int) -> Step:
 
 def _between(bounds: tuple[int, ...], low: int, high: int) -> list[Piece]:
     """Positions [low, high) cut into documents, stored from 0."""
-    found = []
+    pieces = []
     for document in range(document_at(bounds, low), len(bounds) - 1):
         a, b = max(low, bounds[document]), min(high, bounds[document + 1])
         if a < b:
-            found.append(Piece(Run(a, b - a), a - low, document))
+            pieces.append(Piece(Run(a, b - a), a - low, document))
         if b == high:
             break
-    return found
+    return pieces

@@ -56,7 +56,7 @@ class Totals:
 
 def fetched_by(each: Plan) -> int:
     """Key tokens that the rank of a plan fetches from other ranks."""
-    return sum(rows.size for step in each.steps for rows in step.keys if rows.owner != each.rank)
+    return sum(keys.size for step in each.steps for keys in step.keys if keys.owner != each.rank)
 
 
 def totals(problem: AttentionProblem) -> Totals:
@@ -68,8 +68,8 @@ def totals(problem: AttentionProblem) -> Totals:
     ranks = range(problem.world)
     if not problem.segmentation.is_shared:  # parts of documents on one rank: only plans read them
         plans = [plan(problem, rank) for rank in ranks]
-        rows = ((problem.q_rows(each.rank), each.cells, fetched_by(each), each.rows_sent) for each in plans)
-        tokens, scores, fetched, sent = zip(*rows, strict=True)
+        counts = ((problem.q_local(each.rank), each.cells, fetched_by(each), each.key_tokens_sent) for each in plans)
+        tokens, scores, fetched, sent = zip(*counts, strict=True)
         return Totals(tokens, scores, fetched, sent)
     queries = [problem.q_runs(rank) for rank in ranks]
     keys = queries if problem.q_length == problem.k_length else [problem.k_runs(rank) for rank in ranks]

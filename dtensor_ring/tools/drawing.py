@@ -24,7 +24,7 @@ ITEMS_SHOWN = 3  # ranges, ranks or calls in a list of one step
 
 _SIGNS_ACROSS = 32
 _SIGNS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_LARGEST_PICTURE = 4096  # queries, or keys; the picture visits every score's row
+_LARGEST_PICTURE = 4096  # queries, or keys; the picture visits every query
 _TIED = "\u00a0"  # a space at which no line is broken
 
 
@@ -115,8 +115,8 @@ def _picture(problem: AttentionProblem) -> str:
     if problem.world > len(_SIGNS) or asks_too_much(problem, problem.world):  # a sign for each step
         return ""
     scale = -(-longest // _SIGNS_ACROSS)
-    rows, columns = -(-problem.q_length // scale), -(-problem.k_length // scale)
-    cells = [["."] * columns for _ in range(rows)]
+    height, width = -(-problem.q_length // scale), -(-problem.k_length // scale)
+    cells = [["."] * width for _ in range(height)]
     held = [problem.k_tokens(rank) for rank in range(problem.world)]
     for rank in range(problem.world):
         queries = problem.q_tokens(rank)
@@ -128,7 +128,7 @@ def _picture(problem: AttentionProblem) -> str:
     head = ["step in which a score is computed (queries down, keys across)"]
     if scale > 1:
         head.append(f"a sign is {scale} x {scale} tokens")
-    return "\n".join([*head, *("  " + " ".join(row) for row in cells)])
+    return "\n".join([*head, *("  " + " ".join(line) for line in cells)])
 
 
 def _samples(call: KernelCall, queries: Sequence[int], keys: Sequence[int], scale: int) -> Iterable[tuple[int, int]]:
@@ -162,13 +162,13 @@ def _steps(problem: AttentionProblem, each: Plan, most: int | None) -> str:
     heads = [f"  step {index}: " for index in range(len(shown))]
     widths = [max(len(cells[column]) for cells in shown) for column in range(3)]
     if len(heads[-1]) + sum(widths) + 4 <= WIDTH:
-        rows = [("  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)),) for cells in shown]
+        lines = [("  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)),) for cells in shown]
     else:
-        rows = [(f"{cells[0]};", f"{cells[1]};", cells[2]) for cells in shown]
-    lines = [_folded(head, row) for head, row in zip(heads, rows, strict=True)]
+        lines = [(f"{cells[0]};", f"{cells[1]};", cells[2]) for cells in shown]
+    folded = [_folded(head, line) for head, line in zip(heads, lines, strict=True)]
     if len(each.steps) > len(shown):
-        lines.append(f"  ... and {len(each.steps) - len(shown)} more steps: --rank {each.rank} shows them")
-    return "\n".join([f"rank {each.rank}", *lines])
+        folded.append(f"  ... and {len(each.steps) - len(shown)} more steps: --rank {each.rank} shows them")
+    return "\n".join([f"rank {each.rank}", *folded])
 
 
 def _fetched(step: Step, rank: int) -> str:
@@ -177,7 +177,7 @@ def _fetched(step: Step, rank: int) -> str:
         by_origin.setdefault((keys.owner, keys.peer), []).append(keys)
     if not by_origin:
         return "no keys needed"
-    return _listed(f"{_origin(owner, peer, rank)} {_rows(ranges)}" for (owner, peer), ranges in by_origin.items())
+    return _listed(f"{_origin(owner, peer, rank)} {_ranges(ranges)}" for (owner, peer), ranges in by_origin.items())
 
 
 def _origin(owner: int, peer: int, rank: int) -> str:
@@ -186,9 +186,9 @@ def _origin(owner: int, peer: int, rank: int) -> str:
     return f"rank{_TIED}{owner}" if peer == owner else f"rank{_TIED}{owner}'s{_TIED}from{_TIED}{peer}"
 
 
-def _rows(rows: Sequence[TokenRange]) -> str:
-    ranges = " + ".join(f"[{part.start},{_TIED}{part.stop})" for part in rows[:ITEMS_SHOWN])
-    return ranges + (f" and {len(rows) - ITEMS_SHOWN} more" if len(rows) > ITEMS_SHOWN else "")
+def _ranges(ranges: Sequence[TokenRange]) -> str:
+    first = " + ".join(f"[{each.start},{_TIED}{each.stop})" for each in ranges[:ITEMS_SHOWN])
+    return first + (f" and {len(ranges) - ITEMS_SHOWN} more" if len(ranges) > ITEMS_SHOWN else "")
 
 
 def _calls(step: Step) -> str:
@@ -206,12 +206,12 @@ def _call(call: KernelCall) -> str:
 def _sends(problem: AttentionProblem, each: Plan, index: int) -> str:
     if problem.collective:
         return "sends its keys to every rank"
-    sends = (f"{_passed_on(send)}{_rows(send.rows)} to{_TIED}rank{_TIED}{send.rank}" for send in each.sends[index])
+    sends = (f"{_passed_on(send)}{_ranges(send.ranges)} to{_TIED}rank{_TIED}{send.rank}" for send in each.sends[index])
     return f"sends {_listed(sends) or 'nothing'}"
 
 
 def _passed_on(send: KeySend) -> str:
-    return "" if send.step is None else f"rank{_TIED}{send.rows[0].owner}'s{_TIED}"
+    return "" if send.step is None else f"rank{_TIED}{send.ranges[0].owner}'s{_TIED}"
 
 
 def _listed(items: Iterable[str]) -> str:
@@ -225,7 +225,7 @@ def _by_heads(cost: RankCost, problem: AttentionProblem, shape: AttentionShape) 
     world, rank, kv_heads = problem.world, cost.rank, shape.kv_heads
     copies = copies_of_key_heads(world, kv_heads)
     heads, keys = _share(shape.heads, world, rank), _share(kv_heads * copies, world, rank)
-    own_keys = problem.k_rows(rank)
+    own_keys = problem.k_local(rank)
     given = f"{cost.tokens} tokens" if own_keys == cost.tokens else f"{cost.tokens} queries and {own_keys} keys"
     lines = [
         _folded("  to heads: ", [f"of its {given}, each other rank gets q, k and v of its heads"]),

@@ -75,7 +75,7 @@ def _rank(problem: AttentionProblem, rank: int, shape: AttentionShape) -> Facts:
         entries |= {
             "scores": each.cells,
             "messages": each.messages,
-            "key_tokens_sent": each.rows_sent,
+            "key_tokens_sent": each.key_tokens_sent,
             "key_tokens_fetched": fetched_by(each),
         }
     return entries | {"forward": cost.forward._asdict(), "backward": cost.backward._asdict()}

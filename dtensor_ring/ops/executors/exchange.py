@@ -2,8 +2,8 @@
 
 per rank   k_BSHD and v_BSHD (B, Sk/W, Hk, D and Dv); Sk/W is this rank's share
 fetch      the keys of one step, in the order of `step.keys`; K and V travel in their own dtype
-give back  dK and dV of the step's keys, each row to its owner: in the dtype the kernel returned them in, where one call made
-           them, and summed in float32 where several did
+give back  dK and dV of the step's keys, to the peers they came from: in the dtype the kernel returned them in, where one call
+           made them, and summed in float32 where several did
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Exchange:
     """The transfers of one attention, seen from one rank.
 
     Attributes:
-        plan: which rows go where.
+        plan: which keys go where.
         transport: how to exchange.
         grad_dtype: the dtype of the kernel's gradients for keys of a dtype.
     """
@@ -89,6 +89,7 @@ class Exchange:
             gathered = transport.all_gather(torch.cat([shard.flatten() for shard in shards]))
             return Pending(lambda: _pair(_assemble(step, x, y) for x, y in zip(kv, _apart(gathered, shards), strict=True)))
         route = self._route(index, kv[0])
+        # Buffers are made before the transfer starts and belong to it until `finish`, on both sides.
         k_taken, v_taken = (_taken(own_sends(self.plan, sends), route, x) for x in kv)
         if self.plan.relays:
             k_taken = with_passed_on(self.plan, sends, k_taken, {step: k for step, (k, _) in arrived.items()})
@@ -108,7 +109,7 @@ class Exchange:
 
     def _give_back(self, index: int, grads: Pair, own: tuple[GradSum, GradSum], waiting: Arrived) -> Pending[None]:
         sends, rank = self.plan.sends[index], self.plan.rank
-        if self.plan.steps[index].sums:
+        if self.plan.steps[index].sums:  # summed in float32, and rounded once, by their owner
             grads = _pair(grad.to(accumulate_dtype(grad.dtype)) for grad in grads)
         route = self._route(index, own[0].like)
         foreign = [slot for slot in route.slots if slot.owner != rank]
@@ -153,53 +154,55 @@ class Exchange:
         batch, _, *dims = like.shape
         if sums is None:
             if own is not None:
-                total.add(own.start, grad[:, own.at : own.at + own.rows])
-            ranges = [send.rows[0] for send in sends]
-            buffers = [self._empty(rows.size, send.sums, like) for send, rows in zip(sends, ranges, strict=True)]
+                total.add(own.start, grad[:, own.at : own.at + own.count])
+            ranges = [send.ranges[0] for send in sends]
+            buffers = [self._empty(keys.size, send.sums, like) for send, keys in zip(sends, ranges, strict=True)]
 
             def add() -> None:
-                for rows, buffer in zip(ranges, buffers, strict=True):
-                    total.add(rows.start, buffer)
+                for keys, buffer in zip(ranges, buffers, strict=True):
+                    total.add(keys.start, buffer)
 
             return buffers, add
-        mine, summed, others = (batch * rows for rows in sums.rows)
+        mine, summed, others = (batch * size for size in sums.sizes)
+        # One buffer for all contributions, so that one kernel sums them. What is not summed yet comes in the kernel's dtype; where
+        # that is not the buffer's it lands beside it, and is widened once it is all there.
         keeps_narrow = sums.offsets is None and not summed and (own is None or grad.dtype == narrow)
         count = mine + summed + others
         parts = self.transport.empty((count + sums.gaps, *dims), like, narrow if keeps_narrow else wide)
         if sums.gaps:
-            parts[count].zero_()
+            parts[count].zero_()  # what keys without a contribution are given
         last = parts[mine + summed : count]
         landing = last if parts.dtype == narrow else self.transport.empty(last.shape, like, narrow)
         if own is not None:
-            _own_part(own.at, own.rows, own.back, grad, parts[:mine])
+            _own_part(own.at, own.count, own.back, grad, parts[:mine])
         buffers = []
         for send, first in zip(sends, sums.firsts, strict=True):
-            rows = sum(piece.size for piece in send.rows)
+            size = sum(keys.size for keys in send.ranges)
             start = batch * first if send.sums else batch * first - mine - summed
-            buffers.append((parts if send.sums else landing)[start : start + batch * rows].view(batch, rows, *dims))
+            buffers.append((parts if send.sums else landing)[start : start + batch * size].view(batch, size, *dims))
 
         def add_by_index() -> None:
             if landing is not last and others:
                 last.copy_(landing)
             if sums.offsets is None:
-                rows = parts.index_select(0, sums.index)
+                summed_up = parts.index_select(0, sums.index)
             else:
-                rows = embedding_bag(sums.index, parts.flatten(1), sums.offsets, mode="sum", include_last_offset=True)
-            total.add(sums.low, rows.view(batch, sums.high - sums.low, *dims))
+                summed_up = embedding_bag(sums.index, parts.flatten(1), sums.offsets, mode="sum", include_last_offset=True)
+            total.add(sums.low, summed_up.view(batch, sums.high - sums.low, *dims))
 
         return buffers, add_by_index
 
     def _reduce(self, index: int, grads: Pair, own: tuple[GradSum, GradSum]) -> Pending[None]:
         """Sum the gradients of gathered keys over the ranks in float32, each rank keeping its shard."""
         problem, step = self.plan.problem, self.plan.steps[index]
-        largest = max(problem.k_rows(rank) for rank in range(problem.world))
+        largest = max(problem.k_local(rank) for rank in range(problem.world))
         shapes = [(grad.shape[0], largest, *grad.shape[2:]) for grad in grads]
         sizes = [math.prod(shape) for shape in shapes]
         shards = grads[0].new_zeros((problem.world, sum(sizes)), dtype=accumulate_dtype(grads[0].dtype))
         for grad, shape, part in zip(grads, shapes, shards.split(sizes, 1), strict=True):
             whole = part.view(problem.world, *shape)
-            for start, rows in _offsets(step):
-                whole[rows.peer, :, rows.start : rows.stop] = grad[:, start : start + rows.size]
+            for start, keys in _offsets(step):
+                whole[keys.peer, :, keys.start : keys.stop] = grad[:, start : start + keys.size]
         summed = self.transport.reduce_scatter(shards)
 
         def finish() -> None:
@@ -255,8 +258,8 @@ def _apart(gathered: Pending[Tensor], shards: Sequence[Tensor]) -> Iterator[list
 
 
 def _padded(todo: Plan, x: Tensor) -> Tensor:
-    """The shard with rows added up to the largest rank's."""
-    largest = max(todo.problem.k_rows(rank) for rank in range(todo.problem.world))
+    """The shard with zeros added up to the largest rank's size."""
+    largest = max(todo.problem.k_local(rank) for rank in range(todo.problem.world))
     if x.shape[1] == largest:
         return x
     return torch.cat([x, x.new_zeros((x.shape[0], largest - x.shape[1], *x.shape[2:]))], 1)
@@ -264,7 +267,7 @@ def _padded(todo: Plan, x: Tensor) -> Tensor:
 
 def _assemble(step: Step, own: Tensor, gathered: list[Tensor]) -> Tensor:
     """The step's key buffer from the shards of all ranks."""
-    parts = [gathered[rows.peer][:, rows.start : rows.stop] for rows in step.keys]
+    parts = [gathered[keys.peer][:, keys.start : keys.stop] for keys in step.keys]
     if not parts:
         return own[:, :0]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
@@ -276,71 +279,78 @@ def _in_turn(peers: Sequence[int], keys: Sequence[Tensor], values: Sequence[Tens
 
 
 def _taken(sends: Sequence[KeySend], route: Route, x_BSHD: Tensor) -> list[Tensor]:
-    """The rows that each send carries, contiguous: one copy for all of them where some have several ranges."""
+    """The keys that each send carries, contiguous: one copy for all of them where some have several ranges.
+
+    A slice that is contiguous is sent without a copy. It must stay as it is until the transfer is over, since a transport reads
+    it as late as it likes: keys are inputs, which nobody writes to, and so are what sends of gradients carry, which the sum of a
+    step gives away.
+    """
     if route.take is None:
-        return [x_BSHD[:, rows.start : rows.stop].contiguous() for send in sends for rows in send.rows]
-    return _split(x_BSHD, route.take, [sum(rows.size for rows in send.rows) for send in sends])
+        return [x_BSHD[:, keys.start : keys.stop].contiguous() for send in sends for keys in send.ranges]
+    return _split(x_BSHD, route.take, [sum(keys.size for keys in send.ranges) for send in sends])
 
 
 def _leaving(peers: Sequence[Slot], route: Route, grad_BSHD: Tensor) -> list[Tensor]:
-    """The gradients of each peer's keys, contiguous: one copy for all of them where a peer's rows are scattered."""
+    """The gradients of each peer's keys, contiguous: one copy for all of them where a peer's keys are scattered."""
     if route.leave is None:
-        return [grad_BSHD[:, slot.first : slot.first + slot.rows].contiguous() for slot in peers]
-    return _split(grad_BSHD, route.leave, [slot.rows for slot in peers])
+        return [grad_BSHD[:, slot.first : slot.first + slot.count].contiguous() for slot in peers]
+    return _split(grad_BSHD, route.leave, [slot.count for slot in peers])
 
 
-def _split(x_BSHD: Tensor, index: Tensor, rows: Sequence[int]) -> list[Tensor]:
+def _split(x_BSHD: Tensor, index: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     batch, _, *dims = x_BSHD.shape
-    parts = x_BSHD.flatten(0, 1).index_select(0, index).split([batch * n for n in rows])
-    return [part.view(batch, n, *dims) for part, n in zip(parts, rows, strict=True)]
+    parts = x_BSHD.flatten(0, 1).index_select(0, index).split([batch * n for n in sizes])
+    return [part.view(batch, n, *dims) for part, n in zip(parts, sizes, strict=True)]
 
 
 def _landing(transport: Transport, rank: int, route: Route, x_BSHD: Tensor) -> tuple[dict[Slot, Tensor], Callable[[], Tensor]]:
-    """Buffers for the rows of each slot but the own one, and what gives the step's key buffer once they are full.
+    """Buffers for the keys of each slot but the own one, and what gives the step's key buffer once they are full.
 
-    Where the order of arrival is that of the key buffer, peers' rows land in their place and only this rank's own are copied.
+    Where the order of arrival is that of the key buffer, peers' keys land in their place and only this rank's own are copied.
     """
     batch, _, *dims = x_BSHD.shape
     own, slots = route.own, route.slots
     foreign = [slot for slot in slots if slot.owner != rank]
     if not foreign:
-        return {}, lambda: x_BSHD[:, :0] if own is None else _own_part(own.start, own.rows, own.take, x_BSHD)
+        return {}, lambda: x_BSHD[:, :0] if own is None else _own_part(own.start, own.count, own.take, x_BSHD)
+    # A message holds all batch rows of one peer, but the key buffer all peers' keys of one batch row after another: with several
+    # batch rows, messages cannot land inside it.
     if route.order is None and (batch > 1 or len(slots) == 1):
-        apart = {slot: transport.empty((batch, slot.rows, *dims), x_BSHD) for slot in foreign}
+        apart = {slot: transport.empty((batch, slot.count, *dims), x_BSHD) for slot in foreign}
         if len(slots) == 1:
             return apart, lambda: apart[slots[0]]
-        mine = [] if own is None else [_own_part(own.start, own.rows, own.take, x_BSHD)]
+        mine = [] if own is None else [_own_part(own.start, own.count, own.take, x_BSHD)]
         return apart, lambda: torch.cat([mine[0] if slot.owner == rank else apart[slot] for slot in slots], 1)
-    total = sum(slot.rows for slot in slots)
+    total = sum(slot.count for slot in slots)
     landed = transport.empty((batch * total, *dims), x_BSHD)
-    parts = dict(zip(slots, landed.split([batch * slot.rows for slot in slots]), strict=True))
+    parts = dict(zip(slots, landed.split([batch * slot.count for slot in slots]), strict=True))
     if own is not None:
         home = next(slot for slot in slots if slot.owner == rank)
-        _own_part(own.start, own.rows, own.take, x_BSHD, parts[home])
+        _own_part(own.start, own.count, own.take, x_BSHD, parts[home])
 
     def keys() -> Tensor:
         flat = landed if route.order is None else landed.index_select(0, route.order)
         return flat.view(batch, total, *dims)
 
-    return {slot: parts[slot].view(batch, slot.rows, *dims) for slot in foreign}, keys
+    return {slot: parts[slot].view(batch, slot.count, *dims) for slot in foreign}, keys
 
 
-def _own_part(start: int, rows: int, index: Tensor | None, x_BSHD: Tensor, target: Tensor | None = None) -> Tensor:
-    """Rows [start, start + rows), or those of an index, as (B, rows, H, D); copied to `target` (B * rows, H, D) if one is given."""
+def _own_part(start: int, count: int, index: Tensor | None, x_BSHD: Tensor, target: Tensor | None = None) -> Tensor:
+    """Keys [start, start + count), or those of an index, as (B, count, H, D); copied to a `target` of shape (B * count, H, D)."""
     batch, _, *dims = x_BSHD.shape
     if index is not None:
         part = x_BSHD.flatten(0, 1)
         if target is not None and target.dtype == part.dtype:
             torch.index_select(part, 0, index, out=target)
-            return target.view(batch, rows, *dims)
-        part = part.index_select(0, index).view(batch, rows, *dims)
+            return target.view(batch, count, *dims)
+        part = part.index_select(0, index).view(batch, count, *dims)
     else:
-        part = x_BSHD[:, start : start + rows]
-    return part if target is None else target.view(batch, rows, *dims).copy_(part)
+        part = x_BSHD[:, start : start + count]
+    return part if target is None else target.view(batch, count, *dims).copy_(part)
 
 
 def _offsets(step: Step) -> Iterator[tuple[int, TokenRange]]:
     start = 0
-    for rows in step.keys:
-        yield start, rows
-        start += rows.size
+    for keys in step.keys:
+        yield start, keys
+        start += keys.size

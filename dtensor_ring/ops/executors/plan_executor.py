@@ -2,7 +2,7 @@
 
     per rank   q_BSHD (B, Sq/W, H, D), k_BSHD and v_BSHD (B, Sk/W, Hk, D and Dv); Sq/W, Sk/W are this rank's shares
     forward    each step receives the key rows of `step.keys` and sends those of `plan.sends`: K and V in their own dtype, each
-               rank in all `plan.rows_sent * B * Hk * (D + Dv) * itemsize` bytes
+               rank in all `plan.key_tokens_sent * B * Hk * (D + Dv) * itemsize` bytes
     backward   the same keys again; then dK and dV of every fetched row go back to its owner in the dtype the kernel returned
                them in, where one call made them, and summed in float32 where several did
 
@@ -174,7 +174,7 @@ class Executor(AttentionExecutor):
         if is_varlen(call, self.plan.problem):
             return call, self._blocks(q_BSHD, seed)(0, 0)
         _, q0, q1, k0, k1 = call.segments[0]
-        if q1 - q0 != q_BSHD.shape[1] or k1 - k0 != steps[0].rows:
+        if q1 - q0 != q_BSHD.shape[1] or k1 - k0 != steps[0].key_count:
             return None
         # a dense block needs nothing that is looked up: the look-up would be most of what the executor costs the host here
         positions_of = self._positions(q_BSHD.device, seed)
@@ -266,6 +266,7 @@ class Executor(AttentionExecutor):
             if self.plan.relays:  # the next step may pass these keys on, so they must have come before it starts
                 arrived[index] = pending.wait()
                 pending = Pending.ready(arrived[index])
+            # Started before this step's keys are waited for: the transfer runs beside the kernels that the caller launches next.
             ahead = exchange.fetch(order[place + 1], kv, direction, arrived) if place + 1 < len(order) else None
             yield index, pending.wait()
             pending = ahead
@@ -290,10 +291,12 @@ def _position_bytes(positions: _Positions, problem: AttentionProblem, *_others: 
 @cached("segments of packed calls", most_bytes=8 << 20, most_entries=32, size=_varlen_bytes)
 def _varlen_metadata(problem: AttentionProblem, rank: int, batch: int, device: torch.device) -> _Varlen:
     """For each call of each step its segments in a whole batch; None for a dense block."""
-    q_tokens, steps = problem.q_rows(rank), plan(problem, rank).steps
+    q_tokens, steps = problem.q_local(rank), plan(problem, rank).steps
     return tuple(
         tuple(
-            VarlenMetadata.of(_segments(call, problem, batch, (q_tokens, step.rows)), batch * q_tokens, batch * step.rows, device)
+            VarlenMetadata.of(
+                _segments(call, problem, batch, (q_tokens, step.key_count)), batch * q_tokens, batch * step.key_count, device
+            )
             if is_varlen(call, problem)
             else None
             for call in step.calls

@@ -37,7 +37,7 @@ def with_passed_on(plan: Plan, sends: Sequence[KeySend], own: Sequence[Tensor], 
 
 def with_return_buffers(sends: Sequence[KeySend], own: Sequence[Tensor], empty: Callable[[int, bool], Tensor]) -> list[Tensor]:
     """A buffer for what comes back of each send: `own` has those of own keys, `empty(keys, sums)` makes the others."""
-    return _merged(sends, own, lambda send: empty(sum(keys.size for keys in send.rows), send.sums))
+    return _merged(sends, own, lambda send: empty(sum(keys.size for keys in send.ranges), send.sums))
 
 
 def add_returned(plan: Plan, sends: Sequence[KeySend], returned: Sequence[Tensor], waiting: Mapping[int, Tensor]) -> None:
@@ -63,12 +63,12 @@ def _places(plan: Plan, send: KeySend) -> list[tuple[int, int]]:
     starts = list(accumulate((each.size for each in keys), initial=0))
 
     def find() -> Iterator[tuple[int, int]]:
-        for wanted in send.rows:
+        for wanted in send.ranges:
             for start, held in zip(starts, keys, strict=False):
                 if held.owner == wanted.owner and held.start <= wanted.start and wanted.stop <= held.stop:
                     yield start + wanted.start - held.start, start + wanted.stop - held.start
                     break
 
     places = list(find())
-    assert len(places) == len(send.rows), "a rank passes on keys that it got"
+    assert len(places) == len(send.ranges), "a rank passes on keys that it got"
     return places

@@ -1,12 +1,12 @@
-"""Which rows a rank copies where in one step, as index tensors: made once for a plan, so that no copy is made range by range.
+"""Where the keys of one step are copied from and to, as index tensors made once for a plan: no copy is made range by range.
 
-    rank 1 has 6 key rows and sends rows 0 and 4 5 to rank 0, row 2 to rank 2      take    0 4 5 | 2
-    its key buffer wants rows of rank 0 and its own in turn: 0.0 1.0 0.3 1.2       slots   0.0 0.3 | 1.0 1.2
+    rank 1 stores 6 keys and sends keys 0 and 4 5 to rank 0, key 2 to rank 2       take    0 4 5 | 2
+    its key buffer wants keys of rank 0 and its own in turn: 0.0 1.0 0.3 1.2       slots   0.0 0.3 | 1.0 1.2
                                                                                    order   0 2 1 3
-    gradients of row 0 come from itself and rank 0, of 2 from all, of 4 5 from 0   sums    own 0, rank 0; ...
+    gradients of key 0 come from itself and rank 0, of 2 from all, of 4 5 from 0   sums    own 0, rank 0; ...
 
-Rows are flattened over the batch: row r of batch row b of a tensor (B, S, ...) is row b * S + r. Rows of one rank stand together,
-batch row after batch row, as one contiguous message holds them.
+A place is a number in a tensor (B, S, ...) whose first two dims are flattened: key i of batch row b is at place b * S + i. Keys of
+one rank stand together, batch row after batch row, as one contiguous message holds them.
 """
 
 from __future__ import annotations
@@ -29,50 +29,50 @@ _Origin = tuple[int, int]  # owner and peer
 
 
 class Slot(NamedTuple):
-    """Where one owner's keys, as one peer sends them, stand in the order of arrival: `rows` from `first` in each batch row."""
+    """Where one owner's keys, as one peer sends them, stand in the order of arrival: `count` from `first` in each batch row."""
 
     owner: int
     peer: int
     first: int
-    rows: int
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
 class Own:
-    """This rank's own rows in a step's key buffer.
+    """This rank's own keys in a step's key buffer.
 
     Attributes:
-        start: the first of its stored rows, where `take` is None.
-        at: the first of its rows in the key buffer, where `back` is None.
-        rows: how many.
-        take: which stored rows they are, flattened; None for one range.
-        back: which rows of the key buffer they are, flattened; None for one range.
+        start: the first of them in this rank's shard, where `take` is None.
+        at: the first of them in the key buffer, where `back` is None.
+        count: how many.
+        take: their places in the shard; None for one range.
+        back: their places in the key buffer; None for one range.
     """
 
     start: int
     at: int
-    rows: int
+    count: int
     take: Tensor | None
     back: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """What the gradients of own key rows [low, high) are summed from.
+    """What the gradients of own keys [low, high) are summed from.
 
-    Contributions stand in one buffer: the own part, then what peers send that is summed in float32 already, then what is not.
-    A row adds its own part first, then the peers' in ascending order. Where some row has several contributions, those of row i,
-    flattened, are the buffer's rows `index[offsets[i] : offsets[i + 1]]`. Where none has, `offsets` is None and row i is the
-    buffer's row `index[i]`, which is one past the buffer's end where nothing contributes.
+    Contributions stand in one buffer: the own part, then what peers send that is summed in float32 already, then what is not. A
+    key's gradient is its own part first, then the peers' in ascending order, so that results do not depend on which came first.
+    Where some key has several contributions, those of the key at place i are at `index[offsets[i] : offsets[i + 1]]` of the
+    buffer. Where none has, `offsets` is None and the one is at `index[i]`, which is past the buffer's end where there is none.
 
     Attributes:
-        index: int32.
-        offsets: int32, one for each row and one more; None where rows are not added up.
+        index: int32, places in the buffer.
+        offsets: int32, one for each key and one more; None where nothing is added up.
         gaps: whether some `index[i]` is past the buffer's end.
-        low: first own key row with a contribution.
+        low: first own key with a contribution.
         high: one past the last.
-        rows: rows of the buffer in one batch row: own, wide, others.
-        firsts: first row in a batch row of each send's rows, counted from the first of all, in the order of the plan's sends;
+        sizes: contributions in the buffer for one batch row: own, summed, others.
+        firsts: where each send's part begins in a batch row, counted from the buffer's first, in the order of the plan's sends;
             sends of keys that are passed on are left out, since the gradients of those are not summed here.
     """
 
@@ -81,7 +81,7 @@ class Sums:
     gaps: bool
     low: int
     high: int
-    rows: tuple[int, int, int]
+    sizes: tuple[int, int, int]
     firsts: tuple[int, ...]
 
 
@@ -90,11 +90,11 @@ class Route:
     """The copies of one step on one rank.
 
     Attributes:
-        take: rows that peers need, peer after peer; None where each needs one range.
-        slots: owners and peers of the keys that the step needs, as their first rows follow in the key buffer.
+        take: places of the keys that peers need, peer after peer; None where each needs one range.
+        slots: owners and peers of the keys that the step needs, in the order in which they first appear in the key buffer.
         own: this rank's part of the key buffer; None where it has none.
-        order: for each row of the key buffer where it stands in the slots; None where each rank's rows stand together there.
-        leave: for each row of the peers' slots where it stands in the key buffer; None as for `order`.
+        order: for each place of the key buffer its place in the slots; None where each slot's keys stand together there.
+        leave: for each place of the peers' slots its place in the key buffer; None as for `order`.
         sums: how gradients are summed; None where own part and messages are one range each.
     """
 
@@ -118,7 +118,7 @@ def _route_bytes(kept: tuple[Route, ...], problem: AttentionProblem, *_others: o
     return problem.nbytes + sum(600 + sum(tensor.nbytes for tensor in route.tensors) for route in kept)
 
 
-@cached("rows of transfers", most_bytes=16 << 20, most_entries=32, size=_route_bytes)
+@cached("places of transfers", most_bytes=16 << 20, most_entries=32, size=_route_bytes)
 def routes(problem: AttentionProblem, rank: int, batch: int, device: torch.device) -> tuple[Route, ...]:
     """The routes of a plan's steps for a batch; plans whose exchange is collective have none."""
     whole = plan(problem, rank)
@@ -126,30 +126,31 @@ def routes(problem: AttentionProblem, rank: int, batch: int, device: torch.devic
 
 
 def _route(whole: Plan, index: int, batch: int, device: torch.device) -> Route:
-    step, length = whole.steps[index], whole.problem.k_rows(whole.rank)
+    step, length = whole.steps[index], whole.problem.k_local(whole.rank)
     sends = [send for send in whole.sends[index] if send.step is None]
     stored, held = _by_origin(step)
     slots: list[Slot] = []
     first = 0
     for (owner, peer), ranges in stored.items():
         slots.append(Slot(owner, peer, first, _count(ranges)))
-        first += slots[-1].rows
+        first += slots[-1].count
+    # Grouped: what arrives from each peer can lie in the key buffer as it is. Otherwise it lands beside it and is put in order.
     grouped = all(a[1] == b[0] for ranges in held.values() for a, b in pairwise(ranges))
     order = leave = None
     if not grouped:
-        places = {origin: _flat(ranges, batch, step.rows) for origin, ranges in held.items()}
+        places = {origin: _flat(ranges, batch, step.key_count) for origin, ranges in held.items()}
         every = torch.cat(list(places.values()))
         order = torch.empty_like(every)
         order[every] = torch.arange(len(every))
-        leave = torch.cat([rows for (owner, _), rows in places.items() if owner != whole.rank])
+        leave = torch.cat([of_owner for (owner, _), of_owner in places.items() if owner != whole.rank])
     own, home = None, next((origin for origin in stored if origin[0] == whole.rank), None)
     mine: list[_Range] = [] if home is None else stored[home]
     if home is not None:
         at = held[home]
         take = None if len(mine) == 1 else _placed(_flat(mine, batch, length), device)
-        back = None if grouped or len(at) == 1 else _placed(_flat(at, batch, step.rows), device)
+        back = None if grouped or len(at) == 1 else _placed(_flat(at, batch, step.key_count), device)
         own = Own(mine[0][0], at[0][0], _count(mine), take, back)
-    sent = [[(rows.start, rows.stop) for rows in send.rows] for send in sends]
+    sent = [[(keys.start, keys.stop) for keys in send.ranges] for send in sends]
     one_each = all(len(ranges) == 1 for ranges in sent)
     return Route(
         None if one_each else _placed(torch.cat([_flat(ranges, batch, length) for ranges in sent]), device),
@@ -166,17 +167,17 @@ def _by_origin(step: Step) -> tuple[dict[_Origin, list[_Range]], dict[_Origin, l
     stored: dict[_Origin, list[_Range]] = {}
     held: dict[_Origin, list[_Range]] = {}
     offset = 0
-    for rows in step.keys:
-        origin = rows.owner, rows.peer
-        stored.setdefault(origin, []).append((rows.start, rows.stop))
-        held.setdefault(origin, []).append((offset, offset + rows.size))
-        offset += rows.size
+    for keys in step.keys:
+        origin = keys.owner, keys.peer
+        stored.setdefault(origin, []).append((keys.start, keys.stop))
+        held.setdefault(origin, []).append((offset, offset + keys.size))
+        offset += keys.size
     return stored, held
 
 
 def _sums(mine: list[_Range], sends: Sequence[KeySend], batch: int, length: int | None, device: torch.device) -> Sums:
-    """The sums of own part and sends; they cover all `length` rows if given, else those from first to last contribution."""
-    blocks = [mine, *([(rows.start, rows.stop) for rows in send.rows] for send in sends)]
+    """The sums of own part and sends; they cover all `length` keys if given, else those from first to last contribution."""
+    blocks = [mine, *([(keys.start, keys.stop) for keys in send.ranges] for send in sends)]
     low = min(a for ranges in blocks for a, _ in ranges) if length is None else 0
     high = max(b for ranges in blocks for _, b in ranges) if length is None else length
     wide = sum(_count(blocks[i + 1]) for i, send in enumerate(sends) if send.sums)
@@ -190,20 +191,20 @@ def _sums(mine: list[_Range], sends: Sequence[KeySend], batch: int, length: int 
             next_other += _count(ranges)
     ascending = sorted(range(len(sends)), key=lambda i: sends[i].rank)
     targets: list[Tensor] = []
-    rows: list[Tensor] = []
+    places: list[Tensor] = []
     for first, ranges in [(0, mine), *((firsts[i], blocks[i + 1]) for i in ascending)]:
         target = _flat([(a - low, b - low) for a, b in ranges], batch, high - low)
         targets.append(target)
-        rows.append(batch * first + torch.arange(len(target)))
+        places.append(batch * first + torch.arange(len(target)))
     target = torch.cat(targets)
     counts = torch.bincount(target, minlength=batch * (high - low))
     sizes = _count(mine), wide, next_other - _count(mine) - wide
     if (counts > 1).any():
-        index = torch.cat(rows)[torch.argsort(target, stable=True)]  # stable: a row's contributions stay in the order above
+        index = torch.cat(places)[torch.argsort(target, stable=True)]  # stable: a key's contributions stay in the order above
         offsets = _placed(torch.cat([counts.new_zeros(1), counts.cumsum(0)]), device)
         return Sums(_placed(index, device), offsets, False, low, high, sizes, tuple(firsts))
     index = torch.full_like(counts, len(target))
-    index[target] = torch.cat(rows)
+    index[target] = torch.cat(places)
     return Sums(_placed(index, device), None, bool((counts == 0).any()), low, high, sizes, tuple(firsts))
 
 
@@ -212,13 +213,13 @@ def _count(ranges: Iterable[_Range]) -> int:
 
 
 def _flat(ranges: Sequence[_Range], batch: int, length: int) -> Tensor:
-    """The rows of ranges, flattened over batch rows of `length`."""
+    """The places of ranges in all batch rows of a tensor with `length` keys in each."""
     if not ranges:
         return torch.empty(0, dtype=torch.int64)
     starts, stops = torch.tensor(ranges, dtype=torch.int64).T
     sizes = stops - starts
-    rows = torch.arange(int(sizes.sum())) + torch.repeat_interleave(stops - sizes.cumsum(0), sizes)
-    return (rows + length * torch.arange(batch)[:, None]).flatten()
+    inside = torch.arange(int(sizes.sum())) + torch.repeat_interleave(stops - sizes.cumsum(0), sizes)
+    return (inside + length * torch.arange(batch)[:, None]).flatten()
 
 
 def _placed(index: Tensor, device: torch.device) -> Tensor:

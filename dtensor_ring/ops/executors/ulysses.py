@@ -92,6 +92,7 @@ class UlyssesExecutor(AttentionExecutor):
         dout, q, out = (self._to_heads(x) for x in (dout_BSHD, q_BSHD, out_BSHD))
         lse = exchange_dims(lse_BHS, (2, self.problem.split, self.problem.q_length), (1, Chunks(), heads), self.transport)
         dq, dk, dv, dmine = self._inner(heads).backward(dout, q, self._kv(k_BSHD), self._kv(v_BSHD), out, lse, seed)
+        # Every rank gives the part of its own heads; whoever holds the sinks sums the parts over ranks.
         dsinks = None
         if self.sinks is not None and dmine is not None:
             dsinks = torch.zeros_like(self.sinks)
@@ -104,6 +105,7 @@ class UlyssesExecutor(AttentionExecutor):
 
     def _inner(self, heads: int) -> Executor:
         """Attention of this rank's heads on one device."""
+        # Dropout masks depend on a head's number in the whole batch, so the origin moves on to this rank's first head.
         mine, (row, head) = self._mine(heads), self.origin
         sinks = None if self.sinks is None else self.sinks[mine]
         alibi = None if self.alibi is None else self.alibi[..., mine].contiguous()
@@ -119,6 +121,7 @@ class UlyssesExecutor(AttentionExecutor):
         return exchange_dims(x_BSHD, (2, Chunks(), heads), (1, self.problem.split, length), self.transport)
 
     def _kv(self, x_BSHD: Tensor) -> Tensor:
+        # Neighbouring copies: rank r's query heads r * H/W .. belong to key head r // copies, as grouped heads are numbered.
         copies = copies_of_key_heads(self.transport.world, x_BSHD.shape[2])
         return self._to_heads(x_BSHD.repeat_interleave(copies, 2) if copies > 1 else x_BSHD, self.problem.k_length)
 
