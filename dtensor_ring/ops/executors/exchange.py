@@ -90,8 +90,10 @@ class Exchange:
             return Pending(lambda: _pair(_assemble(step, x, y) for x, y in zip(kv, _apart(gathered, shards), strict=True)))
         route = self._route(index, kv[0])
         # Buffers are made before the transfer starts and belong to it until `finish`, on both sides.
-        k_taken, v_taken = (_taken(own_sends(self.plan, sends), route, x) for x in kv)
-        if self.plan.relays:
+        relays = self.plan.relays
+        own = own_sends(sends) if relays else sends
+        k_taken, v_taken = (_taken(own, route, x) for x in kv)
+        if relays:
             k_taken = with_passed_on(self.plan, sends, k_taken, {step: k for step, (k, _) in arrived.items()})
             v_taken = with_passed_on(self.plan, sends, v_taken, {step: v for step, (_, v) in arrived.items()})
         (k_slots, k_keys), (v_slots, v_keys) = (_landing(transport, rank, route, x) for x in kv)
@@ -114,10 +116,12 @@ class Exchange:
         route = self._route(index, own[0].like)
         foreign = [slot for slot in route.slots if slot.owner != rank]
         k_leaving, v_leaving = (_leaving(foreign, route, grad) for grad in grads)
+        relays = self.plan.relays
+        of_own = own_sends(sends) if relays else sends
         (k_buffers, add_k), (v_buffers, add_v) = (
-            self._returns(own_sends(self.plan, sends), route, grad, total) for grad, total in zip(grads, own, strict=True)
+            self._returns(of_own, route, grad, total) for grad, total in zip(grads, own, strict=True)
         )
-        if self.plan.relays:
+        if relays:
             k_buffers, v_buffers = (
                 with_return_buffers(sends, buffers, partial(self._empty, like=total.like))
                 for buffers, total in zip((k_buffers, v_buffers), own, strict=True)
@@ -131,7 +135,7 @@ class Exchange:
             pending.wait()
             add_k()
             add_v()
-            if self.plan.relays:
+            if relays:
                 add_returned(self.plan, sends, k_buffers, {step: dk for step, (dk, _) in waiting.items()})
                 add_returned(self.plan, sends, v_buffers, {step: dv for step, (_, dv) in waiting.items()})
 
@@ -156,7 +160,10 @@ class Exchange:
             if own is not None:
                 total.add(own.start, grad[:, own.at : own.at + own.count])
             ranges = [send.ranges[0] for send in sends]
-            buffers = [self._empty(keys.size, send.sums, like) for send, keys in zip(sends, ranges, strict=True)]
+            buffers = [
+                self.transport.empty((batch, keys.size, *dims), like, wide if send.sums else narrow)
+                for send, keys in zip(sends, ranges, strict=True)
+            ]
 
             def add() -> None:
                 for keys, buffer in zip(ranges, buffers, strict=True):

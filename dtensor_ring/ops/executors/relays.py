@@ -20,9 +20,9 @@ from torch import Tensor
 from dtensor_ring.planning.schedule import KeySend, Plan
 
 
-def own_sends(plan: Plan, sends: Sequence[KeySend]) -> Sequence[KeySend]:
+def own_sends(sends: Sequence[KeySend]) -> Sequence[KeySend]:
     """The sends of this rank's own keys."""
-    return [send for send in sends if send.step is None] if plan.relays else sends
+    return [send for send in sends if send.step is None]
 
 
 def with_passed_on(plan: Plan, sends: Sequence[KeySend], own: Sequence[Tensor], arrived: Mapping[int, Tensor]) -> list[Tensor]:
