@@ -21,7 +21,8 @@ from dtensor_ring.ops.kernels.math import MathKernel
 from dtensor_ring.planning.documents import Documents, Slices
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
-from dtensor_ring.planning.schedule import AttentionProblem, plan
+from dtensor_ring.planning.problem import AttentionProblem
+from dtensor_ring.planning.schedule import plan
 
 SQUARE, RECTANGULAR, FULL, WINDOW = (BlockKind(mask, False) for mask in ("square causal", "rectangular causal", "full", "window"))
 NEED = KernelRequirements("cpu", torch.float32, 64, 64)

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from dtensor_ring.ops.kernels import EVERY_KIND, BlockKind
 from dtensor_ring.planning.kernel_calls import KernelCall
-from dtensor_ring.planning.schedule import AttentionProblem, Plan, plan
+from dtensor_ring.planning.problem import AttentionProblem
+from dtensor_ring.planning.schedule import Plan, plan
 
 
 def is_varlen(call: KernelCall, problem: AttentionProblem) -> bool:
