@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import laws
 import pytest
 import torch
 from hypothesis import settings
@@ -15,6 +16,12 @@ def pools():
     live = Pools()
     yield live
     live.close()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """What was collected, before markers and words take tests away, for the record of laws."""
+    config.stash[laws.COLLECTED] = laws.count(items)
 
 
 def pytest_runtest_setup(item):
