@@ -1,6 +1,12 @@
 from __future__ import annotations
 
+import itertools
 import math
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,3 +102,36 @@ def test_gradients_add_up_in_float32_whatever_the_order(parts, dtype):
 
 def test_no_gradient_is_zero():
     assert torch.equal(GradSum(torch.ones(1, 2, 1, 1), 0).result(), torch.zeros(1, 2, 1, 1))
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory):
+    """What both merges make of the same blocks, the fused one under Triton's interpreter."""
+    if find_spec("triton") is None:
+        pytest.skip("needs Triton, whose interpreter runs the kernel on CPUs: pip install triton")
+    script, file = Path(__file__).parent / "interpreted_merge.py", tmp_path_factory.mktemp("merge") / "results.pt"
+    environment = os.environ | {"PYTHONPATH": str(script.parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(script), str(file)], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(file)
+
+
+DTYPES = ("float32", "bfloat16", "float16", "bfloat16 into float32")
+SHAPES = [(2, 37, 5, 80), (1, 16, 1, 64), (1, 1, 1, 1), (3, 7, 2, 24), (1, 5, 3, 128), (2, 0, 2, 8)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_triton_kernel_merges_as_the_portable_code_does(interpreted, dtype, shape):
+    """Rows without keys in either or both blocks, head dims that are no power of two, and nothing written outside."""
+    case = interpreted[dtype, shape]
+    assert case["outside"].all(), "what lies around the tensors was written to, or NaN was left inside"
+    assert case["out"].shape == case["plain out"].shape == shape
+    eps = torch.finfo(case["out"].dtype).eps
+    torch.testing.assert_close(case["lse"], case["plain lse"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(case["out"].float(), case["plain out"].float(), rtol=eps, atol=1e-6)
+    assert (case["lse"][:, :, 2:3] == -math.inf).all()
+
+
+def test_the_cases_of_the_triton_kernel_are_those_that_the_interpreter_ran(interpreted):
+    assert set(interpreted) == set(itertools.product(DTYPES, SHAPES))

@@ -18,7 +18,7 @@ FAST=(documents layout mask merge kernels package)
 
 rm -rf "$work"
 mkdir -p "$work/user"
-grep -v '^torch==' "$root/constraints.txt" > "$work/constraints.txt"
+grep -v -e '^torch==' -e '^triton==' "$root/constraints.txt" > "$work/constraints.txt"
 export PIP_CONSTRAINT=$work/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_QUIET=2
 
 echo "== build"
