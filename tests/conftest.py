@@ -7,8 +7,13 @@ from hypothesis import settings
 from pool import Pools
 
 torch.set_num_threads(1)
-settings.register_profile("default", deadline=None, max_examples=150)
-settings.load_profile("default")
+settings.register_profile("quick", deadline=None, max_examples=75)
+settings.register_profile("thorough", deadline=None, max_examples=150)
+
+
+def pytest_configure(config):
+    """Properties are tried on twice the examples where slow tests run too."""
+    settings.load_profile("quick" if "not slow" in config.option.markexpr else "thorough")
 
 
 @pytest.fixture(scope="session")

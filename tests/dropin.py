@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from helpers import Case, make_case
+from helpers import Case, make_case, together
 
 from dtensor_ring import functional
 from dtensor_ring.functional import llama3_flash_attn_prepare_cu_seqlens, zigzag_llama3_flash_attn_prepare_cu_seqlens
@@ -62,13 +62,7 @@ def on_ranks(family: str, variant: str, case: Case, **options) -> tuple[torch.Te
     assert out.dtype == case.q.dtype
     assert lse.dtype == (torch.float64 if case.q.dtype == torch.float64 else torch.float32)
     grads = torch.autograd.grad(out, leaves, case.dout[:, mine].contiguous())
-    order = torch.argsort(torch.tensor([token for part in tokens for token in part], device=case.q.device))
-    found = []
-    for part, dim in zip((out.detach(), lse, *grads), (1, 2, 1, 1, 1), strict=True):
-        every = [torch.empty(0)] * world
-        dist.all_gather_object(every, part.cpu())
-        found.append(torch.cat(every, dim).to(case.q.device).index_select(dim, order))
-    return tuple(found)
+    return together((out, lse, *grads), FAMILIES[family], case.documents)
 
 
 def family_case(family: str, world: int, length: int = 32, **options) -> Case:

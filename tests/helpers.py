@@ -1,14 +1,20 @@
-"""Inputs, shares and error laws that tests of attention have in common."""
+"""Meshes, refusals, inputs, shares and error laws that tests have in common."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import TypeVar
 
+import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import settings
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from dtensor_ring import Contiguous, Stripe, Zigzag, from_local, ring_attention
 from dtensor_ring.comm import LoopbackTransport
 from dtensor_ring.ops.executors.plan_executor import Executor
 from dtensor_ring.ops.kernels import KERNELS, Kernel, SoftmaxParams
@@ -23,11 +29,64 @@ from dtensor_ring.planning.schedule import plan
 SEED = 5
 LAYOUTS = ("contiguous", "zigzag", "stripe", "stripe:3")
 MASKS = {"causal": (True, (-1, -1)), "full": (False, (-1, -1)), "window": (True, (5, 0)), "two-sided": (False, (9, 3))}
+PER_DOCUMENT = "zigzag/documents"
+PLACEMENTS = {
+    "contiguous": Contiguous(1),
+    "zigzag": Zigzag(1),
+    "stripe": Stripe(1),
+    "stripe:3": Stripe(1, block=3),
+    PER_DOCUMENT: Zigzag(1, per_document=True),
+}
+
+# Sweeps run a part by default, which has each value of each argument, and everything as a slow test.
+some_or_every = pytest.mark.parametrize(
+    "every", [pytest.param(False, id="some"), pytest.param(True, id="every", marks=pytest.mark.slow)]
+)
+Answer = TypeVar("Answer")
 
 
-def line() -> DeviceMesh:
+def examples(number: int) -> settings:
+    """A property is tried on so many examples where slow tests run too, else on half of them."""
+    return settings(max_examples=number if settings.get_current_profile_name() == "thorough" else number // 2)
+
+
+def slow(*values: object):
+    """A case that runs as a slow test, where cheaper ones show the same by default."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def line(device: str = "cpu") -> DeviceMesh:
     """All ranks on one mesh axis, "cp"."""
-    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
+    return init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("cp",))
+
+
+def grid(first: str = "dp", last: str = "cp", rows: int = 2) -> DeviceMesh:
+    """All ranks on two mesh axes, `rows` of them along the first."""
+    return init_device_mesh("cpu", (rows, dist.get_world_size() // rows), mesh_dim_names=(first, last))
+
+
+def once(compute: Callable[[], Answer]) -> Answer:
+    """What `compute` returns, computed by rank 0 alone and sent to the others: all ranks judge by it, and one pays for it."""
+    answer = [compute() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(answer)
+    return answer[0]
+
+
+@cache
+def kept_mesh(axes: int = 1) -> DeviceMesh:
+    """A line, or a grid; one for all calls, for tests of single ops, which make thousands of DTensors."""
+    return line() if axes == 1 else grid()
+
+
+def refused(act: Callable[[], object], error: type[Exception], *texts: str) -> None:
+    """`act` raises `error`, whose message has all `texts`. For ranks: pytest.raises and its match are for patterns."""
+    try:
+        act()
+    except error as failure:
+        for text in texts:
+            assert text in str(failure), f"{text!r} is not in: {failure}"
+    else:
+        raise AssertionError(f"nothing was raised for {texts}")
 
 
 @dataclass
@@ -94,6 +153,13 @@ def make_case(
     return Case(q, k, v, dout, is_causal, window, documents, softcap)
 
 
+@lru_cache(maxsize=128)
+def solved(length: int, **options) -> tuple[Case, tuple[Tensor, ...]]:
+    """A case as `make_case` makes it and its exact results; kept, since sweeps ask for the same ones over and over. Read only."""
+    case = make_case(length, **options)
+    return case, case.exact()
+
+
 def share(x: Tensor, layout: str, world: int, rank: int, dim: int = 1, documents: Documents | None = None) -> Tensor:
     """A rank's tokens of a whole tensor."""
     tokens = Layout.parse(layout).tokens(x.shape[dim], world, rank, documents and documents.bounds[0])
@@ -106,6 +172,35 @@ def whole(shares: list[Tensor], layout: str, dim: int = 1, documents: Documents 
     bounds = documents and documents.bounds[0]
     tokens = [token for rank in range(world) for token in Layout.parse(layout).tokens(length, world, rank, bounds)]
     return torch.cat(shares, dim).index_select(dim, torch.argsort(torch.tensor(tokens, dtype=torch.int64, device=shares[0].device)))
+
+
+def together(
+    parts: Sequence[Tensor], layout: str, documents: Documents | None = None, dims: Sequence[int] = (1, 2, 1, 1, 1)
+) -> tuple[Tensor, ...]:
+    """Whole tensors, on every rank, from the shares that this rank and the others have of them; `dims` are the sequence's."""
+    wholes = []
+    for part, dim in zip(parts, dims, strict=True):
+        every = [torch.empty(0)] * dist.get_world_size()
+        dist.all_gather_object(every, part.detach().cpu())
+        wholes.append(whole(every, layout, dim, documents).to(part.device))
+    return tuple(wholes)
+
+
+def over_ranks(case: Case, layout: str, *, sinks: Tensor | None = None, **options) -> tuple[Tensor, ...]:
+    """out, lse, dq, dk, dv of the whole sequence, attended over all ranks from local shares; with sinks also their gradient."""
+    world, rank, mesh = dist.get_world_size(), dist.get_rank(), line(case.q.device.type)
+    mine = [share(x, layout, world, rank, documents=case.documents).contiguous() for x in (*case.inputs, case.dout)]
+    shares, dout = [x.requires_grad_() for x in mine[:3]], mine[3]
+    placed = [from_local(x, mesh, [PLACEMENTS[layout]], length=case.q.shape[1]) for x in shares]
+    masks = {"is_causal": case.is_causal, "window": case.window, "documents": case.documents, "softcap": case.softcap}
+    more = {"dropout_p": case.dropout_p, "alibi_slopes": case.alibi, "sinks": sinks}
+    out, lse = ring_attention(*placed, return_lse=True, **masks, **more, **options)
+    grads = torch.autograd.grad(out.to_local(), shares if sinks is None else [*shares, sinks], dout)
+    results = together((out.to_local(), lse.to_local(), *grads[:3]), layout, case.documents)
+    if sinks is None:
+        return results
+    dist.all_reduce(grads[3])
+    return *results, grads[3]
 
 
 def run_loopback(

@@ -3,6 +3,7 @@
     python tests/mutants.py --seed 1 --count 20                # 20 faults drawn by seed 1
     python tests/mutants.py --count 10 --file 'planning/*'      # in some files only
     python tests/mutants.py --list --seed 1 --count 20         # shows them, runs nothing
+    python tests/mutants.py --recorded                         # those that were killed before are killed still
 
 A mutant is one change of one expression or statement: a comparison or an operator replaced, a condition negated, a constant off
 by one, a statement left out. The tests of the mutated file run against it, cheapest first, until one fails: then the mutant is
@@ -11,6 +12,10 @@ is dead and remove it, or, where the mutant computes the same, add it to `EQUIVA
 
 Everything runs on a copy of the tree in a temporary folder. First the tests must pass there without a mutant. The same seed draws
 the same mutants as long as the mutated files stay as they are. Exit status 1 if any survived, 2 if tests fail without a mutant.
+
+`MUTANTS.jsonl` has what was killed, as the line before and after, and the test that did it: `--record` adds those of a run. A seed
+means other mutants once the code has changed; a recorded one can be made again as long as its line stands somewhere in its file,
+and then must be killed again, by its test or another of the file's. Those whose line is gone are counted, and new draws make up.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ import argparse
 import ast
 import copy
 import fnmatch
+import json
 import os
 import random
 import re
@@ -28,12 +34,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "dtensor_ring"
+RECORD = Path(__file__).with_name("MUTANTS.jsonl")
 # Seconds that tests may take without a mutant. A minute more than four times what they took, with a mutant they hang.
 PATIENCE = 600
 
@@ -85,6 +92,7 @@ TESTS = {
     "ops/executors/protocol.py": ["test_costs"],
     "ops/executors/ulysses.py": ["test_ulysses"],
     "ops/executors/head_groups.py": ["test_heads", "test_functional -k heads_k", "test_adapter"],
+    "ops/executors/_merge_cuda.py": ["test_merge -k triton"],
     "ops/executors/merge.py": ["test_merge", "test_execute -k 'packed or near'", "test_extras"],
     "ops/block_kinds.py": ["test_block_kinds", "test_execute -k packed"],
     "ops/kernels/__init__.py": ["test_kernels", "test_block_kinds"],
@@ -135,9 +143,29 @@ class Mutant(NamedTuple):
         return self.file, self.before, self.after
 
 
+class Killed(NamedTuple):
+    """A line of the record: a mutant, and the test that failed on it."""
+
+    file: str
+    before: str
+    after: str
+    test: str
+
+    @property
+    def run(self) -> str:
+        """The test as a run of its own; of one that has a name only by its file, that file."""
+        file, _, name = self.test.partition(".py::")
+        return f"{file} -k '{name.partition('[')[0]}'" if name else file.split()[0]
+
+
 def main() -> int:
     options = parse_options()
-    chosen = draw(options.seed, options.count, options.file)
+    tests = {}
+    if options.recorded:
+        chosen, tests = made_again(options.file)
+    else:
+        chosen = draw(options.seed, options.count, options.file)
+    tests |= {mutant.key: tests_of(mutant.file) for mutant in chosen if mutant.key not in tests}
     if options.list:
         for mutant in chosen:
             print(f"{mutant.file}:{mutant.line}\n    - {mutant.before}\n    + {mutant.after}")
@@ -145,7 +173,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         tree = Path(folder) / "tree"
         shutil.copytree(ROOT, tree, symlinks=True, ignore=shutil.ignore_patterns(".*", "__pycache__"))
-        needed = dict.fromkeys(test for mutant in chosen for test in tests_of(mutant.file))
+        needed = dict.fromkeys(test for mutant in chosen for test in tests[mutant.key][: 1 if options.recorded else None])
         limits: dict[str, float] = {}
         for test in needed:
             began = time.monotonic()
@@ -155,7 +183,10 @@ def main() -> int:
             print(f"without a mutant: {test}  {failed or 'passes'}  {took:.0f} s", flush=True)
             if failed:
                 return 2
-        survivors = sum(survives(tree, mutant, limits) for mutant in chosen)
+        killers = {mutant: killer_of(tree, mutant, tests[mutant.key], limits) for mutant in chosen}
+    if options.record:
+        record(Killed(*mutant.key, killer) for mutant, killer in killers.items() if killer)
+    survivors = sum(not killer for killer in killers.values())
     print(f"{len(chosen) - survivors} of {len(chosen)} killed, {100 * (len(chosen) - survivors) / max(len(chosen), 1):.0f} %")
     return 1 if survivors else 0
 
@@ -166,6 +197,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=20, help="how many mutants")
     parser.add_argument("--file", default="*", help="mutate files of this pattern only, such as 'planning/mask.py'")
     parser.add_argument("--list", action="store_true", help="show the mutants, run nothing")
+    parser.add_argument("--record", action="store_true", help="add those that are killed to the record")
+    parser.add_argument("--recorded", action="store_true", help="instead of drawing, make those of the record again")
     return parser.parse_args()
 
 
@@ -270,21 +303,48 @@ def changes(node: ast.AST) -> Iterator[Callable[[], None]]:
                 yield lambda block=block, i=i: block.__setitem__(i, ast.Pass())
 
 
-def survives(tree: Path, mutant: Mutant, limits: dict[str, float]) -> bool:
-    """Run the tests against a mutant and print its line of the table."""
+def recorded() -> list[Killed]:
+    """The mutants that were killed before."""
+    return [Killed(**json.loads(line)) for line in RECORD.read_text().splitlines()] if RECORD.exists() else []
+
+
+def record(killed: Iterable[Killed]) -> None:
+    """Add mutants to the record that it does not have; none is taken away."""
+    every = {each[:3]: each for each in (*killed, *recorded())}
+    RECORD.write_text("".join(f"{json.dumps(each._asdict())}\n" for each in sorted(every.values())))
+
+
+def made_again(pattern: str) -> tuple[list[Mutant], dict[tuple[str, str, str], list[str]]]:
+    """The recorded mutants whose lines still stand, and for each the runs of tests: first the one that killed it."""
+    wanted = {each[:3]: each for each in recorded() if fnmatch.fnmatch(each.file, pattern)}
+    made: dict[tuple[str, str, str], Mutant] = {}
+    for file in sorted({each.file for each in wanted.values() if (ROOT / PACKAGE / each.file).exists()}):
+        tree = strip(ast.parse((ROOT / PACKAGE / file).read_text()))
+        for i, node in enumerate(ast.walk(tree)):
+            for number, _ in enumerate(changes(node)):
+                mutant = make(file, tree, i, number)
+                if mutant.key in wanted:
+                    made.setdefault(mutant.key, mutant)
+    print(f"{len(made)} of {len(wanted)} recorded mutants can be made; the lines of the others are gone")
+    runs = {key: [wanted[key].run, *tests_of(mutant.file)] for key, mutant in made.items()}
+    return sorted(made.values()), runs
+
+
+def killer_of(tree: Path, mutant: Mutant, tests: list[str], limits: dict[str, float]) -> str:
+    """Run tests against a mutant, print its line of the table and return the first test that fails, or ""."""
     path, began, killer = tree / PACKAGE / mutant.file, time.monotonic(), ""
     original = path.read_text()
     path.write_text(mutant.text)
     try:
-        for test in tests_of(mutant.file):
-            killer = run(tree, test, limits[test])
+        for test in tests:
+            killer = run(tree, test, limits.get(test, PATIENCE))
             if killer:
                 break
     finally:
         path.write_text(original)
     print(f"{mutant.file}:{mutant.line}  {killer or 'SURVIVED'}  {time.monotonic() - began:.0f} s")
     print(f"    - {mutant.before}\n    + {mutant.after}", flush=True)
-    return not killer
+    return killer
 
 
 def run(tree: Path, test: str, limit: float) -> str:

@@ -4,10 +4,14 @@
 
 `check` is a module-level function of a test module; ranks find each other through `torch.distributed` as in a real program.
 A rank that does not answer in time is named, and the pool is started afresh for the next test.
+
+Ranks are forked from a server that has imported what the session has: PyTorch, test modules and the models they use are loaded once
+for all ranks of all pools, and a pool starts in a fraction of a second.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing as mp
 import os
@@ -16,12 +20,39 @@ import sys
 import time
 import traceback
 import warnings
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 
 _context = mp.get_context("forkserver")
+# Else each rank that compiles starts processes of its own, which import PyTorch again.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# Imported by ranks when they first need it, each for itself, unless the server has it already.
+LATER = {
+    "transformers": [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen3")],
+    "torch._dynamo": ["torch._dynamo.testing", "torch._functorch.aot_autograd"],
+}
+
+
+def _start_server() -> None:
+    """Start the server that ranks are forked from, with the modules that this session has loaded.
+
+    Where there are GPUs it has PyTorch alone: what is forked from a process that has asked for them cannot use them, and models and
+    tests ask when they are imported.
+    """
+    modules = ["torch.distributed.tensor"]
+    if not torch.cuda.is_available():
+        files = {name: getattr(module, "__file__", None) or "/" for name, module in list(sys.modules.items()) if name != "__main__"}
+        modules += ["dtensor_ring", *(name for name, file in files.items() if Path(file).parent == Path(__file__).parent)]
+        modules += [name for package, names in LATER.items() if package in sys.modules for name in names]
+    _context.set_forkserver_preload(modules)
+    # The server does not take the path over by itself; and where threads of OpenMP ran, what is forked would wait for them.
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), OMP_NUM_THREADS="1"):
+        forkserver.ensure_running()
 
 
 def free_port() -> int:
@@ -31,9 +62,11 @@ def free_port() -> int:
 
 
 def _work(rank: int, world: int, port: int, device: str, paths: list[str], line: Connection) -> None:
+    """A rank: the environment that torchrun gives it, a process group unless `device` is "", then one call after the other."""
     sys.path[:0] = [path for path in paths if path not in sys.path]
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
+    gc.freeze()  # what the server has loaded stays, and is not looked through at each collection
     warnings.simplefilter("error")
     warnings.filterwarnings(
         "ignore", category=DeprecationWarning, module="torch|flash_attn|cutlass|quack|nvidia_cutlass_dsl|tvm_ffi"
@@ -43,7 +76,7 @@ def _work(rank: int, world: int, port: int, device: str, paths: list[str], line:
         warnings.filterwarnings("ignore", message="Attempting to run cuBLAS")  # PyTorch's autograd threads, the first time
         torch.cuda.set_device(rank)
         dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
-    else:
+    elif device:
         dist.init_process_group("gloo")
     line.send(("ok", None))
     while True:
@@ -56,10 +89,13 @@ def _work(rank: int, world: int, port: int, device: str, paths: list[str], line:
 
 
 class Pool:
+    """Ranks of one world size; on `device` "" they have no process group, as a program that torchrun has just started."""
+
     def __init__(self, world: int, device: str = "cpu") -> None:
         self.world = world
         port = free_port()
         self._lines, self._processes = [], []
+        _start_server()
         for rank in range(world):
             here, there = _context.Pipe()
             process = _context.Process(target=_work, args=(rank, world, port, device, list(sys.path), there), daemon=True)

@@ -1,14 +1,16 @@
-"""What PyTorch's attention does on DTensors of its own placements and under its context_parallel, written down by one rank of two.
+"""What PyTorch's attention does on DTensors of its own placements and under its context_parallel, written down by two ranks.
 
-python stock_sdpa.py FOLDER RANK stock      without dtensor_ring
-python stock_sdpa.py FOLDER RANK ours       with dtensor_ring imported
+    python stock_sdpa.py FOLDER      without dtensor_ring
+
+Ranks that have imported dtensor_ring call `write_down` themselves.
 """
 
 from __future__ import annotations
 
-import importlib
 import itertools
+import multiprocessing
 import sys
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -42,11 +44,10 @@ def attend(op, tensors, *options):
         return f"{type(failure).__name__}: {failure}"
 
 
-def main(folder: str, rank: int, kind: str) -> None:
-    torch.set_num_threads(1)
-    if kind == "ours":
-        importlib.import_module("dtensor_ring")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/{kind}.store", rank=rank, world_size=2)
+def write_down(folder: str, kind: str) -> None:
+    """Save in the folder what this rank sees of every call; `kind` is a part of the file's name."""
+    assert ("dtensor_ring" in sys.modules) == (kind == "ours")
+    warnings.filterwarnings("ignore")  # PyTorch's own, of its experimental function
     mesh, found = init_device_mesh("cpu", (2,)), []
     torch.manual_seed(0)
     for placement, grad in itertools.product((Shard(0), Shard(1), Shard(2), Replicate()), (False, True)):
@@ -61,10 +62,22 @@ def main(folder: str, rank: int, kind: str) -> None:
         with context_parallel(mesh, buffers=x, buffer_seq_dims=[2] * 3), torch.set_grad_enabled(grad), sdpa_kernel(backend):
             leaves = [y.clone().requires_grad_(grad) for y in x]
             found.append(attend(F.scaled_dot_product_attention, leaves, None, 0.0, is_causal))
-    torch.save(found, f"{folder}/{kind}{rank}.pt")
+    torch.save(found, f"{folder}/{kind}{dist.get_rank()}.pt")
+
+
+def rank_of_two(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    write_down(folder, "stock")
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    forked = multiprocessing.get_context("fork")  # PyTorch is imported once for both
+    ranks = [forked.Process(target=rank_of_two, args=(rank, sys.argv[1])) for rank in range(2)]
+    for each in ranks:
+        each.start()
+    for each in ranks:
+        each.join()
+    sys.exit(any(each.exitcode for each in ranks))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from test_transformers import SIZES, packed_mask
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen3Config
+from models import SIZES, build, packed_mask
+from transformers import Gemma2Config, LlamaConfig, Qwen3Config
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -22,8 +22,7 @@ CONFIGS = {
 
 
 def make_model(kind: str):
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIGS[kind](), attn_implementation="eager").double().eval()
+    return build(CONFIGS[kind](), "eager").eval()
 
 
 def window_masks(kind: str, documents: Documents) -> torch.Tensor | dict[str, torch.Tensor]:

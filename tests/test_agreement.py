@@ -10,6 +10,7 @@ from weakref import ref
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import grid
 from pool import Pool
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -86,16 +87,16 @@ def test_what_a_group_forgets_all_of_its_ranks_forget(pools):
 
 def subgroups():
     """Each row of a mesh compares by itself, and so does a group of all ranks."""
-    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
-    row, whole = grid.get_local_rank("dp"), torch.randn(1, 8, 2, 8)
-    for mesh in (grid["cp"], grid["dp"], init_device_mesh("cpu", (4,), mesh_dim_names=("cp",))):
+    plane = grid()
+    row, whole = plane.get_local_rank("dp"), torch.randn(1, 8, 2, 8)
+    for mesh in (plane["cp"], plane["dp"], init_device_mesh("cpu", (4,), mesh_dim_names=("cp",))):
         x = distribute_tensor(whole, mesh, [Zigzag(1)], src_data_rank=None)
         alone = ring_attention(whole, whole, whole, strategy="local")
         torch.testing.assert_close(full_tensor(ring_attention(x, x, x)), alone)
-    x = distribute_tensor(whole, grid["cp"], [Zigzag(1)], src_data_rank=None)
+    x = distribute_tensor(whole, plane["cp"], [Zigzag(1)], src_data_rank=None)
     if row == 0:
         with pytest.raises(ValueError, match="another layout, dtype, mask"):
-            ring_attention(x, x, x, scale=2.0 + grid.get_local_rank("cp"))
+            ring_attention(x, x, x, scale=2.0 + plane.get_local_rank("cp"))
     else:
         ring_attention(x, x, x, scale=2.0)
     ring_attention(x, x, x, scale=2.0)

@@ -7,9 +7,8 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-import torch.distributed as dist
-from test_transformers import make_batch, make_model
-from torch.distributed.device_mesh import init_device_mesh
+from helpers import line
+from models import make_batch, make_model
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
@@ -24,12 +23,8 @@ def detecting():
             yield
 
 
-def _mesh():
-    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
-
-
 def _place(x):
-    return distribute_tensor(x, _mesh(), [Zigzag(1)], src_data_rank=None).detach()
+    return distribute_tensor(x, line(), [Zigzag(1)], src_data_rank=None).detach()
 
 
 def sound_gradients(length: int):
@@ -76,7 +71,7 @@ def model_step():
     losses, gradients = [], []
     for watched in (False, True):
         model = make_model("llama")
-        parallelize_module(model, _mesh(), ring_plan(model, Zigzag(1)))
+        parallelize_module(model, line(), ring_plan(model, Zigzag(1)))
         with detecting() if watched else nullcontext():
             out = model(**make_batch(13))
             out.loss.backward()
@@ -93,7 +88,7 @@ def test_anomaly_mode_watches_a_model_under_ring_plan(pools):
 
 def answers() -> list[bool]:
     x = _place(torch.arange(12.0).view(1, 6, 2))
-    mixed = torch.distributed.tensor.ones(2, 2, device_mesh=_mesh(), placements=[Shard(0)])
+    mixed = torch.distributed.tensor.ones(2, 2, device_mesh=line(), placements=[Shard(0)])
     with pytest.raises(NotImplementedError):
         torch._is_any_true(mixed > 0)  # what PyTorch lacks for its own placements it lacks still
     return [bool(torch._is_any_true(x > bound).full_tensor()) for bound in (-1.0, 4.0, 11.0)]

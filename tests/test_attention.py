@@ -8,8 +8,21 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.distributed as dist
-from helpers import assert_like_kernel, make_case, share, single_device, whole
-from torch.distributed.device_mesh import init_device_mesh
+from helpers import (
+    LAYOUTS,
+    PLACEMENTS,
+    assert_like_kernel,
+    grid,
+    line,
+    make_case,
+    once,
+    over_ranks,
+    refused,
+    share,
+    single_device,
+    slow,
+    some_or_every,
+)
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from dtensor_ring import (
@@ -27,17 +40,7 @@ from dtensor_ring.ops.call import AttentionCall
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
 
-PLACEMENTS = {
-    "contiguous": Contiguous(1),
-    "zigzag": Zigzag(1),
-    "stripe": Stripe(1),
-    "stripe:3": Stripe(1, block=3),
-    "shard": Shard(1),
-}
-
-
-def _mesh():
-    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
+PLACEMENTS = {**{layout: PLACEMENTS[layout] for layout in LAYOUTS}, "shard": Shard(1)}
 
 
 def attend(mesh, placements, case, **options):
@@ -51,43 +54,35 @@ def attend(mesh, placements, case, **options):
     return full_tensor(out).detach(), full_tensor(lse.detach()), *torch.autograd.grad(full_tensor(out), leaves, case.dout)
 
 
-def one_axis(layout: str, strategy: str):
-    mesh = _mesh()
-    lengths = (16, 32) if layout == "shard" else (1, 2, 7, 16, 33)
-    for length, heads, mask in itertools.product(lengths, ((4, 2), (3, 1)), ("causal", "full", "window")):
-        if layout == "shard" and length % dist.get_world_size():
-            continue
+def one_axis(layout: str, strategy: str, every: bool):
+    """Every length, number of heads and mask; or each of them once, since ranks as threads run all (`test_execute.py`)."""
+    mesh = line()
+    lengths, numbers, masks = (16, 32) if layout == "shard" else (1, 2, 7, 16, 33), ((4, 2), (3, 1)), ("causal", "full", "window")
+    some = zip(lengths, itertools.cycle(numbers), itertools.cycle(masks), strict=False)
+    for length, heads, mask in itertools.product(lengths, numbers, masks) if every else some:
         case = make_case(length, heads=heads, mask=mask)
-        for found, wanted in zip(attend(mesh, [PLACEMENTS[layout]], case, strategy=strategy), case.exact(), strict=True):
+        exact = once(case.exact)
+        for found, wanted in zip(attend(mesh, [PLACEMENTS[layout]], case, strategy=strategy), exact, strict=True):
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
 
 
+@some_or_every
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("layout", PLACEMENTS)
 @pytest.mark.parametrize("strategy", ["ring", "gather"])
-def test_a_sequence_axis_of_any_layout_is_exact(pools, world, layout, strategy):
-    pools.run(world, one_axis, layout, strategy)
+def test_a_sequence_axis_of_any_layout_is_exact(pools, world, layout, strategy, every):
+    pools.run(world, one_axis, layout, strategy, every)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", PLACEMENTS)
 def test_eight_processes_are_exact(pools, layout):
-    pools.run(8, one_axis, layout, "ring", timeout=280)
+    pools.run(8, one_axis, layout, "ring", True, timeout=280)
 
 
 def sixteen_bits(layout: str, dtype: torch.dtype):
-    mesh, world, rank = _mesh(), dist.get_world_size(), dist.get_rank()
     case = make_case(300, dim=32, dtype=dtype)
-    shares = [share(x, layout, world, rank).requires_grad_() for x in case.inputs]
-    placed = [from_local(x, mesh, [PLACEMENTS[layout]], length=300) for x in shares]
-    out, lse = ring_attention(*placed, return_lse=True)
-    grads = torch.autograd.grad(out.to_local(), shares, share(case.dout, layout, world, rank))
-    found = []
-    for part, dim in zip((out.to_local().detach(), lse.to_local(), *grads), (1, 2, 1, 1, 1), strict=True):
-        every = [None] * world
-        dist.all_gather_object(every, part)
-        found.append(whole(every, layout, dim))
-    assert_like_kernel(tuple(found), single_device(case, "torch_cpu"), case.exact())
+    assert_like_kernel(over_ranks(case, layout), *once(lambda: (single_device(case, "torch_cpu"), case.exact())))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -97,7 +92,7 @@ def test_sixteen_bits_err_like_one_device(pools, layout, dtype):
 
 
 def two_axes():
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("other", "cp"))
+    mesh = grid("other")
     for other, placement in itertools.product((Shard(0), Shard(2), Replicate()), (Zigzag(1), Stripe(1), Contiguous(1))):
         for placements in ([other, placement], [placement, other]):
             case = make_case(13, heads=(4, 2))
@@ -116,7 +111,7 @@ def test_batch_and_head_sharding_pass_through_on_two_axes(pools):
 
 
 def one_tensor_three_times():
-    mesh = _mesh()
+    mesh = line()
     x = torch.randn(2, 13, 4, 8, dtype=torch.float64, requires_grad=True)
     whole_out = ring_attention(x, x, x, strategy="local")
     (wanted,) = torch.autograd.grad(whole_out.square().sum(), x, retain_graph=True)
@@ -136,7 +131,7 @@ def test_one_dtensor_may_be_queries_keys_and_values(pools):
 
 
 def gradients_in_another_placement():
-    mesh = _mesh()
+    mesh = line()
     case = make_case(12)
     leaves = [x.clone().requires_grad_() for x in case.inputs]
     out = ring_attention(*[distribute_tensor(x, mesh, [Zigzag(1)], src_data_rank=None) for x in leaves])
@@ -197,19 +192,9 @@ def test_no_tokens_at_all_are_attended():
     out.sum().backward()
 
 
-def _refused(act, error, *texts: str) -> None:
-    try:
-        act()
-    except error as failure:
-        for text in texts:
-            assert text in str(failure), f"{text!r} is not in: {failure}"
-    else:
-        raise AssertionError(f"nothing was raised for {texts}")
-
-
 def refusals():
-    rank, mesh = dist.get_rank(), _mesh()
-    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    rank, mesh = dist.get_rank(), line()
+    plane = grid()
     x = torch.randn(4, 8, 4, 8)
 
     def placed(placement, on=mesh, tensor=x):
@@ -252,11 +237,11 @@ def refusals():
             "Shard(dim=1) of lengths 7 and 7 over 4 ranks is not even",
         ),
         (
-            lambda: ring_attention(*[DTensor.from_local(x[:, :2], grid, [Zigzag(1), Stripe(1)], run_check=False)] * 3),
+            lambda: ring_attention(*[DTensor.from_local(x[:, :2], plane, [Zigzag(1), Stripe(1)], run_check=False)] * 3),
             NotImplementedError,
             "mesh axes 'dp' and 'cp' both hold the sequence (Zigzag(1) and Stripe(1, block=1))",
         ),
-        (lambda: ring_attention(zigzag, *[placed([Replicate(), Zigzag(1)], grid)] * 2), ValueError, "must lie on one mesh"),
+        (lambda: ring_attention(zigzag, *[placed([Replicate(), Zigzag(1)], plane)] * 2), ValueError, "must lie on one mesh"),
         (lambda: ring_attention(zigzag, x, zigzag), TypeError, "plain: k"),
         (lambda: ring_attention(zigzag, zigzag, zigzag.double()), TypeError, "one dtype", "torch.float64"),
         (lambda: ring_attention(zigzag, zigzag, zigzag, sinks=torch.zeros(3)), ValueError, "sinks must have shape (H,) = (4,)"),
@@ -323,7 +308,7 @@ def refusals():
         ),
     ]
     for act, error, *texts in cases:
-        _refused(act, error, *texts)
+        refused(act, error, *texts)
     with torch.no_grad():  # nothing was left half done
         found, wanted = ring_attention(zigzag, zigzag, zigzag), ring_attention(contiguous, contiguous, contiguous)
         torch.testing.assert_close(full_tensor(found), full_tensor(wanted))
@@ -349,12 +334,12 @@ def test_shapes_that_do_not_fit_are_named(shapes, text):
 
 
 def wrong_layout_argument():
-    mesh = _mesh()
+    mesh = line()
     placed = distribute_tensor(torch.randn(1, 8, 2, 4), mesh, [Zigzag(1)])
     none = DTensor.from_local(torch.empty(0, dtype=torch.int64), mesh, [Replicate()], run_check=False)
     call = AttentionCall(Band.parse("causal"), 0.5, Layout("stripe"), kernel="math")
     rest = (8, 8), (0, 0), str(call), mesh.get_group().group_name
-    _refused(
+    refused(
         lambda: torch.ops.dtensor_ring.attention(placed, placed, placed, None, None, none, *rest),
         RuntimeError,
         "was given the layout stripe:1",
@@ -369,7 +354,7 @@ def test_the_sharding_rule_catches_a_layout_that_is_not_the_tensors(pools):
 def compiled(backend: str, packed: bool) -> int:
     """Forward and backward in one graph, over changing lengths; how many graphs were made."""
     torch._dynamo.reset()
-    mesh, world, rank = _mesh(), dist.get_world_size(), dist.get_rank()
+    mesh, world, rank = line(), dist.get_world_size(), dist.get_rank()
     counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
 
     @torch.compile(backend=counter, fullgraph=True)
@@ -391,8 +376,9 @@ def compiled(backend: str, packed: bool) -> int:
     return counter.frame_count
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "packed"), [("aot_eager", False), ("aot_eager", True), slow("inductor", False), ("inductor", True)]
+)
 @pytest.mark.timeout(600)
 def test_one_graph_serves_changing_lengths(pools, backend, packed):
     # one graph for the first length, one for even shares and one for uneven ones

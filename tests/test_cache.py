@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LAYOUTS, assert_exact, line, make_case, run_loopback
+from helpers import LAYOUTS, assert_exact, line, make_case, run_loopback, slow
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -260,8 +260,14 @@ def measured(make) -> tuple[object, int]:
     return value, size
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "stripe"])
-@pytest.mark.parametrize("strategy", ["ring", "gather"])
+@pytest.mark.parametrize(
+    ("layout", "strategy"),
+    [
+        ("zigzag", "ring"),
+        ("stripe", "gather"),
+        *(slow(*cell) for cell in [("contiguous", "ring"), ("contiguous", "gather"), ("zigzag", "gather"), ("stripe", "ring")]),
+    ],
+)
 def test_the_bytes_of_a_plan_are_estimated_honestly(layout, strategy):
     documents = Documents.from_lengths([300 + i % 300 for i in range(900)])
     problem = AttentionProblem(Layout.parse(layout), Band(0), documents.length, documents.length, 4, strategy, documents)
@@ -274,7 +280,7 @@ def test_the_bytes_of_a_plan_are_estimated_honestly(layout, strategy):
     assert 0.8 < (_varlen_metadata._size(packings, problem) - problem.nbytes) / size < 1.4
 
 
-@pytest.mark.parametrize("number", [100, 1000, 5000])
+@pytest.mark.parametrize("number", [100, 1000, slow(5000)])
 def test_the_bytes_of_documents_and_of_their_shares_are_estimated_honestly(number):
     lengths = [1000 + i % 1000 for i in range(number)]
     documents, size = measured(lambda: Documents.from_lengths(lengths))
@@ -289,7 +295,7 @@ def packings(number: int) -> Iterator[Documents]:
         yield Documents.from_lengths([3 + i % 5, 1 + i // 5, 96 - 3 - i % 5 - 1 - i // 5])
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, "zigzag/documents"])
+@pytest.mark.parametrize("layout", [slow("contiguous"), "zigzag", slow("stripe"), slow("stripe:3"), "zigzag/documents"])
 def test_after_many_packed_batches_nothing_grows_any_more(layout):
     def attend(documents: Documents) -> None:
         case = make_case(96, documents=documents, heads=(1, 1), dim=1, batch=1)

@@ -10,10 +10,9 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.distributed as dist
-from helpers import line, make_case, share
+from helpers import grid, line, make_case, share
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from dtensor_ring import (
@@ -115,7 +114,7 @@ def test_a_setting_of_pytorch_that_kernels_read_is_part_of_what_is_remembered():
 
 def both_ways():
     """Placements, shapes and values of out, lse and gradients, by the autograd function and by the sharding rules."""
-    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    plane = grid("a", "b")
     outer = [Shard(0), Shard(2), Replicate()]
     pairs = [(a, b) for a in outer for b in (Contiguous(1), Zigzag(1), Stripe(1, block=2), Shard(1), Shard(0), Replicate())]
     case = make_case(8, heads=(4, 2))
@@ -123,25 +122,25 @@ def both_ways():
         if placements == (Shard(0), Shard(0)):
             continue
         for with_sinks in (False, True):
-            compare_ways(grid, list(placements), case, with_sinks)
+            compare_ways(plane, list(placements), case, with_sinks)
 
 
-def compare_ways(grid, placements, case, with_sinks):
-    leaves = [distribute_tensor(x, grid, placements, src_data_rank=None).requires_grad_() for x in case.inputs]
-    dout = distribute_tensor(case.dout, grid, placements, src_data_rank=None)
+def compare_ways(plane, placements, case, with_sinks):
+    leaves = [distribute_tensor(x, plane, placements, src_data_rank=None).requires_grad_() for x in case.inputs]
+    dout = distribute_tensor(case.dout, plane, placements, src_data_rank=None)
     sinks = None
     if with_sinks:
         split = [Shard(0) if p == Shard(2) else Replicate() for p in placements]
-        sinks = distribute_tensor(torch.arange(4.0, dtype=torch.float64), grid, split, src_data_rank=None).requires_grad_()
+        sinks = distribute_tensor(torch.arange(4.0, dtype=torch.float64), plane, split, src_data_rank=None).requires_grad_()
     wanted = [*leaves, *([sinks] if sinks is not None else [])]
     eager = ring_attention(*leaves, sinks=sinks, kernel="math", return_lse=True)
     eager_grads = torch.autograd.grad(eager[0], wanted, dout)
 
-    none = DTensor.from_local(torch.empty(0, dtype=torch.int64), grid, [Replicate(), Replicate()], run_check=False)
+    none = DTensor.from_local(torch.empty(0, dtype=torch.int64), plane, [Replicate(), Replicate()], run_check=False)
     axis = next((i for i, p in enumerate(placements) if p not in (Shard(0), Shard(2), Replicate())), None)
     layout = Layout("contiguous") if axis is None or placements[axis] == Shard(1) else placements[axis].layout
     call = AttentionCall(Band.parse("causal"), 8**-0.5, layout, kernel="math", training=True)
-    group = "" if axis is None else grid.get_group(axis).group_name
+    group = "" if axis is None else plane.get_group(axis).group_name
     out, lse, _ = attention_op()(*leaves, sinks, None, none, (8, 8), (0, 0), str(call), group)
     grads = torch.autograd.grad(out, wanted, dout)
     for mine, rule in zip((*eager, *eager_grads[:3]), (out, lse, *grads[:3]), strict=True):

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import runpy
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partialmethod
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
-from pool import free_port
-from test_transformers import make_batch, make_model, worst
-from torch.distributed.device_mesh import init_device_mesh
+from helpers import grid, slow
+from models import make_batch, make_model, worst
+from pool import Pool
 from torch.distributed.tensor.parallel import parallelize_module
+from tqdm import tqdm
 from train_fsdp2 import shard_parameters
 
 from dtensor_ring import Stripe, Zigzag, ring_plan
@@ -25,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 
 def gradients(placement, items: bool):
     """Parameters sharded over all four ranks, sequences over pairs of them: gradients are those of one process."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    mesh = grid()
     batch = make_batch(17, rows=4)
     if not items:  # means of dp rows average to the mean of all only where they count alike
         batch["labels"] = batch["input_ids"].clone()
@@ -54,19 +60,42 @@ def test_fsdp2_gradients_at_dp_2_x_cp_2_are_those_of_one_process(pools, placemen
     pools.run(4, gradients, placement, items)
 
 
-def losses_of(ranks: int, *arguments: str) -> list[float]:
-    """The loss of each step, as an example's progress bar shows it on `ranks` processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    every_step = {"TQDM_MININTERVAL": "0", "TQDM_MINITERS": "1", **(alone if ranks == 1 else {})}
+def run_example(script: str, arguments: list[str]) -> str:
+    """What an example writes to its error stream in a rank that torchrun has started."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    sys.argv = [script, *arguments]
+    every_step = partialmethod(tqdm.__init__, mininterval=0, miniters=1)
+    with patch.object(tqdm, "__init__", every_step), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as errors:
+        runpy.run_path(script, run_name="__main__")
+    return errors.getvalue()
+
+
+def torchrun(ranks: int, script: str, arguments: list[str]) -> str:
+    """What an example writes to its error stream where it is started as its first lines say."""
+    every_step = {"TQDM_MININTERVAL": "0", "TQDM_MINITERS": "1"}
     environment = {**os.environ, **every_step, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, *launcher, *arguments]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [sys.executable, *launcher, script, *arguments]
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    shown = dict(re.findall(r"(\d+)/\d+ \[.*loss=([^,\s\]]+)", ended.stderr))  # the last one shown after so many steps
+    return ended.stderr
+
+
+def in_pool(ranks: int, script: str, arguments: list[str]) -> str:
+    pool = Pool(ranks, device="")
+    try:
+        return "".join(pool.run(run_example, script, arguments, timeout=240))
+    finally:
+        pool.close()
+
+
+def losses_in(errors: str) -> list[float]:
+    """The loss of each step, as the progress bar shows it."""
+    shown = dict(re.findall(r"(\d+)/\d+ \[.*?loss=([^,\s\]]+)", errors))  # the last one shown after so many steps
     return [float(shown[str(step)]) for step in range(len(shown) - 1)]
 
 
+@pytest.mark.parametrize("run", [in_pool, slow(torchrun)])
 @pytest.mark.parametrize(
     ("steps", "ranks", "arguments", "alone"),
     [
@@ -75,12 +104,13 @@ def losses_of(ranks: int, *arguments: str) -> list[float]:
     ],
 )
 @pytest.mark.timeout(600)
-def test_an_example_run_as_its_first_lines_say_learns_as_one_process_does(steps, ranks, arguments, alone):
+def test_an_example_run_as_its_first_lines_say_learns_as_one_process_does(steps, ranks, arguments, alone, run):
     script, *options = arguments
-    losses = losses_of(ranks, f"examples/{script}", *options)
+    script = str(ROOT / "examples" / script)
+    losses = losses_in(run(ranks, script, options))
     assert len(losses) == steps
     assert losses[-1] < losses[0]
-    assert losses == pytest.approx(losses_of(1, f"examples/{script}", *options, *alone), abs=2e-4)  # four decimals are shown
+    assert losses == pytest.approx(losses_in(in_pool(1, script, [*options, *alone])), abs=2e-4)  # four decimals are shown
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import LAYOUTS, assert_exact, make_case, run_loopback, share
+from helpers import LAYOUTS, assert_exact, grid, line, make_case, run_loopback, share
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -141,7 +141,7 @@ def test_dropout_and_alibi_on_plain_tensors_follow_the_generator():
 
 def over_ranks():
     world, rank = dist.get_world_size(), dist.get_rank()
-    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("cp",))
+    mesh = line()
     sinks, slopes = torch.randn(4, dtype=torch.float64), torch.rand(4)
     for placement, strategy, documents in itertools.product(
         (Zigzag(1), Stripe(1), Contiguous(1)), STRATEGIES, (None, Documents.from_lengths([9, 8]))
@@ -181,7 +181,7 @@ def test_sinks_dropout_and_alibi_together_are_exact_with_every_gradient(pools, w
 
 
 def over_two_axes():
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("other", "cp"))
+    mesh = grid("other")
     sinks, slopes = torch.randn(4, dtype=torch.float64), torch.rand(2, 4)
     for other, sinks_placement in ((Shard(0), Replicate()), (Shard(2), Shard(0)), (Replicate(), Replicate())):
         case = make_case(13)

@@ -10,10 +10,10 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from helpers import line, once, refused, slow
+from models import build
 from torch.distributed.tensor.parallel import parallelize_module
 from transformers import (
-    AutoModelForCausalLM,
     DataCollatorWithFlattening,
     Gemma2Config,
     Gemma3TextConfig,
@@ -72,9 +72,7 @@ LAYOUTS = Contiguous(1), Zigzag(1), Stripe(1)
 
 
 def make_model(family: str):
-    torch.manual_seed(0)
-    implementation = "eager" if family in ONLY_EAGER else "sdpa"
-    model = AutoModelForCausalLM.from_config(FAMILIES[family](), attn_implementation=implementation).double()
+    model = build(FAMILIES[family](), "eager" if family in ONLY_EAGER else "sdpa")
     assert model.config.model_type == family
     if family in EXPERT_FAMILIES:
         model.set_experts_implementation("eager")  # grouped_mm has no float64
@@ -103,10 +101,6 @@ def run_alone(family: str, batch, documents: Documents | None = None):
     return sum(out.loss.detach() for out in outs), logits, grads
 
 
-def _mesh():
-    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
-
-
 def make_batch(length: int, rows: int = 2) -> dict[str, torch.Tensor]:
     ids = torch.randint(3, 48, (rows, length), generator=torch.Generator().manual_seed(1))
     labels = ids.clone()
@@ -123,8 +117,8 @@ def assert_same_gradients(model, wanted, scale: float) -> None:
         assert error <= 1e-6 * wanted[name].abs().max(), f"{name}: {error} of {wanted[name].abs().max()}"
 
 
-def train_step(family: str, packed: bool):
-    """One step in every layout, beside one process."""
+def train_step(family: str, packed: bool, every: bool):
+    """One step in every layout, beside one process; or in one that reaches all ranks."""
     world, length = dist.get_world_size(), 23
     batch, documents, items = make_batch(length), None, {}
     if packed:
@@ -132,11 +126,12 @@ def train_step(family: str, packed: bool):
         batch["position_ids"] = documents.position_ids().expand(2, -1)
         batch["labels"][:, [4, length - 3]] = -100
         items = {"num_items_in_batch": (batch["labels"][:, 1:] != -100).sum()}
-    loss, logits, grads = run_alone(family, batch, documents)
-    for placement in (*LAYOUTS, Zigzag(1, per_document=True)) if packed else LAYOUTS:
+    loss, logits, grads = once(lambda: run_alone(family, batch, documents))
+    layouts = (*LAYOUTS, Zigzag(1, per_document=True)) if packed else LAYOUTS
+    for placement in layouts if every else layouts[-1:]:
         model = make_model(family)
         plan = ring_plan(model, placement)
-        parallelize_module(model, _mesh(), plan)
+        parallelize_module(model, line(), plan)
         out = model(**batch, **items)
         out.loss.backward()
         torch.testing.assert_close(plan.gather(out.logits), logits, rtol=0, atol=1e-12)
@@ -147,11 +142,11 @@ def train_step(family: str, packed: bool):
         assert_same_gradients(model, grads, 1 if items else 1 / world)
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(("world", "every"), [(2, True), (4, False), slow(4, True)])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
-def test_logits_and_every_gradient_are_those_of_one_process(pools, world, family, packed):
-    pools.run(world, train_step, family, packed)
+def test_logits_and_every_gradient_are_those_of_one_process(pools, world, family, packed, every):
+    pools.run(world, train_step, family, packed, every)
 
 
 def test_every_supported_family_is_tested():
@@ -162,13 +157,13 @@ def checkpointed(family: str, compiled: bool):
     """The layers run twice under checkpointing; their attention, if compiled, in one graph over changing lengths."""
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")  # dynamo looks at it
     model = make_model(family).train()
-    parallelize_module(model, _mesh(), ring_plan(model))
+    parallelize_module(model, line(), ring_plan(model))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for layer in model.model.layers if compiled else ():
         layer.self_attn.compile(backend="aot_eager", fullgraph=True)
     for length in (20, 24) if compiled else (21,):
         batch = make_batch(length)
-        loss, _, grads = run_alone(family, batch)
+        loss, _, grads = once(lambda batch=batch: run_alone(family, batch))
         model.zero_grad()
         out = model(**batch)
         out.loss.backward()
@@ -187,7 +182,7 @@ def grouped_experts(family: str):
     _, exact, _ = run_alone(family, batch)
     alone, model = make_model(family).float(), make_model(family).float()
     plan = ring_plan(model)
-    parallelize_module(model, _mesh(), plan)
+    parallelize_module(model, line(), plan)
     for one in (alone, model):
         one.set_experts_implementation("grouped_mm")
     unavoidable = (alone(**batch, use_cache=False).logits - exact).pow(2).mean().sqrt()
@@ -216,12 +211,12 @@ def padded_batch(length: int):
 
 def padded_step(family: str):
     world, batch = dist.get_world_size(), padded_batch(23)
-    loss, logits, grads = run_alone(family, batch)
+    loss, logits, grads = once(lambda: run_alone(family, batch))
     real = batch["attention_mask"].bool()
     for placement in LAYOUTS:
         model = make_model(family)
         plan = ring_plan(model, placement)
-        parallelize_module(model, _mesh(), plan)
+        parallelize_module(model, line(), plan)
         out = model(**batch)
         out.loss.backward()
         torch.testing.assert_close(plan.gather(out.logits)[real], logits[real], rtol=0, atol=1e-12)
@@ -234,17 +229,8 @@ def test_padded_rows_are_those_of_one_process_with_the_same_mask(pools, family):
     pools.run(2, padded_step, family)
 
 
-def refused(act, error, text: str) -> None:
-    try:
-        act()
-    except error as failure:
-        assert text in str(failure), f"{text!r} is not in: {failure}"
-    else:
-        raise AssertionError(f"nothing was raised for {text!r}")
-
-
 def padding_details():
-    mesh, batch = _mesh(), padded_batch(16)
+    mesh, batch = line(), padded_batch(16)
     model, reference = make_model("llama"), make_model("llama")
     plan = ring_plan(model)
     parallelize_module(model, mesh, plan)
@@ -268,7 +254,7 @@ def test_positions_and_labels_of_padded_rows(pools):
 
 def collators():
     """What DataCollatorWithFlattening sends is told apart by any of its fields."""
-    mesh, lengths = _mesh(), (5, 9, 4)
+    mesh, lengths = line(), (5, 9, 4)
     ids = torch.randint(3, 48, (sum(lengths),), generator=torch.Generator().manual_seed(2)).split(lengths)
     features = [{"input_ids": part.tolist()} for part in ids]
     model = make_model("llama")
@@ -302,7 +288,7 @@ def accumulation():
         reference(**batch, num_items_in_batch=total, use_cache=False).loss.backward()
     wanted = {name: parameter.grad for name, parameter in reference.named_parameters()}
     model = make_model("gpt_oss")
-    parallelize_module(model, _mesh(), ring_plan(model, Contiguous(1)))
+    parallelize_module(model, line(), ring_plan(model, Contiguous(1)))
     for batch in batches:
         model(**batch, num_items_in_batch=total).loss.backward()
     assert_same_gradients(model, wanted, 1)
@@ -320,7 +306,7 @@ def rank_without_labels():
     loss, _, grads = run_alone("qwen3_moe", batch)
     for items in ({}, {"num_items_in_batch": (batch["labels"] != -100).sum()}):
         model = make_model("qwen3_moe")
-        parallelize_module(model, _mesh(), ring_plan(model, Contiguous(1)))
+        parallelize_module(model, line(), ring_plan(model, Contiguous(1)))
         out = model(**batch, **items)
         out.loss.backward()
         mine = out.loss.detach().clone()
@@ -342,7 +328,7 @@ def borders():
     wanted, _, _ = run_alone("llama", {**batch, "labels": batch["labels"].index_fill(1, torch.tensor([6, 7]), -100)}, documents)
     for placement in LAYOUTS:
         model = make_model("llama")
-        parallelize_module(model, _mesh(), ring_plan(model, placement))
+        parallelize_module(model, line(), ring_plan(model, placement))
         loss = model(**batch, documents=documents).loss.detach()
         torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
 

@@ -6,7 +6,8 @@ import re
 
 import pytest
 import torch
-from test_families import EXPERTS, FAMILIES, GEMMA, SIZES, make_batch, make_model, refused
+from helpers import refused
+from test_families import EXPERTS, FAMILIES, GEMMA, SIZES, make_batch, make_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 from transformers import (

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from functools import cache
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from helpers import kept_mesh, slow
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.nn import functional as F
 
@@ -18,14 +17,8 @@ from dtensor_ring import Contiguous, Stripe, Zigzag, distribute_tensor, from_loc
 REFUSALS = (NotImplementedError, RuntimeError, ValueError)
 
 
-@cache
-def _mesh(axes: int = 1):
-    world = dist.get_world_size()
-    return init_device_mesh("cpu", (world,) if axes == 1 else (2, world // 2), mesh_dim_names=("dp", "cp")[-axes:])
-
-
 def _place(x):
-    return distribute_tensor(x.clone(), _mesh(), [Zigzag(0)], src_data_rank=None).detach()
+    return distribute_tensor(x.clone(), kept_mesh(), [Zigzag(0)], src_data_rank=None).detach()
 
 
 ACTIVATIONS = {
@@ -50,20 +43,26 @@ def activations(placement, length: int):
     placements = [placement] if dist.get_world_size() == 2 else [Shard(0), placement]
     for name, act in ACTIVATIONS.items():
         x = (2 * torch.randn(2, length, 3, dtype=torch.float64)).requires_grad_()
-        placed = distribute_tensor(x.detach(), _mesh(len(placements)), placements, src_data_rank=None).requires_grad_()
+        placed = distribute_tensor(x.detach(), kept_mesh(len(placements)), placements, src_data_rank=None).requires_grad_()
         weights = torch.randn(2, length, 3, dtype=torch.float64)
         result, wanted = act(placed), act(x)
         torch.testing.assert_close(full_tensor(result), wanted, msg=name)
         (wanted * weights).sum().backward()
-        result.backward(distribute_tensor(weights, _mesh(len(placements)), placements, src_data_rank=None))
+        result.backward(distribute_tensor(weights, kept_mesh(len(placements)), placements, src_data_rank=None))
         assert placed.grad.placements == tuple(placements)
         torch.testing.assert_close(full_tensor(placed.grad), x.grad, msg=name)
     with pytest.raises(NotImplementedError, match=r"aten\._prelu_kernel on .* has a slope a channel"):
         F.prelu(placed, DTensor.from_local(torch.ones(1).double(), placed.device_mesh, [Replicate()] * len(placements)))
 
 
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("placement", [Zigzag(1), Stripe(1, block=2), Contiguous(1)], ids=repr)
+@pytest.mark.parametrize(
+    ("world", "placement"),
+    [
+        *((2, placement) for placement in (Zigzag(1), Stripe(1, block=2), Contiguous(1))),
+        *((4, Zigzag(1)), slow(4, Stripe(1, block=2)), slow(4, Contiguous(1))),
+    ],
+    ids=repr,
+)
 @pytest.mark.parametrize("length", [7, 1])
 def test_activations_and_their_gradients_are_those_of_whole_tensors(pools, placement, length, world):
     pools.run(world, activations, placement, length)
@@ -102,7 +101,7 @@ def test_a_value_is_set_where_a_mask_of_the_same_shape_is_true(pools):
 
 def fresh(length: int) -> dict[str, str]:
     """Fresh tensors beside whole and partial ones: their value over all ranks, or why there is none."""
-    world, mesh, shape = dist.get_world_size(), _mesh(2), (2, length)
+    world, mesh, shape = dist.get_world_size(), kept_mesh(2), (2, length)
     made = {
         "new_ones": (lambda x: x.new_ones(shape), 1.0),
         "new_full": (lambda x: x.new_full(shape, 3.0), 3.0),
@@ -197,7 +196,7 @@ def test_methods_on_raw_storage_raise_where_the_process_died():
 
 def stock_placements() -> list[str]:
     """What PyTorch's own placements did before, they do."""
-    mesh = _mesh()
+    mesh = kept_mesh()
     whole = torch.arange(15).view(5, 3)
     x = torch.distributed.tensor.distribute_tensor(whole, mesh, [Shard(0)])
     values = torch.distributed.tensor.distribute_tensor(whole.double(), mesh, [Shard(0)])

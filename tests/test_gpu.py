@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import assert_like_kernel, error_ratios, make_case, share, single_device, whole
-from torch.distributed.device_mesh import init_device_mesh
+from helpers import PLACEMENTS, assert_like_kernel, error_ratios, line, make_case, over_ranks, share, single_device
 from torch.distributed.tensor import Replicate, Shard
 
 from dtensor_ring import (
@@ -34,8 +33,7 @@ from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
 
 pytestmark = pytest.mark.gpu
-PLACEMENTS = {"contiguous": Contiguous(1), "zigzag": Zigzag(1), "stripe": Stripe(1)}
-PER_DOCUMENT = "zigzag/documents"
+LAYOUTS = ("contiguous", "zigzag", "stripe")
 
 
 def note(name: str, values: object) -> None:
@@ -47,37 +45,21 @@ def note(name: str, values: object) -> None:
 
 
 def attend(layout: str, strategy: str, dtype: str, mask: str, documents: Documents | None, heads: tuple[int, int], length: int):
-    world, rank = dist.get_world_size(), dist.get_rank()
-    mesh = init_device_mesh("cuda", (world,), mesh_dim_names=("cp",))
     case = make_case(
         length, heads=heads, dim=128, dtype=getattr(torch, dtype), mask=mask, documents=documents, device="cuda", batch=1
     )
-    shares = [share(x, layout, world, rank).contiguous().requires_grad_() for x in case.inputs]
-    placed = [from_local(x, mesh, [PLACEMENTS[layout]], length=length) for x in shares]
-    options = {"is_causal": case.is_causal, "window": case.window, "documents": documents}
-    out, lse = ring_attention(*placed, strategy=strategy, kernel="torch_flash", return_lse=True, **options)
-    grads = torch.autograd.grad(out.to_local(), shares, share(case.dout, layout, world, rank).contiguous())
-    parts = [out.to_local().detach(), lse.to_local(), *grads]
-    found = []
-    for part, dim in zip(parts, (1, 2, 1, 1, 1), strict=True):
-        every = [torch.empty(0)] * world
-        dist.all_gather_object(every, part.cpu())
-        found.append(whole(every, layout, dim).cuda())
+    results = over_ranks(case, layout, strategy=strategy, kernel="torch_flash")
     single = single_device(case, "torch_flash")
     exact = case.exact()
-    ratios = error_ratios(tuple(found), single, exact)
-    assert_like_kernel(tuple(found), single, exact)
+    ratios = error_ratios(results, single, exact)
+    assert_like_kernel(results, single, exact)
     return ratios
 
 
 COMBINATIONS = [
-    *itertools.product(("contiguous", "zigzag", "stripe"), ("ring", "gather"), ("bfloat16", "float16"), ("causal",), (None,)),
-    *itertools.product(
-        ("contiguous", "zigzag", "stripe"), ("ring", "gather"), ("bfloat16",), ("full", "window", "two-sided"), (None,)
-    ),
-    *itertools.product(
-        ("contiguous", "zigzag", "stripe"), ("ring", "gather"), ("bfloat16",), ("causal", "window"), ((400, 7, 1, 700, 940),)
-    ),
+    *itertools.product(LAYOUTS, ("ring", "gather"), ("bfloat16", "float16"), ("causal",), (None,)),
+    *itertools.product(LAYOUTS, ("ring", "gather"), ("bfloat16",), ("full", "window", "two-sided"), (None,)),
+    *itertools.product(LAYOUTS, ("ring", "gather"), ("bfloat16",), ("causal", "window"), ((400, 7, 1, 700, 940),)),
 ]
 
 
@@ -89,14 +71,14 @@ def test_two_gpus_are_as_exact_as_one(pools, layout, strategy, dtype, mask, leng
 
 
 @pytest.mark.parametrize(("heads", "length"), [((8, 8), 1000), ((4, 1), 1001), ((6, 2), 33), ((4, 2), 7), ((4, 2), 1)])
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "stripe"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_heads_and_odd_lengths(pools, layout, heads, length):
     pools.run(2, attend, layout, "ring", "bfloat16", "causal", None, heads, length, device="cuda")
 
 
 def gather_is_bit_equal(layout: str, mask: str):
     world, rank = dist.get_world_size(), dist.get_rank()
-    mesh = init_device_mesh("cuda", (world,), mesh_dim_names=("cp",))
+    mesh = line("cuda")
     # chunks of 2048 tokens are whole blocks of the kernel, and 16 heads fill the GPU, so that it does not split keys
     case = make_case(8192, heads=(16, 4), dim=128, dtype=torch.bfloat16, mask=mask, device="cuda", batch=1)
     placed = [distribute_tensor(x, mesh, [PLACEMENTS[layout]], src_data_rank=None) for x in case.inputs]
@@ -111,7 +93,7 @@ def test_gather_is_bit_equal_to_one_gpu_for_chunks_of_whole_kernel_blocks(pools,
 
 
 def move_between_placements():
-    mesh = init_device_mesh("cuda", (dist.get_world_size(),), mesh_dim_names=("cp",))
+    mesh = line("cuda")
     x = torch.arange(3 * 13 * 4, dtype=torch.float32, device="cuda").view(3, 13, 4)
     placements = [Zigzag(1), Contiguous(1), Stripe(1, block=2), Shard(1), Shard(2), Replicate()]
     for a, b in itertools.product(placements, placements):
@@ -128,7 +110,7 @@ def test_redistribution_over_nccl_is_a_permutation(pools):
 
 
 def no_host_sync_in_attention():
-    mesh = init_device_mesh("cuda", (dist.get_world_size(),), mesh_dim_names=("cp",))
+    mesh = line("cuda")
     case = make_case(512, dim=64, dtype=torch.bfloat16, device="cuda")
     placed = [distribute_tensor(x, mesh, [Zigzag(1)], src_data_rank=None).requires_grad_() for x in case.inputs]
     documents = Documents.from_lengths([100, 200, 212])
@@ -150,7 +132,7 @@ def no_host_sync_in_attention():
 
 def peak_memory_of_the_ring():
     world, tokens, heads, kv_heads, dim = dist.get_world_size(), 4096, 16, 4, 128
-    mesh = init_device_mesh("cuda", (world,), mesh_dim_names=("cp",))
+    mesh = line("cuda")
     q, dout = (torch.randn(1, tokens, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     k, v = (torch.randn(1, tokens, kv_heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     kernel, block = KERNELS["torch_flash"], Block((-1, 0), SoftmaxParams(dim**-0.5))

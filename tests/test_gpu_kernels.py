@@ -12,11 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from dropin import FAMILIES, GATHERED, family_case, on_ranks, reference_case
-from helpers import Case, assert_like_kernel, error_ratios, make_case, run_loopback, share, single_device, whole
-from test_gpu import PER_DOCUMENT, PLACEMENTS, note
-from torch.distributed.device_mesh import init_device_mesh
+from helpers import PER_DOCUMENT, Case, assert_like_kernel, error_ratios, make_case, over_ranks, run_loopback, single_device
+from test_gpu import LAYOUTS, note
 
-from dtensor_ring import Documents, Zigzag, from_local, functional, ring_attention
+from dtensor_ring import Documents, functional, ring_attention
 from dtensor_ring.ops.kernels import KERNELS, KernelRequirements, choose_kernel
 from dtensor_ring.planning.layout import Layout
 
@@ -32,30 +31,6 @@ def skip_unless(kernel: str, **needs) -> None:
         pytest.skip(f"{kernel} {reason}")
 
 
-def over_ranks(case: Case, layout: str, strategy: str, kernel: str, sinks: torch.Tensor | None = None, **options):
-    """out, lse, dq, dk, dv of the whole sequence, attended over the ranks; with sinks also their gradient."""
-    world, rank = dist.get_world_size(), dist.get_rank()
-    mesh = init_device_mesh("cuda", (world,), mesh_dim_names=("cp",))
-    mine = [share(x, layout, world, rank, documents=case.documents).contiguous() for x in (*case.inputs, case.dout)]
-    shares, dout = [x.requires_grad_() for x in mine[:3]], mine[3]
-    placement = Zigzag(1, per_document=True) if layout == PER_DOCUMENT else PLACEMENTS[layout]
-    placed = [from_local(x, mesh, [placement], length=case.q.shape[1]) for x in shares]
-    masks = {"is_causal": case.is_causal, "window": case.window, "documents": case.documents, "softcap": case.softcap}
-    more = {"dropout_p": case.dropout_p, "alibi_slopes": case.alibi, "sinks": sinks}
-    out, lse = ring_attention(*placed, strategy=strategy, kernel=kernel, return_lse=True, **masks, **more, **options)
-    leaves = shares if sinks is None else [*shares, sinks]
-    grads = torch.autograd.grad(out.to_local(), leaves, dout)
-    found = []
-    for part, dim in zip((out.to_local().detach(), lse.to_local(), *grads[:3]), (1, 2, 1, 1, 1), strict=True):
-        every = [torch.empty(0)] * world
-        dist.all_gather_object(every, part.cpu())
-        found.append(whole(every, layout, dim, case.documents).cuda())
-    if sinks is not None:
-        dist.all_reduce(grads[3])
-        found.append(grads[3])
-    return tuple(found)
-
-
 def gpu_case(mask: str, packed: bool, heads=(4, 2), dtype=torch.bfloat16, softcap: float = 0.0) -> Case:
     documents = Documents.from_lengths(LENGTHS) if packed else None
     return make_case(
@@ -67,7 +42,7 @@ def kernel_law(kernel: str, mask: str, packed: bool, softcap: float):
     case = gpu_case(mask, packed, softcap=softcap)
     single, exact = single_device(case, kernel), case.exact()
     return {
-        layout: assert_like_kernel(over_ranks(case, layout, "ring", kernel), single, exact)
+        layout: assert_like_kernel(over_ranks(case, layout, strategy="ring", kernel=kernel), single, exact)
         for layout in ("zigzag", "contiguous", "stripe")
     }
 
@@ -84,7 +59,7 @@ def test_every_flash_kernel_over_two_gpus_errs_like_itself_on_one(pools, kernel,
 
 def packed_law(kernel: str, layout: str, strategy: str, mask: str):
     case = gpu_case(mask, True)
-    return assert_like_kernel(over_ranks(case, layout, strategy, kernel), single_device(case, kernel), case.exact())
+    return assert_like_kernel(over_ranks(case, layout, strategy=strategy, kernel=kernel), single_device(case, kernel), case.exact())
 
 
 @pytest.mark.parametrize("mask", ["causal", "window"])
@@ -120,8 +95,8 @@ def sinks_law(kernel: str):
     options = {"window": case.window, "documents": case.documents, "sinks": sinks}
     out = ring_attention(*wide, strategy="local", kernel="math", **options)
     exact = [out.detach(), *torch.autograd.grad(out, [*wide, sinks], case.dout.float())]
-    for layout in PLACEMENTS:
-        out, _, *grads = over_ranks(case, layout, "ring", kernel, sinks)
+    for layout in LAYOUTS:
+        out, _, *grads = over_ranks(case, layout, strategy="ring", kernel=kernel, sinks=sinks)
         for a, b in zip((out, *grads), exact, strict=True):
             assert (a.float() - b).norm() / b.norm() < 1e-2
 
@@ -149,7 +124,7 @@ def dropout_law(kernel: str, layout: str, strategy: str, packed: bool):
     one_hot = torch.eye(128, device="cuda", dtype=torch.bfloat16)[None, :, None].repeat(1, 1, 2, 1)
     case = Dropped(**{**vars(plain), "q": plain.q / 4, "v": one_hot})
     torch.manual_seed(11 + dist.get_rank())
-    found = over_ranks(case, layout, strategy, kernel)
+    found = over_ranks(case, layout, strategy=strategy, kernel=kernel)
     case.mask = found[0].transpose(1, 2) != 0
     seen = torch.ones(128, 128, dtype=torch.bool, device="cuda").tril()
     share_kept = (case.mask & seen).sum() / (4 * (seen.sum() if not packed else sum(n * (n + 1) // 2 for n in lengths)))
@@ -161,7 +136,7 @@ def dropout_law(kernel: str, layout: str, strategy: str, packed: bool):
 
 @pytest.mark.parametrize("kernel", FLASH)
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(("layout", "strategy"), [*itertools.product(PLACEMENTS, ["ring"]), ("zigzag", "gather")])
+@pytest.mark.parametrize(("layout", "strategy"), [*itertools.product(LAYOUTS, ["ring"]), ("zigzag", "gather")])
 def test_dropout_is_replayed_exactly_in_backward(pools, kernel, layout, strategy, packed):
     skip_unless(kernel, dropout=True)
     pools.run(2, dropout_law, kernel, layout, strategy, packed, device="cuda")
@@ -171,7 +146,10 @@ def alibi_law(layout: str, mask: str, packed: bool):
     case = gpu_case(mask, packed)
     case.alibi = torch.tensor([0.5, 0.25, 0.125, 0.0625], device="cuda")
     for name, a, b in zip(
-        ("out", "lse", "dq", "dk", "dv"), over_ranks(case, layout, "gather", "flash_attn_2"), case.exact(), strict=True
+        ("out", "lse", "dq", "dk", "dv"),
+        over_ranks(case, layout, strategy="gather", kernel="flash_attn_2"),
+        case.exact(),
+        strict=True,
     ):
         error = (a.double() - b.double()).norm() / b.double().norm()
         assert error < 1e-2, f"{name}: relative error {error:.1e}"
@@ -187,8 +165,8 @@ def test_alibi_measures_positions_on_flash_attn_2(pools, layout, mask, packed):
 
 def deterministic_law(kernel: str):
     case = gpu_case("causal", True)
-    for layout, strategy in itertools.product(PLACEMENTS, ("ring", "gather")):
-        first, *others = (over_ranks(case, layout, strategy, kernel, deterministic=True) for _ in range(3))
+    for layout, strategy in itertools.product(LAYOUTS, ("ring", "gather")):
+        first, *others = (over_ranks(case, layout, strategy=strategy, kernel=kernel, deterministic=True) for _ in range(3))
         for other in others:
             assert all(map(torch.equal, first, other)), (layout, strategy)
 
@@ -262,7 +240,7 @@ def test_llama3_is_bit_equal_to_flash_attn_on_one_gpu(pools, family, lengths):
 
 
 @pytest.mark.parametrize("kernel", FLASH)
-@pytest.mark.parametrize("layout", PLACEMENTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_precision_does_not_depend_on_the_number_of_ranks(kernel, layout):
     skip_unless(kernel)
     case = make_case(4096, heads=(4, 2), dim=128, batch=1, dtype=torch.bfloat16, device="cuda")

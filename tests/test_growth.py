@@ -7,13 +7,13 @@ import gc
 import pytest
 import torch
 from helpers import line
-from test_transformers import SIZES
+from models import SIZES
 from torch.distributed.tensor.parallel import parallelize_module
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dtensor_ring import Contiguous, Documents, from_local, ring_attention, ring_plan
 
-WARM_UP, CALLS = 160, 300  # the longest cache has 128 entries
+WARM_UP, CALLS = 140, 120  # the longest cache has 128 entries
 
 
 def packed_calls(changes: str) -> float:

@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 from flash_windows import as_flash_attn_2
-from hypothesis import assume, example, given, settings
+from helpers import examples
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from dtensor_ring.planning.layout import Layout
@@ -126,7 +127,7 @@ def neighbours(draw):
 def test_joined_tiles_cover_exactly_both_and_most_parts_of_a_tile_join():
     joins = Counter()
 
-    @settings(max_examples=400)
+    @examples(400)
     @given(neighbours())
     def check(pair):
         whole = joined(*pair)

@@ -10,9 +10,9 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import line
-from test_transformers import make_batch, make_model
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from helpers import grid, line
+from models import make_batch, make_model
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
@@ -177,13 +177,13 @@ def plans():
         del plan
         gc.collect()
         assert not caught
-        mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "cp"))
+        mesh = grid(rows=1)
         parallelize_module(model, mesh["dp"], ring_plan(model))
         (text,) = [str(warning.message) for warning in caught]
         assert "over mesh axis 'dp', which has one rank of 2: nothing is spread" in text
         caught.clear()
         other = make_model("llama")
-        parallelize_module(other, init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "cp"))["cp"], ring_plan(other))
+        parallelize_module(other, grid()["cp"], ring_plan(other))
         assert not caught, "a sequence axis of one rank is a setting"
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from functools import cache
 
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import kept_mesh, slow
 from torch import nn, optim
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
 
@@ -37,14 +37,8 @@ SHAPES = [(7, 3), (5, 4), (9,), (1, 2)]
 PLACEMENTS = [[Zigzag(0)], [Stripe(1, block=2)], [Contiguous(0)], [Zigzag(0)]]
 
 
-@cache
-def _mesh(axes: int = 1):
-    world = dist.get_world_size()
-    return init_device_mesh("cpu", (world,) if axes == 1 else (2, world // 2), mesh_dim_names=("dp", "cp")[-axes:])
-
-
 def _place(x, placements=None, mesh=None):
-    return distribute_tensor(x.clone(), mesh or _mesh(), placements or [Zigzag(0)], src_data_rank=None).detach()
+    return distribute_tensor(x.clone(), mesh or kept_mesh(), placements or [Zigzag(0)], src_data_rank=None).detach()
 
 
 def _parameters():
@@ -73,8 +67,13 @@ def five_steps(name: str, options: dict[str, object]):
         torch.testing.assert_close(full_tensor(mine.detach()), whole.detach(), rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("foreach", [None, True, False])
+SOME = [(2, True), (2, False), (4, None)]
+KINDS = pytest.mark.parametrize(
+    ("world", "foreach"), [*SOME, *(slow(*cell) for cell in itertools.product((2, 4), (None, True, False)) if cell not in SOME)]
+)
+
+
+@KINDS
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_on_shares_is_the_optimizer_on_whole_tensors(pools, name, foreach, world):
     pools.run(world, five_steps, name, {"foreach": foreach})
@@ -141,7 +140,7 @@ def test_numbers_in_lists_are_the_same_beside_every_element(pools):
 
 
 def clipped(order: float, foreach: bool | None):
-    line, grid = _mesh(1), _mesh(2)
+    line, grid = kept_mesh(1), kept_mesh(2)
     lists = [
         [(line, [Zigzag(0)]), (line, [Stripe(0, block=2)])],
         [(line, [Zigzag(0)]), (line, [Replicate()]), (line, [Shard(0)])],
@@ -165,8 +164,7 @@ def clipped(order: float, foreach: bool | None):
             torch.testing.assert_close(full_tensor(mine.grad), whole.grad.clamp(-0.01, 0.01))
 
 
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("foreach", [None, True, False])
+@KINDS
 @pytest.mark.parametrize("order", [2.0, 1.0, 3.0, math.inf])
 def test_clipping_sees_the_norm_of_whole_gradients(pools, order, foreach, world):
     pools.run(world, clipped, order, foreach)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import line
-from test_transformers import make_batch, make_model, worst
+from models import make_batch, make_model, worst
 from torch.distributed.tensor.parallel import parallelize_module
 
 from dtensor_ring import Contiguous, Documents, Stripe, Zigzag, average_gradients, ring_plan
@@ -94,11 +94,7 @@ def gathered_late():
     first, _second = (model(**batch).logits for batch in batches)
     mask = torch.block_diag(*(torch.ones(n, n).tril() for n in (9, 15))).bool()[None, None]
     wanted = reference(**batches[0], attention_mask=mask, use_cache=False).logits
-    try:
-        gathered = plan.gather(first)
-    except (ValueError, RuntimeError):
-        return
-    torch.testing.assert_close(gathered, wanted, rtol=0, atol=1e-10)
+    torch.testing.assert_close(plan.gather(first), wanted, rtol=0, atol=1e-10)  # an output knows the documents of its own batch
 
 
 def test_an_output_gathered_after_another_batch_is_right_or_raises(pools):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import grid
 from test_ops_sweep import OPS
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial
 
 from dtensor_ring import Contiguous, Stripe, Zigzag, full_tensor
@@ -18,7 +18,7 @@ PLACEMENTS = [Contiguous(1), Zigzag(1), Stripe(1, block=2)]
 
 def sweep(kind: str, placement, ours_first: bool, length: int) -> tuple[list[str], list[str], list[str]]:
     """Ops that were right, that raised, and that were silently wrong on partial values of two ranks."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    mesh = grid("a", "b")
     ours, theirs = (0, 1) if ours_first else (1, 0)
     parts = torch.randn(2, 2, length, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     tokens = Layout.parse(str(placement.layout)).tokens(length, 2, mesh.get_local_rank(ours))

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import operator
-from functools import cache
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from helpers import kept_mesh
 from torch.distributed.tensor import DTensor
 
 from dtensor_ring import Contiguous, Zigzag, distribute_tensor, full_tensor
@@ -18,14 +16,8 @@ REFUSALS = (NotImplementedError, RuntimeError, ValueError)
 DTYPES = [torch.float64, torch.int64, torch.bool]
 
 
-@cache
-def _mesh(axes: int = 1):
-    world = dist.get_world_size()
-    return init_device_mesh("cpu", (world,) if axes == 1 else (2, world // 2), mesh_dim_names=("dp", "cp")[-axes:])
-
-
 def _place(x):
-    return distribute_tensor(x.clone(), _mesh(), [Zigzag(0)], src_data_rank=None).detach()
+    return distribute_tensor(x.clone(), kept_mesh(), [Zigzag(0)], src_data_rank=None).detach()
 
 
 def _value(x):
@@ -252,7 +244,7 @@ def test_what_the_errors_say_to_call_instead_is_right(pools):
 
 def result_of_other_placements():
     x = _place(torch.ones(5, 3))
-    target = distribute_tensor(torch.zeros(5, 3), _mesh(), [Contiguous(0)], src_data_rank=None).detach()
+    target = distribute_tensor(torch.zeros(5, 3), kept_mesh(), [Contiguous(0)], src_data_rank=None).detach()
     torch.add(x, x, out=_place(torch.zeros(5, 3)))  # a decision that is kept must not hold for other targets
     for act in (torch.add, torch.atan2, torch.bitwise_or):
         operand = x.long() if act is torch.bitwise_or else x

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import line, make_case
-from test_transformers import SIZES
-from torch.distributed.device_mesh import init_device_mesh
+from helpers import grid, line, make_case
+from models import SIZES
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, placement_types
 from transformers import LlamaConfig, LlamaForQuestionAnswering, LlamaForSequenceClassification
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -61,7 +60,7 @@ def test_ranks_that_make_different_calls_are_told(pools):
 
 
 def partial_sums():
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    mesh = grid()
     local = torch.ones(3, 2)
     sums = DTensor.from_local(local, mesh, [Partial(), Zigzag(1)], shape=torch.Size((3, 4)), stride=(4, 1))
     for act in (lambda: sums + 1.5, lambda: sums.add_(1.5), lambda: sums + torch.tensor(2.0)):
@@ -143,7 +142,7 @@ def test_autocast_does_not_reach_into_the_kernel():
 
 
 def one_mask_for_the_whole_batch():
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("cp", "tp"))
+    mesh = grid("cp", "tp")
     case = make_case(12, heads=(4, 4), batch=2)
     found = []
     for other in (Replicate(), Shard(2), Shard(0)):

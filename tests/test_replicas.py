@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import line
-from test_transformers import make_batch, make_model, worst
+from helpers import grid, line
+from models import make_batch, make_model, worst
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -143,7 +143,7 @@ def test_what_cannot_be_averaged_is_refused_on_every_rank(pools):
 
 def beside_fsdp():
     """Parameters sharded over dp alone: their shards' gradients are averaged over cp."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    mesh = grid()
     batch = make_batch(17, rows=2)
     batch["labels"] = batch["input_ids"].clone()
     reference, model = make_model("llama"), make_model("llama")

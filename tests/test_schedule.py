@@ -4,7 +4,8 @@ from collections import Counter
 
 import pytest
 from flash_windows import as_flash_attn_2
-from hypothesis import example, given, settings
+from helpers import examples
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dtensor_ring.debug import balance
@@ -72,7 +73,7 @@ def allowed(problem: AttentionProblem, row: int) -> set[tuple[int, int]]:
     }
 
 
-@settings(max_examples=400)
+@examples(400)
 @given(problems())
 @example(AttentionProblem(Layout("stripe", 3), Band(0, 7), 40, 40, 3, "ring", Documents.from_lengths([11, 29])))
 @example(AttentionProblem(Layout("zigzag"), CAUSAL, 7, 40, 4, "gather"))
@@ -81,7 +82,7 @@ def test_every_allowed_score_is_computed_exactly_once_and_no_other(problem):
         assert computed(problem, row) == Counter(allowed(problem, row))
 
 
-@settings(max_examples=400)
+@examples(400)
 @given(problems())
 @example(
     AttentionProblem(Layout("contiguous"), Band(0, 25), 40, 40, 4, "ring", Documents.from_lengths([7, 33]))
@@ -92,14 +93,14 @@ def test_flash_attention_2_reads_the_windows_of_plans_as_they_are_meant(problem)
         assert computed(problem, row, as_flash_attn_2) == Counter(allowed(problem, row))
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(problems())
 def test_work_is_counted_in_scores(problem):
     rows = range(len(problem.bounds))
     assert sum(plan(problem, rank).cells for rank in range(problem.world)) == sum(len(allowed(problem, row)) for row in rows)
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(problems())
 def test_what_a_rank_sends_is_what_the_others_expect_and_a_call_reads(problem):
     for rank in range(problem.world):
@@ -124,7 +125,7 @@ def test_what_a_rank_sends_is_what_the_others_expect_and_a_call_reads(problem):
             assert sum(len(send.ranges) for sends in each.sends for send in sends) == expected
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(problems())
 def test_segments_of_a_call_are_disjoint_and_increasing_in_rows_and_keys(problem):
     for rank in range(problem.world):
@@ -134,7 +135,7 @@ def test_segments_of_a_call_are_disjoint_and_increasing_in_rows_and_keys(problem
                     assert a.row < b.row or (a.q1 <= b.q0 and a.k1 <= b.k0)
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(problems())
 @example(AttentionProblem(Layout("contiguous"), FULL, 40, 40, 3))
 def test_contributions_are_counted_for_every_row(problem):
@@ -152,7 +153,7 @@ def test_contributions_are_counted_for_every_row(problem):
         assert each.k_parts == max(keys.values(), default=0)
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(problems())
 @example(AttentionProblem(Layout("zigzag"), CAUSAL, 40, 40, 4, "ring", Documents(((0, 9, 40), (0, 31, 40)))))
 def test_sums_tell_where_a_key_row_takes_part_in_several_calls(problem):

@@ -12,9 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from helpers import grid, line
+from models import make_batch, make_model
 from pool import Pool
-from test_transformers import make_batch, make_model
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import parallelize_module
 
@@ -117,7 +118,7 @@ CALLS = {
 
 def refusal(name: str) -> tuple[str, str, float]:
     """One rank passes something wrong: what each rank raises, and how soon; and the group works on."""
-    mesh, rank = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",)), dist.get_rank()
+    mesh, rank = line(), dist.get_rank()
     call, text = CALLS[name]
     start = time.monotonic()
     with pytest.raises((ValueError, TypeError, NotImplementedError, RuntimeError, AttributeError, OverflowError)) as failure:
@@ -142,7 +143,7 @@ def test_what_one_rank_refuses_every_rank_raises_before_any_waits(pools, name):
 
 
 def different_calls():
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
+    mesh = line()
     rank, share = dist.get_rank(), torch.ones(1, 4, 2, 8)
     wanted = r"rank \d of mesh axis 'cp' is in: .*Rank \d is in: .*the same calls in the same order"
     batch = {"input_ids": torch.zeros(1, 12, dtype=torch.int64)}
@@ -273,7 +274,7 @@ def test_one_rank_alone_may_ask_for_a_group_s_traffic(pools):
 
 
 def two_axes():
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    mesh = grid()
     wrong = dist.get_rank() == 3
     with pytest.raises(ValueError, match=r"src_data_rank=5 is no rank|refuses this call"):
         distribute_tensor(torch.ones(4, 4), mesh, [Replicate(), Contiguous(0)], src_data_rank=5 if wrong else 0)
@@ -285,7 +286,7 @@ def two_axes():
 
 def documents_on_two_axes():
     """One rank of a mesh of two axes has other documents, or wrong ones: all learn of it, and the next call is right."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    mesh = grid()
     placements, wrong = [Replicate(), Zigzag(0, per_document=True)], dist.get_rank() == 3
     for other in ([0, 3, 8], [0, 2, 9]):
         with pytest.raises(ValueError, match=r"pass different documents|documents end at token 9|refuses this call"):

@@ -8,69 +8,32 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import grid, line, once, refused
+from models import CONFIGS, SIZES, make_batch, make_model, packed_mask, worst
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig
 
 from dtensor_ring import Contiguous, Documents, Stripe, Zigzag, ring_plan
-
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
-CONFIGS = {
-    "llama": lambda: LlamaConfig(**SIZES),
-    "qwen3": lambda: Qwen3Config(head_dim=8, **SIZES),
-    "qwen3 window": lambda: Qwen3Config(head_dim=8, use_sliding_window=True, sliding_window=5, max_window_layers=1, **SIZES),
-}
-
-
-def make_model(kind: str):
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIGS[kind](), attn_implementation="sdpa").double()
-
-
-def _mesh():
-    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
-
-
-def make_batch(length: int, rows: int = 2) -> dict[str, torch.Tensor]:
-    ids = torch.randint(0, 64, (rows, length), generator=torch.Generator().manual_seed(1))
-    labels = ids.clone()
-    labels[:, : min(3, length - 2)] = -100
-    labels[-1, length // 2 : length // 2 + 2] = -100
-    return {"input_ids": ids, "labels": labels}
-
-
-def packed_mask(documents: Documents, rows: int) -> torch.Tensor:
-    """What a packed row means, spelled out for a model without it: (rows, 1, S, S)."""
-    starts = documents.position_ids() - torch.arange(documents.length)
-    seen = (starts[:, :, None] == starts[:, None]) & torch.ones(documents.length, documents.length).tril().bool()
-    return seen[:, None].expand(rows, -1, -1, -1)
-
-
-def worst(pairs) -> float:
-    return max(((a - b).abs().max() / b.abs().max().clamp_min(1e-12)).item() for a, b in pairs)
 
 
 def train_step(kind: str, placement, length: int, strategy: str | None, items: bool, packed: bool, checkpointing: bool):
     world = dist.get_world_size()
-    mesh, batch, extra, theirs = _mesh(), make_batch(length), {}, {}
+    mesh, batch, extra, theirs = line(), make_batch(length), {}, {}
     if packed:
         documents = Documents.from_lengths([4, length - 7, 3])
         batch["labels"][:, [4, length - 3]] = -100
         extra["position_ids"] = documents.position_ids().expand(2, -1)
         theirs = {"attention_mask": packed_mask(documents, 2), "position_ids": extra["position_ids"]}
-    reference = make_model(kind)
-    wanted = reference(**batch, **theirs, use_cache=False)
-    wanted.loss.backward()
 
+    def alone():
+        """Loss, logits and gradients of one process."""
+        reference = make_model(kind)
+        out = reference(**batch, **theirs, use_cache=False)
+        out.loss.backward()
+        return out.loss.detach(), out.logits.detach(), [parameter.grad for parameter in reference.parameters()]
+
+    wanted_loss, wanted_logits, wanted_gradients = once(alone)
     model = make_model(kind)
     plan = ring_plan(model, placement, strategy)
     parallelize_module(model, mesh, plan)
@@ -83,12 +46,12 @@ def train_step(kind: str, placement, length: int, strategy: str | None, items: b
     loss = out.loss.detach().clone()
     if items:
         dist.all_reduce(loss)
-    torch.testing.assert_close(loss, wanted.loss, rtol=0, atol=2e-6)  # transformers computes losses in float32
-    torch.testing.assert_close(plan.gather(out.logits), wanted.logits, rtol=0, atol=1e-12)
+    torch.testing.assert_close(loss, wanted_loss, rtol=0, atol=2e-6)  # transformers computes losses in float32
+    torch.testing.assert_close(plan.gather(out.logits), wanted_logits, rtol=0, atol=1e-12)
     for parameter in model.parameters():
         dist.all_reduce(parameter.grad)
         parameter.grad /= 1 if items else world
-    assert worst(zip((p.grad for p in model.parameters()), (p.grad for p in reference.parameters()), strict=True)) < 1e-6
+    assert worst(zip((p.grad for p in model.parameters()), wanted_gradients, strict=True)) < 1e-6
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -116,7 +79,7 @@ def test_gradient_checkpointing_computes_the_same(pools):
 
 
 def all_labels_of_one_rank_ignored():
-    mesh, model, reference = _mesh(), make_model("llama"), make_model("llama")
+    mesh, model, reference = line(), make_model("llama"), make_model("llama")
     batch = make_batch(16)
     batch["labels"][:, :9] = -100  # rank 0 of Contiguous holds none that count
     parallelize_module(model, mesh, ring_plan(model, Contiguous(1)))
@@ -132,11 +95,11 @@ def test_a_rank_without_labels_is_no_trouble(pools):
 
 def two_models():
     """Two models on two meshes, with two layouts and kernels, in turns."""
-    mesh, grid = _mesh(), init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    mesh, plane = line(), grid()
     first, second, reference = make_model("llama"), make_model("llama"), make_model("llama")
     parallelize_module(first, mesh, ring_plan(first, Zigzag(1), kernel="math"))
     second_plan = ring_plan(second, Stripe(1), strategy="gather", kernel="torch_cpu")
-    parallelize_module(second, grid["cp"], second_plan)
+    parallelize_module(second, plane["cp"], second_plan)
     batch = make_batch(16)
     for _ in range(2):
         wanted = reference(**batch)
@@ -151,7 +114,7 @@ def test_two_models_on_two_meshes_live_side_by_side(pools):
 
 
 def undo():
-    mesh, model, reference = _mesh(), make_model("llama"), make_model("llama")
+    mesh, model, reference = line(), make_model("llama"), make_model("llama")
     batch, plan = make_batch(16), ring_plan(model)
     assert "not applied yet" in plan.describe()
     parallelize_module(model, mesh, plan)
@@ -173,7 +136,7 @@ def test_undo_gives_the_model_back(pools):
 
 
 def positional_and_embedded():
-    mesh, model, reference = _mesh(), make_model("llama"), make_model("llama")
+    mesh, model, reference = line(), make_model("llama"), make_model("llama")
     batch, plan = make_batch(15), ring_plan(model)
     parallelize_module(model, mesh, plan)
     wanted = reference(batch["input_ids"]).logits
@@ -190,7 +153,7 @@ def test_arguments_by_position_embeddings_and_tuples(pools):
 
 
 def compiled_model():
-    mesh, model, reference = _mesh(), make_model("llama"), make_model("llama")
+    mesh, model, reference = line(), make_model("llama"), make_model("llama")
     parallelize_module(model, mesh, ring_plan(model))
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")  # dynamo looks at it
     for layer in model.model.layers:
@@ -206,28 +169,19 @@ def test_layers_compile_in_one_graph(pools):
     pools.run(2, compiled_model, timeout=240)
 
 
-def _refused(act, error, text: str) -> None:
-    try:
-        act()
-    except error as failure:
-        assert text in str(failure), f"{text!r} is not in: {failure}"
-    else:
-        raise AssertionError(f"nothing was raised for {text!r}")
-
-
 def refused_calls():
-    mesh, rank = _mesh(), dist.get_rank()
-    grid = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "cp"))
+    mesh, rank = line(), dist.get_rank()
+    plane = grid(rows=1)
     model, batch = make_model("llama"), make_batch(16)
     other = make_model("llama")
     plan = ring_plan(model)
-    _refused(lambda: plan.gather(torch.zeros(2, 8)), RuntimeError, "the plan is not applied")
-    _refused(lambda: parallelize_module(model, grid, plan), ValueError, "such as mesh['cp']")
-    _refused(lambda: parallelize_module(other, mesh, plan), ValueError, "was made for another LlamaForCausalLM")
+    refused(lambda: plan.gather(torch.zeros(2, 8)), RuntimeError, "the plan is not applied")
+    refused(lambda: parallelize_module(model, plane, plan), ValueError, "such as mesh['cp']")
+    refused(lambda: parallelize_module(other, mesh, plan), ValueError, "was made for another LlamaForCausalLM")
     model(**batch)  # nothing is half applied
     parallelize_module(model, mesh, plan)
-    _refused(lambda: parallelize_module(model, mesh, plan), RuntimeError, "applied already")
-    _refused(lambda: parallelize_module(model, mesh, ring_plan(model)), RuntimeError, "sequence parallel already")
+    refused(lambda: parallelize_module(model, mesh, plan), RuntimeError, "applied already")
+    refused(lambda: parallelize_module(model, mesh, ring_plan(model)), RuntimeError, "sequence parallel already")
     cases = [
         ({"use_cache": True}, NotImplementedError, "use_cache=True (generation) is not supported"),
         ({"logits_to_keep": 1}, NotImplementedError, "logits_to_keep counts tokens of the whole sequence"),
@@ -237,19 +191,19 @@ def refused_calls():
         ({"documents": [0, 4]}, ValueError, "documents end at token 4"),
     ]
     for extra, error, text in cases:
-        _refused(lambda extra=extra: model(**batch, **extra), error, text)
-    _refused(lambda: model(input_ids=batch["input_ids"][:, :1]), ValueError, "rows of 1 tokens leave ranks [1] of 2 without any")
-    _refused(lambda: model(input_ids=batch["input_ids"] + rank), ValueError, "hold different batches")
-    _refused(lambda: model.model(input_ids=batch["input_ids"]), RuntimeError, "call the parallelized model itself")
+        refused(lambda extra=extra: model(**batch, **extra), error, text)
+    refused(lambda: model(input_ids=batch["input_ids"][:, :1]), ValueError, "rows of 1 tokens leave ranks [1] of 2 without any")
+    refused(lambda: model(input_ids=batch["input_ids"] + rank), ValueError, "hold different batches")
+    refused(lambda: model.model(input_ids=batch["input_ids"]), RuntimeError, "call the parallelized model itself")
     for cache in (True, False):
         generate = partial(model.generate, batch["input_ids"], max_new_tokens=1, use_cache=cache)
-        _refused(generate, NotImplementedError, "eneration")
-        _refused(generate, NotImplementedError, "is not supported on a parallelized model")
-        _refused(generate, NotImplementedError, "Generate with the model before parallelize_module, or after plan.undo()")
+        refused(generate, NotImplementedError, "eneration")
+        refused(generate, NotImplementedError, "is not supported on a parallelized model")
+        refused(generate, NotImplementedError, "Generate with the model before parallelize_module, or after plan.undo()")
     absent = batch["input_ids"].to("meta")
-    _refused(lambda: model(input_ids=absent), ValueError, "input_ids is on the meta device, which has no values to read")
+    refused(lambda: model(input_ids=absent), ValueError, "input_ids is on the meta device, which has no values to read")
     model.loss_function = lambda **_: None
-    _refused(lambda: model(**batch), NotImplementedError, "only the causal language-model loss adds up")
+    refused(lambda: model(**batch), NotImplementedError, "only the causal language-model loss adds up")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -284,7 +238,7 @@ def test_an_unparallelized_module_says_so():
 
 def undo_after_modules_were_wrapped():
     """Marks are taken off the modules that got them, wherever they are by then; a shared config is named."""
-    model, mesh = make_model("llama"), _mesh()
+    model, mesh = make_model("llama"), line()
     plan = ring_plan(model)
     parallelize_module(model, mesh, plan)
     twin = type(model)(model.config)
@@ -299,7 +253,7 @@ def undo_after_modules_were_wrapped():
 
 
 def gather_an_earlier_batch():
-    model, mesh, ids = make_model("llama"), _mesh(), make_batch(20)["input_ids"]
+    model, mesh, ids = make_model("llama"), line(), make_batch(20)["input_ids"]
     plan = ring_plan(model, Zigzag(1, per_document=True))
     parallelize_module(model, mesh, plan)
     documents = [Documents.from_lengths([5, 15]), Documents.from_lengths([12, 8])]
