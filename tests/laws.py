@@ -4,8 +4,9 @@
     python tests/laws.py --write    # add new laws and raise numbers of cases; nothing is taken away
 
 A law is a test function. Its line in the record has the number of its cases, how they run ("default", "slow" or "gpu" where every
-one is so marked), the world sizes that its default cases name, and where it stands. Cases may become slow, where cheaper ones stay;
-`test_laws.py` fails where a law is gone, has fewer cases, or lost its last default case or that of a world size.
+one is so marked), the world sizes that its default cases name, and where it stands. A law that gets a better name gets it in the
+record too, by hand. Cases may become slow, where cheaper ones stay; `test_laws.py` fails where a law is gone, has fewer cases, or
+lost its last default case or that of a world size.
 """
 
 from __future__ import annotations

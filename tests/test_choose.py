@@ -10,8 +10,7 @@ from weakref import ref
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import line
-from torch.distributed.device_mesh import init_device_mesh
+from helpers import grid, line
 
 from dtensor_ring import Zigzag, distribute_tensor, full_tensor, redistribute, ring_attention
 from dtensor_ring.__main__ import main
@@ -143,7 +142,7 @@ def test_a_group_of_one_rank_is_alone_and_can_be_made_to_use_its_process_group(p
 
 
 def own_transport(strategy: str):
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
+    mesh = line()
     q, k, v = (torch.randn(1, 13, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
 
     def attend() -> list[torch.Tensor]:
@@ -215,9 +214,9 @@ def choice_of_a_group():
     del first
     gc.collect()
     assert reference() is None
-    grid = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "cp"))
+    plane = grid(rows=1)
     with pytest.raises(ValueError, match=r"a transport belongs to one mesh axis, such as mesh\['cp'\], found 2 axes"):
-        use_transport(grid, None)
+        use_transport(plane, None)
     with pytest.raises(TypeError, match="belongs to a mesh axis or a process group, found 'cp'"):
         use_transport("cp", None)
 
