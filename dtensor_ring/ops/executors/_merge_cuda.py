@@ -12,9 +12,9 @@ from triton.language.extra import libdevice
 
 
 def fused_merge_(out_BSHD: Tensor, lse_BHS: Tensor, block_BSHD: Tensor, block_lse_BHS: Tensor) -> None:
-    """As `merge.merge_`: merge a block's out and lse in place, last dims contiguous, float32 arithmetic."""
-    batch, rows, heads, dim = out_BSHD.shape
-    total = batch * rows * heads
+    """Merge a block's out and lse in place, in float32 arithmetic, as `merge.merge_` does; last dims must be contiguous."""
+    batch, length, heads, dim = out_BSHD.shape
+    total = batch * length * heads
     if not total:
         return
     tile = 16
@@ -24,7 +24,7 @@ def fused_merge_(out_BSHD: Tensor, lse_BHS: Tensor, block_BSHD: Tensor, block_ls
         block_BSHD,
         block_lse_BHS,
         total,
-        rows,
+        length,
         heads,
         *out_BSHD.stride()[:3],
         *lse_BHS.stride(),
@@ -43,7 +43,7 @@ def _merge(
     block,
     block_lse,
     total,
-    rows,
+    length,
     heads,
     out_b,
     out_s,
@@ -61,19 +61,22 @@ def _merge(
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    valid = row < total
-    h = row % heads
-    s = row // heads % rows
-    b = row // heads // rows
+    # int64, since places in a tensor of 4 GiB pass 2**31.
+    number = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    valid = number < total
+    # Heads fastest, as out lies in memory: what a tile reads and writes is one stretch of memory.
+    h = number % heads
+    s = number // heads % length
+    b = number // heads // length
     at = lse + b * lse_b + h * lse_h + s * lse_s
     old = tl.load(at, valid, float("-inf"))
     new = tl.load(block_lse + b * block_lse_b + h * block_lse_h + s * block_lse_s, valid, float("-inf"))
     top = tl.maximum(old, new)
     some = top > float("-inf")
-    top = tl.where(some, top, 0.0)
+    top = tl.where(some, top, 0.0)  # where both are -inf, so that the differences below are -inf and not NaN
     weight_old = libdevice.exp(old - top)  # to the last bit but one, which the approximation of tl.exp is not
     weight_new = libdevice.exp(new - top)
+    # With keys in neither both weights are 0: the sum is taken as 1, so that the block's share is 0 and not 0 / 0.
     both = tl.where(some, weight_old + weight_new, 1.0)
     share = weight_new / both
     d = tl.arange(0, WIDTH)
@@ -82,5 +85,6 @@ def _merge(
     x = tl.load(place, mask, 0.0).to(tl.float32)
     y = tl.load(block + (b * block_b + s * block_s + h * block_h)[:, None] + d[None, :], mask, 0.0).to(tl.float32)
     tl.store(place, (x + share[:, None] * (y - x)).to(out.dtype.element_ty), mask)
+    # The larger weight is exactly 1. `log1p` of the smaller keeps the digits that adding it to 1 would lose.
     total_lse = top + libdevice.log1p(tl.minimum(weight_old, weight_new))
     tl.store(at, tl.where(some, total_lse, float("-inf")), valid)

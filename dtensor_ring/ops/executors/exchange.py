@@ -35,7 +35,10 @@ _NOTHING: Arrived = MappingProxyType({})
 
 
 class Activity(NamedTuple):
-    """What a transfer is part of: its text is made only for an error."""
+    """What a transfer is part of.
+
+    It is a value and not a text, since every transfer makes one, and the text is needed only where a transfer fails.
+    """
 
     problem: AttentionProblem
     direction: Direction
@@ -85,11 +88,14 @@ class Exchange:
     def _fetch(self, index: int, kv: Pair, arrived: Arrived) -> Pending[Pair]:
         step, sends, rank, transport = self.plan.steps[index], self.plan.sends[index], self.plan.rank, self.transport
         if self.plan.problem.collective:
+            # An all-gather takes tensors of one shape from all ranks, and shares may differ by a token: hence the padding. Keys and
+            # values travel in one buffer, so that a collective is waited for once.
             shards = [_padded(self.plan, x) for x in kv]
             gathered = transport.all_gather(torch.cat([shard.flatten() for shard in shards]))
             return Pending(lambda: _pair(_assemble(step, x, y) for x, y in zip(kv, _apart(gathered, shards), strict=True)))
         route = self._route(index, kv[0])
-        # Buffers are made before the transfer starts and belong to it until `finish`, on both sides.
+        # Buffers are made before the transfer starts and belong to it until `finish`, on both sides: a backend reads and writes
+        # them at any time in between, so that memory given back or changed earlier would end up in another tensor.
         relays = self.plan.relays
         own = own_sends(sends) if relays else sends
         k_taken, v_taken = (_taken(own, route, x) for x in kv)
@@ -97,12 +103,14 @@ class Exchange:
             k_taken = with_passed_on(self.plan, sends, k_taken, {step: k for step, (k, _) in arrived.items()})
             v_taken = with_passed_on(self.plan, sends, v_taken, {step: v for step, (_, v) in arrived.items()})
         (k_slots, k_keys), (v_slots, v_keys) = (_landing(transport, rank, route, x) for x in kv)
+        # Own keys never pass through the transport: they are copied into the key buffer, or are it.
         foreign = [slot for slot in route.slots if slot.owner != rank]
         pending = transport.exchange(
             _in_turn([send.rank for send in sends], k_taken, v_taken),
             _in_turn([slot.peer for slot in foreign], [k_slots[slot] for slot in foreign], [v_slots[slot] for slot in foreign]),
         )
 
+        # Keys are put in order after the wait, which on a GPU makes the current stream wait and not the host.
         def finish() -> Pair:
             pending.wait()
             return k_keys(), v_keys()
@@ -126,6 +134,7 @@ class Exchange:
                 with_return_buffers(sends, buffers, partial(self._empty, like=total.like))
                 for buffers, total in zip((k_buffers, v_buffers), own, strict=True)
             )
+        # The exchange of `_fetch` the other way round: what arrived there from a slot leaves for it, and what was sent comes back.
         pending = self.transport.exchange(
             _in_turn([slot.peer for slot in foreign], k_leaving, v_leaving),
             _in_turn([send.rank for send in sends], k_buffers, v_buffers),
@@ -160,6 +169,7 @@ class Exchange:
             if own is not None:
                 total.add(own.start, grad[:, own.at : own.at + own.count])
             ranges = [send.ranges[0] for send in sends]
+            # Each message is one range of this rank's keys: it is added as a slice and needs no index.
             buffers = [
                 self.transport.empty((batch, keys.size, *dims), like, wide if send.sums else narrow)
                 for send, keys in zip(sends, ranges, strict=True)
@@ -172,7 +182,8 @@ class Exchange:
             return buffers, add
         mine, summed, others = (batch * size for size in sums.sizes)
         # One buffer for all contributions, so that one kernel sums them. What is not summed yet comes in the kernel's dtype; where
-        # that is not the buffer's it lands beside it, and is widened once it is all there.
+        # that is not the buffer's it lands beside it, and is widened once it is all there. Where every key has one contribution
+        # nothing is added, and a wider buffer would only move twice the bytes.
         keeps_narrow = sums.offsets is None and not summed and (own is None or grad.dtype == narrow)
         count = mine + summed + others
         parts = self.transport.empty((count + sums.gaps, *dims), like, narrow if keeps_narrow else wide)
@@ -191,6 +202,8 @@ class Exchange:
         def add_by_index() -> None:
             if landing is not last and others:
                 last.copy_(landing)
+            # `embedding_bag` adds the contributions of a key in the order of the index, in one kernel and without atomics, so that
+            # a gradient is bitwise the same in every run.
             if sums.offsets is None:
                 summed_up = parts.index_select(0, sums.index)
             else:
@@ -205,6 +218,7 @@ class Exchange:
         largest = max(problem.k_local(rank) for rank in range(problem.world))
         shapes = [(grad.shape[0], largest, *grad.shape[2:]) for grad in grads]
         sizes = [math.prod(shape) for shape in shapes]
+        # A reduce-scatter takes slices of one size. What a shard lacks of the largest is summed as zeros, and cut off by its owner.
         shards = grads[0].new_zeros((problem.world, sum(sizes)), dtype=accumulate_dtype(grads[0].dtype))
         for grad, shape, part in zip(grads, shapes, shards.split(sizes, 1), strict=True):
             whole = part.view(problem.world, *shape)
@@ -215,7 +229,8 @@ class Exchange:
         def finish() -> None:
             for total, shape, part in zip(own, shapes, summed.wait().split(sizes), strict=True):
                 mine = part.view(shape)[:, : total.like.shape[1]]
-                total.add(0, mine.clone() if mine.dtype == total.like.dtype else mine)  # dK and dV must not share memory
+                # Results of an operator must not share memory, as dK and dV would where no conversion makes a copy of them.
+                total.add(0, mine.clone() if mine.dtype == total.like.dtype else mine)
 
         return Pending(finish)
 
@@ -248,6 +263,8 @@ class Returns:
         """Wait until every rank's keys have their gradients."""
         if self._returning is not None:
             self._returning.wait()
+        # Latest step first: what comes back for keys that were passed on is added to the gradients of an earlier step, which must
+        # not have left yet. Each return is waited for, since the next one may carry what it was added to.
         for index in reversed(self._waiting):
             self._exchange.give_back(index, self._waiting[index], self._own, self._waiting).wait()
 
@@ -258,14 +275,14 @@ def _pair(tensors: Iterator[Tensor]) -> Pair:
 
 
 def _apart(gathered: Pending[Tensor], shards: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Each rank's shard of keys, then of values, from the buffers that held both."""
+    """Give every rank's shard of the keys, and then of the values, from the buffers in which both travelled together."""
     parts = gathered.wait().split([shard.numel() for shard in shards], 1)
     for part, shard in zip(parts, shards, strict=True):
         yield [mine.view(shard.shape) for mine in part]
 
 
 def _padded(todo: Plan, x: Tensor) -> Tensor:
-    """The shard with zeros added up to the largest rank's size."""
+    """Fill the shard up with zeros to the size of the largest rank's, since a collective takes tensors of one shape."""
     largest = max(todo.problem.k_local(rank) for rank in range(todo.problem.world))
     if x.shape[1] == largest:
         return x
@@ -273,7 +290,7 @@ def _padded(todo: Plan, x: Tensor) -> Tensor:
 
 
 def _assemble(step: Step, own: Tensor, gathered: list[Tensor]) -> Tensor:
-    """The step's key buffer from the shards of all ranks."""
+    """Put the step's key buffer together from the shards of all ranks."""
     parts = [gathered[keys.peer][:, keys.start : keys.stop] for keys in step.keys]
     if not parts:
         return own[:, :0]
@@ -281,7 +298,10 @@ def _assemble(step: Step, own: Tensor, gathered: list[Tensor]) -> Tensor:
 
 
 def _in_turn(peers: Sequence[int], keys: Sequence[Tensor], values: Sequence[Tensor]) -> list[Message]:
-    """A message with keys and one with values for each peer."""
+    """Make two messages for each peer, one with keys and one with values.
+
+    Between two ranks the n-th message sent meets the n-th received, so both sides name peers and tensors in this same order.
+    """
     return [Message(peer, x) for peer, k, v in zip(peers, keys, values, strict=True) for x in (k, v)]
 
 
@@ -322,6 +342,7 @@ def _landing(transport: Transport, rank: int, route: Route, x_BSHD: Tensor) -> t
         return {}, lambda: x_BSHD[:, :0] if own is None else _own_part(own.start, own.count, own.take, x_BSHD)
     # A message holds all batch rows of one peer, but the key buffer all peers' keys of one batch row after another: with several
     # batch rows, messages cannot land inside it.
+    # With one slot its buffer is the key buffer, and nothing need be put together.
     if route.order is None and (batch > 1 or len(slots) == 1):
         apart = {slot: transport.empty((batch, slot.count, *dims), x_BSHD) for slot in foreign}
         if len(slots) == 1:
@@ -347,6 +368,7 @@ def _own_part(start: int, count: int, index: Tensor | None, x_BSHD: Tensor, targ
     batch, _, *dims = x_BSHD.shape
     if index is not None:
         part = x_BSHD.flatten(0, 1)
+        # `out=` does not convert: gradients that are widened on their way into the sum take the copy below.
         if target is not None and target.dtype == part.dtype:
             torch.index_select(part, 0, index, out=target)
             return target.view(batch, count, *dims)

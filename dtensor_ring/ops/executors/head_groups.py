@@ -44,6 +44,7 @@ class HeadGroupsExecutor(AttentionExecutor):
     @override
     def forward(self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
         """As `Executor.forward`."""
+        # One group of all heads is the attention itself, without slices and a copy of the results.
         if self.kv_heads == k_BSHD.shape[2]:
             return self.executor.forward(q_BSHD, k_BSHD, v_BSHD, seed)
         visits = self._visits(q_BSHD, k_BSHD, v_BSHD, "forward")
@@ -85,11 +86,12 @@ class HeadGroupsExecutor(AttentionExecutor):
         return replace(each[0], work=work, calls=calls, forward=forward, backward=backward)
 
     def _groups(self, q: Tensor, k: Tensor, v: Tensor) -> list[tuple[Executor, slice, Tensor, Tensor]]:
-        """The executor, query heads and keys of each group."""
+        """List each group: its executor, its query heads, and its keys and values."""
         executor, size = self.executor, self.kv_heads
         ratio, row, head = q.shape[2] // k.shape[2], *executor.origin
         groups: list[tuple[Executor, slice, Tensor, Tensor]] = []
         for first in range(0, k.shape[2], size):
+            # Query heads are numbered by key head, so a group's are neighbours; slices of the last group simply end early.
             heads, kv_heads = slice(first * ratio, (first + size) * ratio), slice(first, first + size)
             sinks = None if executor.sinks is None else executor.sinks[heads]
             alibi = None if executor.alibi is None else executor.alibi[..., heads].contiguous()
@@ -109,6 +111,8 @@ class HeadGroupsExecutor(AttentionExecutor):
             part, _, k, v = groups[i]
             return part.exchange.fetch(order[0], (k, v), direction)
 
+        # One transfer ahead, as the executor itself is between steps, so the keys of two groups exist at a time. All ranks start
+        # their transfers in this order: messages between two of them meet by it.
         coming = begin(0)
         for i, group in enumerate(groups):
             ahead = begin(i + 1)

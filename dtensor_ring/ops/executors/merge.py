@@ -28,12 +28,15 @@ def merge_(out_BSHD: Tensor, lse_BHS: Tensor, block_BSHD: Tensor, block_lse_BHS:
         fused_merge_(out_BSHD, lse_BHS, block_BSHD, block_lse_BHS)
         return
     work = accumulate_dtype(out_BSHD.dtype)
-    weight_BHS = torch.sigmoid(block_lse_BHS - lse_BHS).nan_to_num_(0.0)  # -inf - -inf: no keys in either, out stays 0
+    # The sigmoid of a difference cannot overflow, as the exponentials of the two lse would. The difference of two -inf is NaN: that
+    # query has keys in neither, and with weight 0 its out stays 0. `logaddexp` keeps -inf by itself.
+    weight_BHS = torch.sigmoid(block_lse_BHS - lse_BHS).nan_to_num_(0.0)
     weight = weight_BHS.transpose(1, 2)[..., None].to(work)
     out_BSHD.copy_(torch.lerp(out_BSHD.to(work), block_BSHD.to(work), weight))
     lse_BHS.copy_(torch.logaddexp(lse_BHS, block_lse_BHS))
 
 
+# Asked in every merge, and each time the import system would search the whole path.
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
@@ -53,6 +56,8 @@ class OutputSum:
         self._q = q_BSHD
         self._v_head_dim = v_head_dim
         self._sinks = sinks_H
+        # One merge is computed in float32 and rounded once, as one kernel would. A second merge, or the factor of a sink, would
+        # start from a rounded value and round it again: then the running value stays in float32.
         self._keep_wide = parts > 2 or sinks_H is not None
         self._work = accumulate_dtype(q_BSHD.dtype)
         self._out: Tensor | None = None
@@ -61,7 +66,8 @@ class OutputSum:
     def add(self, start: int, stop: int, block_BSHD: Tensor, block_lse_BHS: Tensor) -> None:
         """Take in the out and lse that one block gives queries [start, stop)."""
         if self._out is None or self._lse is None:
-            # a first block of all queries is the running value itself, which saves a fill and a merge
+            # A first block of all queries becomes the running value itself, which saves a fill and a merge. Later merges change it
+            # in place: a kernel's results are new tensors that nobody else holds.
             if (start, stop) == (0, self._q.shape[1]):
                 self._out = block_BSHD.to(self._work) if self._keep_wide else block_BSHD
                 self._lse = block_lse_BHS
@@ -73,6 +79,7 @@ class OutputSum:
     def _start(self, dtype: torch.dtype) -> None:
         batch, length, heads, _ = self._q.shape
         dtype = self._work if self._keep_wide else dtype
+        # Out 0 and lse -inf are what merging leaves unchanged, so queries that no block reaches keep them as their result.
         self._out = torch.zeros((batch, length, heads, self._v_head_dim), dtype=dtype, device=self._q.device)
         self._lse = torch.full((batch, heads, length), -math.inf, dtype=self._work, device=self._q.device)
 
@@ -83,6 +90,7 @@ class OutputSum:
         assert self._out is not None and self._lse is not None, "started above"
         out, lse = self._out, self._lse
         if self._sinks is not None:
+            # After all merges: a sink in the lse of every block would be counted once for each of them.
             out, lse = with_sinks(out, lse, self._sinks)
         return out.to(self._q.dtype).contiguous(), lse.contiguous()
 
@@ -96,6 +104,7 @@ def with_sinks(out_BSHD: Tensor, lse_BHS: Tensor, sinks_H: Tensor) -> tuple[Tens
 
 def sink_gradient(dout_BSHD: Tensor, out_BSHD: Tensor, lse_BHS: Tensor, sinks_H: Tensor) -> Tensor:
     """This rank's part of the gradient of the sinks: -sum of exp(sink - lse) * (dout . out) over its queries."""
+    # As for a key whose value is 0: its score gets p * (dout . 0 - delta), where p = exp(sink - lse) and lse includes the sink.
     delta_BHS = (dout_BSHD.to(lse_BHS.dtype) * out_BSHD.to(lse_BHS.dtype)).sum(-1).transpose(1, 2)
     weight = torch.exp(sinks_H.to(lse_BHS.dtype)[:, None] - lse_BHS)
     return -(weight * delta_BHS).sum((0, 2)).to(sinks_H.dtype)
@@ -111,6 +120,7 @@ class GradSum:
 
     def __init__(self, like: Tensor, parts: int) -> None:
         self.like = like
+        # Adding two parts rounds once, as a kernel rounds its own sum; from the third on every addition would round again.
         self._keep_wide = parts > 2
         self._total: Tensor | None = None
         self._waiting: list[tuple[int, Tensor]] = []
@@ -136,6 +146,7 @@ class GradSum:
         if self._total is None:
             dtype = accumulate_dtype(part.dtype) if self._keep_wide else part.dtype
             self._total = torch.zeros(self.like.shape, dtype=dtype, device=part.device)
+        # A part that other ranks summed in float32 must not be rounded before it is added.
         if self._total.dtype.itemsize < part.dtype.itemsize:
             self._total = self._total.to(part.dtype)
         self._total[:, start : start + part.shape[1]] += part

@@ -1,9 +1,9 @@
 """Walk a plan: fetch keys, call the kernel, merge; in backward also send gradients back to where the keys came from.
 
     per rank   q_BSHD (B, Sq/W, H, D), k_BSHD and v_BSHD (B, Sk/W, Hk, D and Dv); Sq/W, Sk/W are this rank's shares
-    forward    each step receives the key rows of `step.keys` and sends those of `plan.sends`: K and V in their own dtype, each
+    forward    each step receives the keys of `step.keys` and sends those of `plan.sends`: K and V in their own dtype, each
                rank in all `plan.key_tokens_sent * B * Hk * (D + Dv) * itemsize` bytes
-    backward   the same keys again; then dK and dV of every fetched row go back to its owner in the dtype the kernel returned
+    backward   the same keys again; then dK and dV of every fetched key go back to its owner in the dtype the kernel returned
                them in, where one call made them, and summed in float32 where several did
 
 The transfer of one step runs while the step before computes, so two steps' keys exist at a time. The forward pass begins with
@@ -67,7 +67,7 @@ class Executor(AttentionExecutor):
 
     @property
     def exchange(self) -> Exchange:
-        """What moves keys and gradients."""
+        """The exchange of this plan over this transport, which moves keys and gradients."""
         return Exchange(self.plan, self.transport, self.kernel.grad_dtype)
 
     @property
@@ -81,7 +81,7 @@ class Executor(AttentionExecutor):
         return [*range(1, len(self.plan.steps)), 0] if self.plan.steps else []
 
     def explain(self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> RankCost:
-        """What the plan costs on these tensors."""
+        """Work out what the plan costs on these tensors."""
         return cost_of_plan(self.plan, shape_of(q_BSHD, k_BSHD, v_BSHD, self.kernel))
 
     def forward(
@@ -92,6 +92,7 @@ class Executor(AttentionExecutor):
         `seed` makes the dropout mask: the same seed the same mask, in `backward` too. `coming` is the first step's `fetch`, if it
         was started before.
         """
+        # With one call there is nothing to merge: its tensors are the result, and sums, fills and casts would only cost time.
         only = self._only_call(q_BSHD, seed)
         if only is not None:
             k, v = self._only_keys((k_BSHD, v_BSHD), "forward", coming)
@@ -119,6 +120,8 @@ class Executor(AttentionExecutor):
         coming: Pending[Pair] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """dq, dk, dv of this rank's shares in the dtypes of q, k, v, and this rank's part of dsinks (H,)."""
+        # Out and lse are those of the whole attention, sinks included: from them a kernel recomputes each weight as it finally was,
+        # so that the gradients of single blocks just add up.
         saved, only = Saved(q_BSHD, k_BSHD, v_BSHD, out_BSHD, lse_BHS), self._only_call(q_BSHD, seed)
         if only is not None:
             dq, dk, dv = self._backward_alone(saved, dout_BSHD, *only, coming)
@@ -136,6 +139,8 @@ class Executor(AttentionExecutor):
         returns = Returns(exchange, own)
         for index, (k, v) in self._visits(exchange, (own_k, own_v), "backward", coming):
             step, of_step = self.plan.steps[index], Saved(q, k, v, out, lse)
+            # Where `sums` says that some key of this step gets several gradients, three parts are announced, which makes the sum
+            # keep float32: what leaves here is added to other ranks' parts, and is rounded only once, by the owner.
             dk, dv = GradSum(k, 1 + 2 * step.sums), GradSum(v, 1 + 2 * step.sums)
             for number, call in enumerate(step.calls):
                 q_start, k_start, grads = self._backward_call(of_step, dout, call, block_of(index, number))
@@ -149,7 +154,7 @@ class Executor(AttentionExecutor):
     def _backward_alone(
         self, saved: Saved, dout: Tensor, call: KernelCall, block: Block, coming: Pending[Pair] | None
     ) -> Gradients:
-        """What the only call gives; gradients of keys that came from other ranks go back to them."""
+        """Give the gradients of a plan's only call; those of keys that came from other ranks go back to them."""
         q, k, v, out, lse = saved
         kv = k, v
         keys = self._only_keys(kv, "backward", coming)
@@ -157,6 +162,8 @@ class Executor(AttentionExecutor):
             saved = Saved(q, *keys, out, lse)
         _, _, (dq, dk, dv) = self._backward_call(saved, dout, call, block)
         if keys is not kv:
+            # The keys of the call were put together from several ranks, so dK and dV go back to them, and this rank gets the sum of
+            # what its own keys got on all ranks.
             own = GradSum(k, self.plan.k_parts), GradSum(v, self.plan.k_parts)
             self.exchange.give_back(0, (dk, dv), own).wait()
             dk, dv = own[0].result(), own[1].result()
@@ -182,6 +189,7 @@ class Executor(AttentionExecutor):
 
     def _only_keys(self, kv: Pair, direction: Direction, coming: Pending[Pair] | None) -> Pair:
         """The keys of the only step: `kv` itself where they are all of this rank's and no other rank takes part."""
+        # On one rank the step may still leave out keys or take them in another order: only the whole shard as it lies is no fetch.
         if coming is None:
             if self.plan.problem.world == 1 and self.plan.steps[0].keys == ((0, 0, kv[0].shape[1], 0),):
                 return kv
@@ -218,14 +226,16 @@ class Executor(AttentionExecutor):
 
         def of_call(index: int, number: int) -> PositionContext:
             own_seed = seed
-            if not kernel.hashes_positions:  # equal seeds would give every call and rank the same mask
+            # Equal seeds would give every call and rank the same mask. Calls are numbered as the plan has them and not as a pass
+            # reaches them, since backward walks the steps in another order and must draw the same masks.
+            if not kernel.hashes_positions:
                 own_seed = number_of(repr((seed, rank, first_calls[index] + number, self.origin)))
             return PositionContext(self.alibi, own_seed, queries, None if keys is None else keys[index], self.origin)
 
         return of_call
 
     def _forward_call(self, q: Tensor, k: Tensor, v: Tensor, call: KernelCall, block: Block) -> tuple[int, int, Result]:
-        """First query, one past the last, and the out and lse of one call."""
+        """Run one call forward; give its first query, one past its last, and their out and lse."""
         if block.varlen is None:
             _, q0, q1, k0, k1 = call.segments[0]
             # a slice costs the host more than the question whether one is needed
@@ -237,7 +247,7 @@ class Executor(AttentionExecutor):
         return 0, q.shape[1], Result(out.unflatten(0, q.shape[:2]), lse.unflatten(1, q.shape[:2]).transpose(0, 1))
 
     def _backward_call(self, saved: Saved, dout: Tensor, call: KernelCall, block: Block) -> tuple[int, int, Gradients]:
-        """First query, first key, and the gradients of one call."""
+        """Run one call backward; give its first query, its first key, and the gradients of its queries and keys."""
         q, k, v, out, lse = saved
         if block.varlen is None:
             _, q0, q1, k0, k1 = call.segments[0]
@@ -248,6 +258,8 @@ class Executor(AttentionExecutor):
                 saved = Saved(q[:, q0:q1], k, v, out[:, q0:q1], lse[:, :, q0:q1])
                 dout = dout[:, q0:q1]
             return q0, k0, self.kernel.backward(saved, dout, block)
+        # A varlen call counts tokens through all batch rows. Its lse is (H, T), so here heads are moved ahead of the batch rows
+        # first.
         flat_q, flat_k, flat_v, flat_out, flat_dout = (x.flatten(0, 1) for x in (q, k, v, out, dout))
         flat = Saved(flat_q, flat_k, flat_v, flat_out, lse.transpose(0, 1).flatten(1))
         grads = self.kernel.backward(flat, flat_dout, block)
@@ -259,6 +271,8 @@ class Executor(AttentionExecutor):
     ) -> Iterator[tuple[int, Pair]]:
         """Each step's keys in the order of the pass, the next step's transfer already under way."""
         order = self.forward_order if direction == "forward" else self.backward_order
+        # Every rank walks the same steps in the same order, also those in which it sends and needs nothing: messages between two
+        # ranks meet by their order, so a step left out on one of them would mix up all that follow.
         pending = exchange.fetch(order[0], kv, direction) if order and coming is None else coming
         arrived: dict[int, Pair] = {}
         for place, index in enumerate(order):
@@ -288,6 +302,7 @@ def _position_bytes(positions: _Positions, problem: AttentionProblem, *_others: 
     return problem.nbytes + queries.nbytes + sum(each.nbytes for each in keys)
 
 
+# Kept, since the cumulative lengths lie on the device: made for each call they would be a copy there for which the host waits.
 @cached("segments of packed calls", most_bytes=8 << 20, most_entries=32, size=_varlen_bytes)
 def _varlen_metadata(problem: AttentionProblem, rank: int, batch: int, device: torch.device) -> _Varlen:
     """For each call of each step its segments in a whole batch; None for a dense block."""

@@ -47,6 +47,7 @@ def add_returned(plan: Plan, sends: Sequence[KeySend], returned: Sequence[Tensor
             continue
         places = _places(plan, send)
         for (a, b), piece in zip(places, part.split([b - a for a, b in places], 1), strict=True):
+            # In place: these gradients have not been given back yet, and will take this part along to where the keys came from.
             waiting[send.step][:, a:b] += piece
 
 

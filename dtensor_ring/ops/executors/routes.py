@@ -114,10 +114,13 @@ class Route:
 
 
 def _route_bytes(kept: tuple[Route, ...], problem: AttentionProblem, *_others: object) -> int:
-    """Index tensors on the device, and a few objects a step."""
+    """Count the index tensors, which lie on the device, and a few Python objects for each step."""
     return problem.nbytes + sum(600 + sum(tensor.nbytes for tensor in route.tensors) for route in kept)
 
 
+# Places depend on plan and batch, not on what travels: all layers and both passes of a step share them. Made anew they would cost
+# the host time that grows with the documents, and a copy to the GPU that the host waits for. The key has the batch, since a place
+# counts through all batch rows, and the device, where the index lies.
 @cached("places of transfers", most_bytes=16 << 20, most_entries=32, size=_route_bytes)
 def routes(problem: AttentionProblem, rank: int, batch: int, device: torch.device) -> tuple[Route, ...]:
     """The routes of a plan's steps for a batch; plans whose exchange is collective have none."""
@@ -140,6 +143,7 @@ def _route(whole: Plan, index: int, batch: int, device: torch.device) -> Route:
     if not grouped:
         places = {origin: _flat(ranges, batch, step.key_count) for origin, ranges in held.items()}
         every = torch.cat(list(places.values()))
+        # The key buffer reads from the slots, so it wants the inverse: where in the slots each of its places lies.
         order = torch.empty_like(every)
         order[every] = torch.arange(len(every))
         leave = torch.cat([of_owner for (owner, _), of_owner in places.items() if owner != whole.rank])
@@ -152,6 +156,8 @@ def _route(whole: Plan, index: int, batch: int, device: torch.device) -> Route:
         own = Own(mine[0][0], at[0][0], _count(mine), take, back)
     sent = [[(keys.start, keys.stop) for keys in send.ranges] for send in sends]
     one_each = all(len(ranges) == 1 for ranges in sent)
+    # A plan of one step sums over all own keys, so that the result is the gradient itself. With several steps each covers only the
+    # keys that it reaches: what lies outside is left to the others, and adding zeros there would cost as much as the sum.
     return Route(
         None if one_each else _placed(torch.cat([_flat(ranges, batch, length) for ranges in sent]), device),
         tuple(slots),
@@ -189,6 +195,7 @@ def _sums(mine: list[_Range], sends: Sequence[KeySend], batch: int, length: int 
             next_wide += _count(ranges)
         else:
             next_other += _count(ranges)
+    # By rank and not by arrival or by distance in the ring: every step and every run adds in one order.
     ascending = sorted(range(len(sends)), key=lambda i: sends[i].rank)
     targets: list[Tensor] = []
     places: list[Tensor] = []
@@ -203,6 +210,7 @@ def _sums(mine: list[_Range], sends: Sequence[KeySend], batch: int, length: int 
         index = torch.cat(places)[torch.argsort(target, stable=True)]  # stable: a key's contributions stay in the order above
         offsets = _placed(torch.cat([counts.new_zeros(1), counts.cumsum(0)]), device)
         return Sums(_placed(index, device), offsets, False, low, high, sizes, tuple(firsts))
+    # A key without a contribution reads the place past the end, where the buffer has one zero for all of them.
     index = torch.full_like(counts, len(target))
     index[target] = torch.cat(places)
     return Sums(_placed(index, device), None, bool((counts == 0).any()), low, high, sizes, tuple(firsts))
@@ -213,9 +221,10 @@ def _count(ranges: Iterable[_Range]) -> int:
 
 
 def _flat(ranges: Sequence[_Range], batch: int, length: int) -> Tensor:
-    """The places of ranges in all batch rows of a tensor with `length` keys in each."""
+    """List the places of some ranges, the same in every batch row, in a tensor that has `length` keys in each row."""
     if not ranges:
         return torch.empty(0, dtype=torch.int64)
+    # Written out by PyTorch, since a million tokens are too many for a loop in Python.
     starts, stops = torch.tensor(ranges, dtype=torch.int64).T
     sizes = stops - starts
     inside = torch.arange(int(sizes.sum())) + torch.repeat_interleave(stops - sizes.cumsum(0), sizes)
@@ -223,4 +232,5 @@ def _flat(ranges: Sequence[_Range], batch: int, length: int) -> Tensor:
 
 
 def _placed(index: Tensor, device: torch.device) -> Tensor:
+    # Both `index_select` and `embedding_bag` take int32, which halves what the cache keeps on the device.
     return index.to(device, torch.int32)

@@ -89,10 +89,13 @@ class UlyssesExecutor(AttentionExecutor):
         seed: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         heads, kv_heads = q_BSHD.shape[2], k_BSHD.shape[2]
+        # Autograd keeps what the operator took and gave, which is this rank's tokens of all heads: so they travel to heads once
+        # more.
         dout, q, out = (self._to_heads(x) for x in (dout_BSHD, q_BSHD, out_BSHD))
         lse = exchange_dims(lse_BHS, (2, self.problem.split, self.problem.q_length), (1, Chunks(), heads), self.transport)
         dq, dk, dv, dmine = self._inner(heads).backward(dout, q, self._kv(k_BSHD), self._kv(v_BSHD), out, lse, seed)
-        # Every rank gives the part of its own heads; whoever holds the sinks sums the parts over ranks.
+        # Every rank gives the part of its own heads and zeros for the rest; whoever holds the sinks sums the parts over ranks, as
+        # with the other strategies, where each rank has the part of its own queries.
         dsinks = None
         if self.sinks is not None and dmine is not None:
             dsinks = torch.zeros_like(self.sinks)
@@ -109,6 +112,7 @@ class UlyssesExecutor(AttentionExecutor):
         mine, (row, head) = self._mine(heads), self.origin
         sinks = None if self.sinks is None else self.sinks[mine]
         alibi = None if self.alibi is None else self.alibi[..., mine].contiguous()
+        # All tokens are here in the order of positions, so the layout plays no part any more and no transport is needed.
         inner = plan(one_device(self.problem), 0)
         return Executor(inner, AloneTransport(), self.kernel, self.softmax, sinks, alibi, (row, head + mine.start))
 
@@ -126,7 +130,10 @@ class UlyssesExecutor(AttentionExecutor):
         return self._to_heads(x_BSHD.repeat_interleave(copies, 2) if copies > 1 else x_BSHD, self.problem.k_length)
 
     def _kv_grad(self, grad: Tensor, kv_heads: int) -> Tensor:
-        """Gradients of copies of a key head are summed in float32."""
+        """Bring the gradients of keys or values back to tokens, and sum those of a key head's copies in float32.
+
+        The copies were attended to on different ranks, so only the rank that has the tokens again can add their gradients up.
+        """
         copies = copies_of_key_heads(self.transport.world, kv_heads)
         if copies == 1:
             return self._to_tokens(grad, kv_heads, self.problem.k_length)
