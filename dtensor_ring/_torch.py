@@ -74,6 +74,8 @@ class PlacementBase(_StridedShard):
     """
 
     def __init__(self, dim: int) -> None:
+        # Straight to the C++ class that holds the dim. The Python initializer is about the factor, which has no meaning here and
+        # raises when it is read.
         torch._C._distributed.StridedShard.__init__(self, dim, split_factor=1)
 
     @property
@@ -103,6 +105,8 @@ class PartialNorm(Partial):
     order: float
 
     def __init__(self, order: float) -> None:
+        # A norm of infinite order is the largest or smallest part; all others add up powers, of which `_reduce_value` takes the
+        # root.
         super().__init__({math.inf: "max", -math.inf: "min"}.get(order, "sum"))
         object.__setattr__(self, "order", float(order))  # `Partial` is frozen
 
@@ -153,6 +157,8 @@ def install_rule(rule: Rule, cares: Callable[[OpSchema], bool]) -> None:
         sharding = rule(schema) if cares(schema) else None
         return stock(schema) if sharding is None else sharding
 
+    # The second is the first behind a cache, made when DTensor was imported: left as it is, it would go on asking PyTorch's rule
+    # alone.
     propagator.propagate_op_sharding_non_cached = propagate
     propagator.propagate_op_sharding = LocalLRUCache(propagate)
 
@@ -320,6 +326,7 @@ def store_of(group: dist.ProcessGroup) -> dist.Store:
 @contextmanager
 def lasting() -> Iterator[None]:
     """Tensors made here are ordinary CPU tensors, whatever modes are on, and so can be kept: no inference tensors, no fakes."""
+    # The device too: under `torch.device("cuda")` or `set_default_device` a tensor made here would lie on a GPU.
     with unset_fake_temporarily(), torch.inference_mode(False), torch.device("cpu"):
         yield
 

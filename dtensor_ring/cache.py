@@ -28,7 +28,9 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_KEYWORDS = object()  # stands between positional arguments and keywords in a key
+# Stands between positional arguments and keywords in a key, which might otherwise be those of a call by position.
+_KEYWORDS = object()
+# For `caches` to list. Weak, so that it keeps no cache of a test or of a module that is gone.
 _CACHES: WeakValueDictionary[str, Cache | CacheOfEach] = WeakValueDictionary()
 
 
@@ -87,7 +89,7 @@ class Cache:
         return lambda function: Cached(function, self, size)
 
     def find(self, key: Hashable) -> tuple[object] | None:
-        """The value of a key, which now counts as used last."""
+        """Find the value of a key, which now counts as used last; in a tuple, since the value itself may be None."""
         with self._lock:
             entry = self._entries.get(key)
             if entry is None:
@@ -100,8 +102,11 @@ class Cache:
     def keep(self, key: Hashable, value: object, size: int) -> object:
         """Keep a value, and return the one that is kept: another thread's, if that came first."""
         with self._lock:
+            # Two threads may have worked it out at once. Both get one object, so that what is worked out of it later is worked out
+            # once.
             if key in self._entries:
                 return self._entries[key].value
+            # Kept, it would drive everything else out and then leave itself.
             if size > self._most_bytes:
                 self._too_large += 1
                 return value
@@ -115,6 +120,7 @@ class Cache:
         """Count a kept value anew, after it has grown."""
         with self._lock:
             entry = self._entries.get(key)
+            # It may have left meanwhile, and another value have been kept under its key.
             if entry is None or entry.value is not value:
                 return
             self._bytes += size - entry.size
@@ -169,6 +175,7 @@ class CacheOfEach:
     def of(self, owner: object) -> Cache:
         """The cache of an object; equal objects share one."""
         cache = self._of.get(owner)
+        # `setdefault`, since another thread may have made one in the meantime.
         return self._of.setdefault(owner, Cache(*self._limits, is_listed=False)) if cache is None else cache
 
     def use(self) -> CacheUse:
@@ -213,6 +220,7 @@ class Cached(Generic[P, T]):
         return self._cache.use()
 
     def _key(self, args: tuple[object, ...], kwargs: dict[str, object]) -> Hashable:
+        # The function is part of the key, since several share one cache.
         if not kwargs:
             return self._function, *args
         return self._function, *args, _KEYWORDS, *sorted(kwargs.items())
@@ -232,5 +240,6 @@ def cached(name: str, *, most_bytes: int, most_entries: int, size: Callable[...,
 
 def caches() -> tuple[CacheUse, ...]:
     """What every cache of this process holds, by name; those of single objects added up."""
+    # Through a list of references: caches may end while the dict is walked, which would then have changed its size.
     kept = [reference() for reference in _CACHES.valuerefs()]
     return tuple(sorted(cache.use() for cache in kept if cache is not None))

@@ -46,6 +46,7 @@ def traffic(device_mesh: DeviceMesh) -> Traffic:
     """What this rank has sent over a mesh of one axis since its group was made, by attention and redistribution alike."""
     if device_mesh.ndim != 1:
         raise ValueError(f"traffic is counted for one mesh axis, such as mesh['cp'], found {device_mesh.ndim} axes")
+    # A copy: the transport goes on counting in its own, and what was read before must stay what it was.
     return transport_of(device_mesh.get_group(0)).traffic.copy()
 
 
@@ -68,6 +69,7 @@ def kernel_table() -> str:
         "ALiBi, any blocks": replace(base, alibi="shifted"),
         "deterministic backward": replace(base, deterministic=True),
     }
+    # `lacks` and not `refuses`: the table is the same on every machine, whatever is installed there.
     return _table(probes, {name: kernel.lacks for name, kernel in KERNELS.items()})
 
 
@@ -85,6 +87,7 @@ def transport_table() -> str:
 def _table(probes: Mapping[str, T], refusals: Mapping[str, Callable[[T], str | None]]) -> str:
     """A Markdown table with a line for each probe and a column for each candidate; the reasons of those that refuse follow."""
     lines = ["| | " + " | ".join(f"`{name}`" for name in refusals) + " |", "|---" * (len(refusals) + 1) + "|"]
+    # A dict for a set in order of entry: a reason that several probes meet is listed once, where it came first.
     reasons: dict[str, dict[str, None]] = {name: {} for name in refusals}
     for feature, need in probes.items():
         cells = []

@@ -50,6 +50,8 @@ def average_gradients(model: nn.Module | Iterable[nn.Parameter], device_mesh: De
         NotImplementedError: a sparse gradient.
     """
     transport, parameters = _replicated(model, device_mesh, "average_gradients")
+    # Before the first transfer and on all ranks: a rank that raised between two buckets would leave the others waiting, with some
+    # gradients averaged and others not.
     with refused_together(lambda: [transport]):
         for name, parameter in parameters:
             if parameter.grad is not None and parameter.grad.layout != torch.strided:
@@ -59,6 +61,7 @@ def average_gradients(model: nn.Module | Iterable[nn.Parameter], device_mesh: De
         return
     has = torch.tensor([float(p.grad is not None) for _, p in parameters], device=transport.value_device())
     with transport.during("average_gradients"):
+        # Which gradients exist is known on each rank for itself only, and buckets must hold the same ones everywhere.
         wanted = transport.all_reduce(has, "max").tolist()
         # A gradient that this rank lacks and another has is made, of zeros: both must travel in the same bucket.
         gradients = [_gradient(parameter) for (_, parameter), any_rank in zip(parameters, wanted, strict=True) if any_rank]
@@ -109,6 +112,7 @@ def _replicated(
             if isinstance(model, nn.Module)
             else [(f"parameter {i}", parameter) for i, parameter in enumerate(model)]
         )
+        # By ranks and not by names of axes: a parameter may lie on another mesh of the same ranks.
         peers = set(mesh.mesh.flatten().tolist())
         reduced = [n for n, p in named if isinstance(p, DTensor) and len(peers & set(p.device_mesh.mesh.flatten().tolist())) > 1]
         if reduced and not skip_reduced:
@@ -122,6 +126,7 @@ def _replicated(
 
 def _check_alike(parameters: Sequence[tuple[str, nn.Parameter]], transport: Transport, call: str) -> None:
     """Raises ValueError on every rank unless all hold parameters of the same names, shapes and dtypes."""
+    # Buckets are filled by order, size and dtype, so ranks that differ in one of them would average gradients of different weights.
     text = "|".join(f"{name} {local_of(p).dtype} {tuple(local_of(p).shape)} {p.requires_grad}" for name, p in parameters)
     number = number_of(text)
     for rank, (count, its_number) in enumerate(meet(transport, call, [len(parameters), number])):
@@ -141,6 +146,7 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 def _buckets(gradients: Iterable[Tensor]) -> Iterable[list[Tensor]]:
     """Gradients of one device and dtype, so many that they travel as one message of a good size."""
+    # In the order of parameters, which is the same on all ranks: each bucket must meet its like.
     buckets: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     sizes: Counter[tuple[torch.device, torch.dtype]] = Counter()
     for gradient in gradients:

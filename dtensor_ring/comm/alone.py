@@ -33,6 +33,7 @@ class AloneTransport(Transport):
 
     @override
     def _exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending[None]:
+        # A rank sends nothing to itself (`exchange` asserts it), so an exchange of one rank has no messages.
         return Pending.ready(None)
 
     @override

@@ -74,6 +74,8 @@ def transport_of(group: dist.ProcessGroup | None, axis: str | None = None) -> Tr
     """
     if group is None:
         return AloneTransport()
+    # One for each group and not one for each call: what ranks have compared, the count of bytes and a first meeting belong to the
+    # group, and must be the same whichever layer or function asks.
     transport = _transports.get(group)
     if transport is None:
         need = TransportRequirements.of(group)
@@ -115,6 +117,8 @@ def use_transport(where: DeviceMesh | dist.ProcessGroup, transport: TransportNam
     """
     before = _transport_at(where)
     group = where.get_group(0) if isinstance(where, DeviceMesh) else where
+    # Ranks meet over the transport that all of them still have. Over the new one a rank that refuses, or asks for another, could
+    # not say so.
     with refused_together(lambda: [before]):
         need = TransportRequirements.of(group)
         chosen = choose_transport(transport, need)
@@ -127,6 +131,7 @@ def use_transport(where: DeviceMesh | dist.ProcessGroup, transport: TransportNam
     # A new end has compared nothing yet. That is the same on all ranks, so they meet again at their next call, all of them.
     if type(before) is not chosen:
         after = _transports[group] = chosen.connect(need)
+        # The count goes on, so that `traffic(mesh).since(before)` holds across the change.
         after.axis, after.traffic, after.batches = before.axis, before.traffic, before.batches
 
 

@@ -59,6 +59,8 @@ def _make_tokens(split: Split, length: int, world: int, rank: int) -> Tensor:
 
 @_INDICES.keeps(_index_bytes)
 def _tokens(split: Split, length: int, world: int, rank: int) -> Tensor:
+    # What is kept must serve any later call. Made under `inference_mode` or while a compiler traces, it would be an inference
+    # tensor or a fake one.
     with lasting():
         return _make_tokens(split, length, world, rank)
 
@@ -97,7 +99,7 @@ def take_shard(x: Tensor, dim: int, split: Split, world: int, rank: int) -> Tens
 
 
 def _take_shards(x: Tensor, dim: int, split: Split, world: int) -> list[Tensor]:
-    """Every rank's share of a whole tensor, copies."""
+    """Cut a whole tensor into every rank's share; the shares are copies."""
     order, counts = _orders(split, x.shape[dim], world)
     return [x.index_select(dim, tokens) for tokens in order.to(x.device).split(counts)]
 
@@ -120,6 +122,7 @@ def reduce_shards(x: Tensor, dim: int, split: Split, op: str, transport: Transpo
     # A transport's reduce-scatter adds up; what is no sum is reduced whole, and cut.
     if op not in ("sum", "avg"):
         return take_shard(transport.all_reduce(x, op), dim, split, world, transport.rank)
+    # The split dim goes first, so that a rank's share is one stretch of memory, as a reduce-scatter takes it.
     length, first = x.shape[dim], x.movedim(dim, 0)
     counts = [local_size(split, length, world, rank) for rank in range(world)]
     largest = max(counts)
@@ -161,6 +164,7 @@ def reshard(x: Tensor, dim: int, old: Split, new: Split, length: int, transport:
     """From one split of a dim to another. Each rank sends exactly the tokens that change rank."""
     leaving_order, sent, arrival, received = _moves(old, new, length, transport.world, transport.rank)
     first = x.movedim(dim, 0)
+    # One copy puts what leaves in the order of its targets; each target's part is then contiguous without a copy of its own.
     leaving = first.index_select(0, leaving_order.to(x.device)).split(sent)
     arriving = list(transport.empty((sum(received), *first.shape[1:]), x).split(received))
     _swap(list(leaving), arriving, transport)
@@ -183,6 +187,8 @@ def exchange_dims(x: Tensor, gathered: tuple[int, Split, int], scattered: tuple[
     order, counts = _orders(gather_split, gather_length, world)
     arriving = [transport.empty((*shape[:gather_dim], count, *shape[gather_dim + 1 :]), x) for count in counts]
     _swap(leaving, arriving, transport)
+    # Blocks come in the order of ranks, tokens in that of each rank's storage. `order` lists the tokens in just this order, and
+    # sorting it gives the place of each.
     stacked = torch.cat(arriving, gather_dim)
     return stacked.index_select(gather_dim, torch.argsort(order).to(x.device))
 
@@ -192,6 +198,7 @@ def scatter_shards(x: Tensor, dim: int, split: Split, source: int, transport: Tr
     world, rank = transport.world, transport.rank
     if rank == source:
         shards = _take_shards(x, dim, split, world)
+        # Point to point and not by a collective: shares differ in size, and only these bytes travel.
         transport.exchange([Message(r, shard) for r, shard in enumerate(shards) if r != rank], []).wait()
         return shards[rank]
     shape = *x.shape[:dim], local_size(split, x.shape[dim], world, rank), *x.shape[dim + 1 :]

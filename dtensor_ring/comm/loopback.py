@@ -43,6 +43,8 @@ class _Switchboard:
         waited = 0.0
         while waited < self.timeout and not self.failed.is_set():
             try:
+                # A short wait, again and again, so that the failure of another rank ends this one at once and not after the whole
+                # timeout.
                 return self.lines[source, target, number].get(timeout=0.05)
             except Empty:
                 waited += 0.05
@@ -97,6 +99,7 @@ class LoopbackTransport(Transport):
                 failures.append(failure)
                 board.failed.set()
 
+        # Daemons: a rank that hangs must not keep the test process from ending.
         threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(world)]
         for thread in threads:
             thread.start()
@@ -114,10 +117,14 @@ class LoopbackTransport(Transport):
 
     @override
     def _exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending[None]:
+        # The tensor itself and no copy: a rank that changes it before the receiver took it is to be found out, as NCCL may read it
+        # as late. Detached, since a transfer is not part of any rank's graph.
         parcels = [_Parcel(message.tensor.detach()) for message in sends]
         for message, parcel in zip(sends, parcels, strict=True):
             self._board.lines[self.rank, message.rank, self._sent[message.rank]].put(parcel)
             self._sent[message.rank] += 1
+        # Numbers are given when a transfer starts and not when it is waited for, since a rank may wait for transfers in another
+        # order than it started them.
         numbers = []
         for message in receives:
             numbers.append(self._expected[message.rank])
@@ -132,6 +139,8 @@ class LoopbackTransport(Transport):
                 assert parcel.tensor.dtype == message.tensor.dtype, "both ends of a message agree on the dtype"
                 message.tensor.copy_(parcel.tensor)
                 parcel.taken.set()
+            # Receiving comes first on every rank: two that waited for their own parcels to be taken would wait for each other.
+            # After this wait the interface lets a rank change what it sent.
             for message, parcel in zip(sends, parcels, strict=True):
                 if not parcel.taken.wait(self._board.timeout):
                     raise TimeoutError(f"rank {message.rank} never took what rank {self.rank} sent it")
@@ -155,6 +164,7 @@ class LoopbackTransport(Transport):
         def finish() -> Tensor:
             pending.wait()
             parts[self.rank] = tensor[self.rank]
+            # In the order of ranks, whoever came first, so that all runs give the same bits.
             return torch.stack([parts[rank] for rank in range(self.world)]).sum(0)
 
         return Pending(finish)

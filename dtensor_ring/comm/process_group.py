@@ -27,7 +27,7 @@ _REDUCE = {
     "product": dist.ReduceOp.PRODUCT,
 }
 _GRACE = 2.0  # seconds that a rank which waited in vain waits to hear what the others wait for
-_LARGEST_TAG = (1 << 31) - 1
+_LARGEST_TAG = (1 << 31) - 1  # a tag is a C int
 
 
 def axis_name(mesh: DeviceMesh, i: int) -> str:
@@ -103,6 +103,7 @@ class ProcessGroupTransport(Transport):
         until = time.monotonic() + patience
         try:
             work = all_gather_flat(gathered, mine, group=self._group, async_op=True)
+            # Polled and not waited for: where the others never come to this meeting, the error of this rank must still be shown.
             while work is not None and not work.is_completed() and time.monotonic() < until:
                 time.sleep(0.001)
         except RuntimeError:  # the error to show is the one that the others were to be sent
@@ -126,6 +127,8 @@ class ProcessGroupTransport(Transport):
 
     @override
     def _compare(self, collective: str, tensor: Tensor) -> None:
+        # On gloo tensors of different sizes in one collective end the process, so sizes are compared before. On NCCL the comparison
+        # would make the host wait for the GPU in every collective.
         if not self._is_nccl():
             meet(self, f"{self.activity} ({collective} of {tensor.dtype} {tuple(tensor.shape)})", [])
 
@@ -173,6 +176,7 @@ class ProcessGroupTransport(Transport):
 
     @override
     def _all_reduce(self, tensor: Tensor, op: str) -> Tensor:
+        # The collective works in place, and the tensor is the caller's.
         out = tensor.clone()
         averages = op == "avg" and not self._is_nccl()  # gloo has no average
         kind = dist.ReduceOp.SUM if averages else _REDUCE[op]
@@ -180,6 +184,7 @@ class ProcessGroupTransport(Transport):
         return out / self.world if averages else out
 
     def _after(self, work: dist.Work | None, result: Tensor) -> Pending[Tensor]:
+        # Taken when the transfer starts: at the wait this rank may be in another activity.
         activity = self.activity
 
         def finish() -> Tensor:
@@ -201,6 +206,7 @@ class ProcessGroupTransport(Transport):
 
     def _whereabouts(self, what: str) -> str:
         """Who else waited in vain, and for what: the ranks that do not say so are those to look at."""
+        # Through the store and not by another collective, which the rank that is silent would keep waiting too.
         store, others = store_of(self._group), [rank for rank in range(self.world) if rank != self.rank]
         said: dict[int, str] = {}
         try:

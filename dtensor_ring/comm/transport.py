@@ -67,6 +67,7 @@ class Pending(Generic[T]):
 
     def wait(self) -> T:
         """The result. On a GPU the current stream waits, the host does not."""
+        # The function holds the buffers of the transfer; a pending that is kept after its wait must not keep them alive.
         finish, self._finish = self._finish, None
         assert finish is not None, "a pending transfer is redeemed once"
         return finish()
@@ -102,6 +103,7 @@ class TransportRequirements:
         """
         if self.group is None:
             return [answer] * self.world
+        # `get` waits for the key, so a rank that asks first waits for the others here.
         store = store_of(self.group)
         store.set(f"dtensor_ring/{subject}/{self.rank}", answer)
         return [store.get(f"dtensor_ring/{subject}/{rank}").decode() for rank in range(self.world)]
@@ -144,6 +146,7 @@ class Transport(ABC):
         self.axis = axis
         self.traffic = Traffic()
         self.activity: object = "a transfer"
+        # A dict for a set in order of entry: the oldest agreement is the first to be forgotten, on all ranks alike.
         self.agreements: dict[Hashable, None] = {}
         self.batches = 0
 
@@ -154,6 +157,7 @@ class Transport(ABC):
     @contextmanager
     def during(self, activity: object) -> Iterator[None]:
         """Name what the transfers started inside the block are part of, for the error of one that fails."""
+        # Activities nest: a collective inside of one compares sizes under a name of its own.
         before, self.activity = self.activity, activity
         try:
             yield
@@ -162,6 +166,8 @@ class Transport(ABC):
 
     def empty(self, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A buffer to receive into, on the device of `like` and of its dtype unless one is given."""
+        # Buffers to receive into are made here and nowhere else: a transport may need memory of a kind of its own, and the loopback
+        # fills it with NaN, so that a test sees what is read too early.
         return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending[None]:
@@ -175,6 +181,7 @@ class Transport(ABC):
         for message in (*sends, *receives):
             assert message.rank != self.rank, "a rank does not send to itself"
             assert message.tensor.is_contiguous(), "messages are contiguous tensors"
+        # Counted where every transfer passes, so that a transport cannot forget it, and bytes mean the same for all of them.
         self.traffic.add(len(sends), sum(message.tensor.nbytes for message in sends))
         return self._exchange(sends, receives)
 
@@ -201,6 +208,8 @@ class Transport(ABC):
         """A few integers of every rank, on the host of every rank: for checks once a batch, since the host waits."""
         if self.world == 1:
             return [list(values)]
+        # Past `all_gather`, which compares and counts: a comparison must not ask for another, and bytes of tensors are what is
+        # counted.
         mine = torch.tensor(values, dtype=torch.int64, device=self.value_device())
         return self._all_gather(mine).wait().tolist()
 

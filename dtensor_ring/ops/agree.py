@@ -21,6 +21,7 @@ from dtensor_ring.planning.layout import Layout
 
 def refused_by_all(*tensors: Tensor) -> AbstractContextManager[None]:
     """A block whose refusals on one rank are raised on all ranks that share the sequence of `tensors`."""
+    # A compiler traces one rank by itself: other ranks may be anywhere, and a meeting must not become part of the graph.
     return nullcontext() if torch.compiler.is_compiling() else refused_together(partial(_meeting_places, tensors))
 
 
@@ -81,6 +82,7 @@ def check_agreement(transport: Transport, facts: Facts, documents: str) -> None:
         RuntimeError: ranks are in different calls, on every rank.
         ValueError: ranks differ, or a share does not hold the tokens that the layout gives its rank; on every rank.
     """
+    # Two texts and not one: the first is worked out once for all calls like this one, while documents are new with every batch.
     call = facts.key, documents
     if not is_agreed(transport, call) and not is_tracing():  # fake tensors: nobody is there to compare with
         _compare(transport, facts, documents or "no documents")

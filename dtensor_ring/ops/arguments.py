@@ -60,6 +60,7 @@ def choose_strategy(strategy: str | None) -> str:
 
 def factor_of(scale: float | None, head_dim: int) -> float:
     """What multiplies q.k: the scale, or D ** -0.5 for None. Raises ValueError unless it is finite."""
+    # A NaN or infinite scale would go through every rank and come out as NaN, far from where it was given.
     factor = head_dim**-0.5 if scale is None else float(scale)
     if not math.isfinite(factor):
         raise ValueError(f"scale multiplies q.k and must be a finite number, found {scale}")
@@ -96,7 +97,9 @@ def check_extras(batch: int, heads: int, sinks: Tensor | None, alibi_slopes: Ten
         return
     if tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
         raise ValueError(f"alibi_slopes must have shape ({heads},) or ({batch}, {heads}), found {tuple(alibi_slopes.shape)}")
+    # Slopes are sliced by this rank's heads and rows, which a DTensor would do to its own share; kernels read float32.
     if type(alibi_slopes) is not Tensor or alibi_slopes.dtype != torch.float32:
         raise TypeError(f"alibi_slopes must be a plain float32 tensor, found {type(alibi_slopes).__name__} {alibi_slopes.dtype}")
+    # No kernel gives a gradient of slopes, and silence would train nothing.
     if alibi_slopes.requires_grad:
         raise NotImplementedError("alibi_slopes get no gradient: pass alibi_slopes.detach()")

@@ -41,6 +41,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared, *, return_lse: b
     """Out (B, Sq, H, Dv), placed as q, and where asked lse (B, H, Sq), whose gradient is refused; q, k, v as they were prepared."""
     if torch.compiler.is_compiling():
         return _traced(q, k, v, prepared)
+    # Without gradients even an autograd function that records nothing would cost the host time.
     if torch.is_grad_enabled():
         return _Attention.apply(q, k, v, prepared.sinks, prepared, return_lse)
     out, lse, _ = _run(_local((q, k, v, prepared.sinks)), prepared)
@@ -65,6 +66,7 @@ def _placed(q: Tensor, v: Tensor, out: Tensor, lse: Tensor | None) -> tuple[Tens
     mesh, placements = like_q.spec.mesh, like_q.spec.placements
     batch, length, heads, head_dim = q.shape
     shape = batch, length, heads, v.shape[3]
+    # Out has the shape of q, and may share its spec, unless values have a head dim of their own.
     out = like_q.wrapped(out) if shape[3] == head_dim else wrap(out, mesh, placements, shape)
     return out, None if lse is None else wrap(lse, mesh, lse_placements(placements), (batch, heads, length))
 
@@ -152,6 +154,8 @@ class _LocalPart(torch.autograd.Function):
     @staticmethod
     @override
     def forward(ctx: Any, local: Tensor, mesh: DeviceMesh, placements: Any, shape: Any) -> DTensor:  # pyrefly: ignore[bad-override]
+        # Detached: a DTensor made of a tensor that requires a gradient would begin a graph of its own, but here this function gives
+        # the result its gradient.
         return wrap(local.detach(), mesh, placements, shape)
 
     @staticmethod

@@ -17,6 +17,7 @@ from dtensor_ring.planning.schedule import Plan, plan
 
 def is_varlen(call: KernelCall, problem: AttentionProblem) -> bool:
     """Whether a call goes to the kernel as a varlen block. One segment that is in all batch rows alike is a dense block."""
+    # Where batch rows have documents of their own, a segment is in one row only, while a dense block covers all of them.
     return len(call.segments) > 1 or len(problem.bounds) > 1
 
 
@@ -45,6 +46,7 @@ def block_kinds(problem: AttentionProblem) -> frozenset[BlockKind]:
     if problem.strategy == "ulysses":  # each rank attends as one device does
         problem = replace(problem, world=1, strategy="ring")
     if problem.documents is not None:
+        # Without a mask every segment is full. With one a document may be cut anywhere, so nothing can be left out.
         unmasked = problem.band.lo is None and problem.band.hi is None
         return frozenset(kind for kind in EVERY_KIND if kind.mask == "full") if unmasked else EVERY_KIND
     return frozenset().union(*(kinds_of_plan(plan(problem, rank)) for rank in range(problem.world)))

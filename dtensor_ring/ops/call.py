@@ -73,6 +73,7 @@ class AttentionCall:
             f"training={int(self.training)} kv_head_group_size={self.kv_head_group_size}"
         )
 
+    # The operators parse their text in every call, forward and backward, and a run has a handful of texts.
     @classmethod
     @lru_cache(maxsize=256)
     def parse(cls, text: str) -> AttentionCall:
@@ -138,6 +139,7 @@ class AttentionCall:
         strategy = self.default_strategy
         if has_alibi:
             assert problem is not None, "distances depend on lengths"
+            # Distances decide on the kernel, and on the strategy where that is open: so it is settled before kernels are asked.
             strategy, alignment = _choose_for_alibi(self.strategy, problem)
             need = replace(need, alibi=alignment)
         kinds = None if problem is None else partial(block_kinds, replace(problem, strategy=strategy))
@@ -148,6 +150,7 @@ def _choose_for_alibi(strategy: str, problem: AttentionProblem) -> tuple[str, Li
     """The strategy, and whether blocks are "aligned" so that flash kernels measure ALiBi distances rightly, or "shifted"."""
     if strategy == "ulysses":
         problem = replace(problem, world=1)  # each rank attends to whole sequences, of some heads
+    # "ring" first: it keeps less memory, and "gather" is worth it only where it saves the flash kernel.
     for candidate in ("ring", "gather") if strategy == AUTO else (strategy,):
         if ends_together(replace(problem, strategy=candidate)):
             return candidate, "aligned"

@@ -76,6 +76,8 @@ def _attention(
     """Out and lse of this rank's queries, and the seed of its dropout masks (1,), on the CPU; empty without dropout."""
     asked = AttentionCall.parse(call)
     executor = _executor(call, q, v, (sinks, alibi), documents, lengths, origin, group)
+    # On the CPU, since the host needs its value: read off a GPU it would make the host wait. A tensor, since it is a result of the
+    # operator, and saved as such it gives backward, and a compiled graph, the same masks.
     seed = torch.randint(1 << 62, (1,)) if asked.dropout_p else torch.empty(0, dtype=torch.int64)
     with _without_autocast(q.device.type):
         return *executor.forward(_inner(q), _inner(k), _inner(v), _value(seed)), seed
@@ -105,9 +107,11 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv of this rank's shares, and its part of dsinks, empty without sinks."""
     executor = _executor(call, q, v, (sinks, alibi), documents, lengths, origin, group)
+    # Gradients may be expanded: that of `out.sum()` has stride 0 in every dim, which kernels do not take.
     tensors = dout.contiguous(), _inner(q), _inner(k), _inner(v), out, lse
     with _without_autocast(q.device.type):
         dq, dk, dv, dsinks = executor.backward(*tensors, _value(seed))
+    # The schema has four tensors, so no gradient is an empty one.
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
@@ -126,6 +130,7 @@ def _fake_backward(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:  # noqa: ANN401
     q, k, v, sinks, alibi, documents, *ctx.rest = inputs
     ctx.save_for_backward(q, k, v, sinks, alibi, *output, documents)
+    # Neither the lse nor the seed has a gradient here, and none must be asked for.
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -139,6 +144,7 @@ def _backward(ctx: Any, dout: Tensor, *_others: Tensor | None) -> tuple[Tensor |
 
 def register() -> None:
     """Define both operators, for every backend: the implementation asks the tensors for their device."""
+    # `nondeterministic_seeded` keeps compilers from merging or repeating calls with dropout as if they drew the same mask.
     torch.library.define("dtensor_ring::attention", _FORWARD, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded))
     torch.library.define("dtensor_ring::attention_backward", _BACKWARD, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl("dtensor_ring::attention", "CompositeExplicitAutograd", _attention)
@@ -184,6 +190,7 @@ def _executor(
     group: str,
 ) -> AttentionExecutor:
     transport = transport_of(resolve_group(group) if group else None)
+    # PyTorch's setting is among the facts, since kernels read it when they refuse: a choice remembered without it would outlive it.
     facts = q.device.type, q.dtype, q.shape[3], v.shape[3], torch.are_deterministic_algorithms_enabled()
     q_length, k_length = lengths
     bounds = Documents.unpack(documents)

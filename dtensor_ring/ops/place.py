@@ -83,6 +83,7 @@ def place_in_group(
     """
     q, k, v = tensors
     check_tensors(q, k, v)
+    # While a compiler traces, nothing is compared or sent, and a transport is no value that a graph could hold.
     transport = None if torch.compiler.is_compiling() else transport_of(group)
     axis, world = ("this group", dist.get_world_size(group)) if transport is None else (transport.axis, transport.world)
     q_length, k_length = lengths or (world * q.shape[1], world * k.shape[1])
@@ -108,6 +109,8 @@ def place_of(q: DTensor, k: DTensor, v: DTensor, order: Order = BSHD) -> Place:
 def _remembered(q: DTensor, k: DTensor, v: DTensor, order: Order) -> _Spread:
     """As `_spread`, worked out once for placements and shapes. While a compiler traces, shapes are symbols, which are no keys."""
     mesh = q.device_mesh
+    # Whether the three lie on one mesh is asked by identity, which costs nothing; meshes that are only equal are compared below,
+    # each time.
     if k.device_mesh is not mesh or v.device_mesh is not mesh:
         return _spread(q, k, v, order)
     known = _SPREADS.of(mesh)
@@ -129,5 +132,6 @@ def _spread(q: DTensor, k: DTensor, v: DTensor, order: Order) -> _Spread:
     dims = 0, order.sequence, order.heads, 3
     whole = tuple(tuple(x.shape[dim] for dim in dims) for x in (q, k, v))
     name, world = ("", 1) if axis is None else (f"mesh axis {axis_name(mesh, axis)}", mesh.size(axis))
+    # In the whole batch: dropout masks hash batch row and head, and slopes and documents are given for all of them.
     origin = share_of(q, 0).start, share_of(q, order.heads).start
     return _Spread(axis, name, world, layout, (whole[0], whole[1], whole[2]), origin)

@@ -122,6 +122,8 @@ def _remembered(
     kinds = tuple(map(type, asked.window)) if isinstance(asked.window, tuple) else (list,)
     # what a kernel refuses depends on a setting of PyTorch's too
     settings = training, torch.are_deterministic_algorithms_enabled(), name
+    # The group is left out, and its transport with it: what is checked does not depend on them, and a cache must not keep a group
+    # alive. Its name in errors is in the key, since the facts repeat it.
     key = asked, kinds, *place[1:7], q.shape, k.shape, v.shape, q.dtype, q.device.type, bounds, *beside, *settings
     try:
         entry = _CALLS.find(key)
@@ -142,6 +144,7 @@ def _check(
     call = _call(asked, place.layout, q.shape[3], training)
     problem = call.problem((place.q_shape[1], place.k_shape[1]), place.world, documents)
     need = call.need(q.device.type, q.dtype, q.shape[3], v.shape[3])
+    # Chosen here only to be compared: ranks may have other packages, and so another kernel for "auto". The operator chooses again.
     strategy, kernel = call.choose(need, inputs.alibi is not None, problem)
     words = (
         str(q.dtype),
@@ -163,6 +166,7 @@ def _call(asked: Arguments, layout: Layout, head_dim: int, training: bool) -> At
         Band.parse(mask_text(asked.is_causal, asked.window)),
         factor_of(asked.scale, head_dim),
         layout,
+        # "local" attends on one rank, where there is nothing to choose from; elsewhere it was refused.
         AUTO if asked.strategy in (None, "local") else strategy,
         asked.kernel or AUTO,
         float(asked.softcap),
@@ -229,6 +233,7 @@ def _documents(documents: Documents | Slices | Tensor | Sequence[int] | None, pl
 
 def _whole(documents: Documents | Tensor | Sequence[int], place: Place) -> Documents:
     batch, q_length, k_length = place.q_shape[0], place.q_shape[1], place.k_shape[1]
+    # Documents are checked by their numbers, and while a compiler traces a tensor has none.
     if torch.compiler.is_compiling() and not isinstance(documents, Documents):
         raise TypeError("inside torch.compile documents must be a Documents, made outside of the compiled function")
     if q_length != k_length:
@@ -254,6 +259,7 @@ def _slopes(inputs: Inputs, place: Place) -> Tensor | None:
     slopes, (row, head), local = inputs.alibi, place.origin, local_of(inputs.q)
     if slopes is None or tuple(local.shape[::2]) == (place.q_shape[0], place.q_shape[2]):
         return slopes
+    # Sliced here and not by the kernel, which is given this rank's tensors alone and counts heads and rows from 0.
     mine = slopes[..., head : head + local.shape[2]]
     return mine if mine.dim() == 1 else mine[row : row + local.shape[0]]
 

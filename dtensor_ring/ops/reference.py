@@ -43,10 +43,12 @@ def reference_attention(
     seen = seen & (distance <= left) if left >= 0 else seen
     seen = seen & (distance >= -right) if right >= 0 else seen
     if documents is not None:
+        # Tokens are in one document where position in the document minus position is the same: minus the place of its first token.
         starts = (documents.position_ids().to(q.device) - torch.arange(documents.length, device=q.device))[:, None]
         seen = seen & (starts.transpose(1, 2) == starts)
     scores = scores.masked_fill(~seen[:, None], -math.inf)
     lse = torch.logsumexp(scores, -1)
     lse = lse if sinks is None else torch.logaddexp(lse, sinks.to(work)[:, None])
+    # A query that sees nothing has scores and lse -inf; with 0 in place of its lse its weights are 0 and not NaN.
     p = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
     return ((p if kept is None else p * kept) @ v).transpose(1, 2), lse

@@ -149,6 +149,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, asked: _Asked) -> tuple[DTensor, D
             f"{_NAME}: is_causal with {q.shape[2]} queries and {k.shape[2]} keys is not supported over a sequence axis, as PyTorch "
             "counts queries from the first key: dtensor_ring.ring_attention counts them so that the last query sees the last key"
         )
+    # PyTorch's order of dims is ours with two swapped, and kernels take any strides but the last: a view does, nothing is copied.
     prepared = _prepared(q, k, v, asked)
     out, lse, seed = attention(*_bshd(q, k, v), *prepared)
     wrapped = wrap(out.transpose(1, 2), q.device_mesh, q.placements, (*q.shape[:3], v.shape[3]))
@@ -159,9 +160,11 @@ def _backward(
     qkv: tuple[DTensor, DTensor, DTensor], dout: DTensor, out: DTensor, lse: DTensor, seed: Tensor, asked: _Asked
 ) -> tuple[DTensor, DTensor, DTensor]:
     """dq, dk, dv, placed as q, k and v."""
+    # Autograd hands over whatever the loss made of out, and the ring reads gradients as it reads queries.
     if dout.placements != out.placements:
         dout = redistribute(dout, out.placements)
     sinks, alibi, *rest = _prepared(*qkv, asked)
+    # The lse is (B, H, S) in either order of dims.
     grads = attention_backward(*_bshd(dout, *qkv), sinks, alibi, *_bshd(out), local_of(lse), seed, *rest)
     dq, dk, dv = (wrap(grad.transpose(1, 2), x.device_mesh, x.placements, x.shape) for grad, x in zip(grads[:3], qkv, strict=True))
     return dq, dk, dv
@@ -193,6 +196,8 @@ def _register(op: OpOverload, act: Callable[..., object]) -> None:
 
     def rule(_cls: type, _op: OpOverload, _types: Sequence[type], args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, DTensor)]
+        # Asked of gradients and saved tensors too: backward ops are called with those of the forward pass, and one in our
+        # placements is enough to make PyTorch's own rule wrong.
         if not any(holds_sequence(x.placements) for x in tensors):
             return NotImplemented
         with refused_by_all(*tensors):

@@ -56,6 +56,7 @@ def attention_axis(
             raise ValueError(
                 f"{where}: {given}: attention needs whole values, reduce partial ones first with dtensor_ring.redistribute"
             )
+        # One plan says where queries and keys lie. With k or v placed otherwise it would read other tokens than it means.
         if not a == b == c:
             raise ValueError(
                 f"{where}: {given}: attention needs one placement for all three; bring them together with "
@@ -105,8 +106,9 @@ def _layout_of(
 
 
 def share_of(q: DTensor, dim: int) -> slice:
-    """This rank's part of a dim of q that `Shard` splits."""
+    """Give this rank's part of a dim of q that `Shard` splits; all of it where none does."""
     part, mesh = range(q.shape[dim]), q.device_mesh
+    # Axis after axis, as DTensor splits a dim that several axes hold: each one splits the part that the axes before it left.
     for i, placement in enumerate(q.placements):
         if placement == Shard(dim):
             tokens = Chunks().tokens(len(part), mesh.size(i), mesh.get_local_rank(i))
@@ -137,6 +139,8 @@ def attention_rule(schema: OpSchema) -> OutputSharding:
     assert isinstance(q, DTensorSpec) and isinstance(k, DTensorSpec) and isinstance(v, DTensorSpec), "q, k, v are DTensors"
     _check(schema, q, k, v)
     _check_sinks(schema, q, sinks)
+    # Each rank has a seed of its own, which only its own backward reads. DTensor has no placement for that; `Replicate` leaves the
+    # local tensor as it is.
     own = (Replicate(),) * q.mesh.ndim
     return OutputSharding(
         tuple(DTensorSpec(q.mesh, placements) for placements in (q.placements, lse_placements(q.placements), own))

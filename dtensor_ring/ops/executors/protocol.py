@@ -51,5 +51,6 @@ def shape_of(q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, kernel: Kernel) -> 
     kv_heads, v_head_dim = v_BSHD.shape[2:]
     grad_itemsize = kernel.grad_dtype(k_BSHD.dtype).itemsize
     shape = AttentionShape(heads, kv_heads, head_dim, v_head_dim, batch, k_BSHD.dtype.itemsize, grad_itemsize)
+    # Planning has no torch, so its costs know the dtype of sums as a number of bytes: both must say the same.
     assert shape.sum_itemsize == accumulate_dtype(q_BSHD.dtype).itemsize, "costs count what the executors sum in"
     return shape

@@ -30,6 +30,7 @@ def with_passed_on(plan: Plan, sends: Sequence[KeySend], own: Sequence[Tensor], 
 
     def passed_on(send: KeySend) -> Tensor:
         assert send.step is not None, "own keys were taken already"
+        # A copy, also of one range: messages are contiguous, which a slice of a buffer of several batch rows is not.
         return torch.cat([arrived[send.step][:, a:b] for a, b in _places(plan, send)], 1)
 
     return _merged(sends, own, passed_on)
@@ -65,6 +66,7 @@ def _places(plan: Plan, send: KeySend) -> list[tuple[int, int]]:
 
     def find() -> Iterator[tuple[int, int]]:
         for wanted in send.ranges:
+            # Not strict: `starts` has the end of the buffer too.
             for start, held in zip(starts, keys, strict=False):
                 if held.owner == wanted.owner and held.start <= wanted.start and wanted.stop <= held.stop:
                     yield start + wanted.start - held.start, start + wanted.stop - held.start

@@ -28,6 +28,7 @@ from dtensor_ring.ops.kernels.torch_flash import TorchFlashKernel
 
 KernelName = Literal["flash_attn_4", "flash_attn_3", "flash_attn_2", "torch_flash", "torch_cpu", "math"]
 
+# The order is that of the choice. `math` must be last: it takes any floating-point call and would hide what stands after it.
 KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
     for kernel in (
@@ -65,6 +66,7 @@ def choose_kernel(name: str | None, need: KernelRequirements, kinds: Callable[[]
         NotImplementedError: the kernel, or with None every kernel, refuses; the text lists each with its reason.
     """
     check_kernel_name(name)
+    # All reasons are kept: who asked for no kernel in particular must see why none of them would do.
     reasons = {}
     for candidate in KERNELS.values() if name is None else (KERNELS[name],):
         reason = candidate.refuses(need) or (None if kinds is None else _refuses_blocks(candidate, kinds))
@@ -79,7 +81,8 @@ def choose_kernel(name: str | None, need: KernelRequirements, kinds: Callable[[]
 def _refuses_blocks(kernel: Kernel, kinds: Callable[[], AbstractSet[BlockKind]]) -> str | None:
     """Why a kernel cannot compute blocks of all these kinds, or None if it can."""
     refused = {kind: reason for kind in EVERY_KIND if (reason := kernel.refuses_block(kind)) is not None}
-    # sorted: sets are in another order in every process, and all ranks must say the same
+    # Sorted, since a set of texts has another order in every process, and all ranks must give the same reason. `kinds` is called
+    # only where the kernel refuses some kind at all: it may make the plans of all ranks.
     for kind in sorted(refused.keys() & kinds()) if refused else ():
         return f"{refused[kind]}, and this attention may have {kind} blocks"
     return None

@@ -24,7 +24,19 @@ Feature = Literal["softcap", "dropout", "ALiBi"]
 
 @dataclass(frozen=True, slots=True)
 class KernelRequirements:
-    """What a call asks of a kernel; `Kernel.refuses` judges it."""
+    """What a call asks of a kernel; `Kernel.refuses` judges it.
+
+    Attributes:
+        device: the type of the device, such as "cuda".
+        dtype: that of q, k and v.
+        head_dim: last dim of q and k.
+        v_head_dim: last dim of v.
+        training: whether a backward pass may follow.
+        softcap: the bound of scores, 0 for none.
+        deterministic: whether gradients must be bitwise the same in every run.
+        dropout: whether weights are dropped.
+        alibi: "aligned" where queries and keys of every block end at one position, "shifted" where they may not.
+    """
 
     device: str
     dtype: torch.dtype
@@ -45,7 +57,9 @@ class Kernel(ABC):
     """
 
     name: ClassVar[str]
-    hashes_positions: ClassVar[bool] = True  # whether a dropout mask depends on nothing but seed, batch row, head and positions
+    # Whether a dropout mask depends on nothing but seed, batch row, head and positions. Then all blocks share one seed; a kernel
+    # that draws from a generator would give them one mask, and gets a seed for each call.
+    hashes_positions: ClassVar[bool] = True
 
     def refuses(self, need: KernelRequirements) -> str | None:
         """Why this kernel cannot do what is needed, or None if it can."""
@@ -65,7 +79,7 @@ class Kernel(ABC):
 
     @abstractmethod
     def lacks(self, need: KernelRequirements) -> str | None:
-        """What it has not wherever it runs: dtypes, head dims, features. None if it has all that is needed."""
+        """Why it cannot do what is needed wherever it runs: dtypes, head dims, features. None if it can."""
 
     @abstractmethod
     def forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Result:
@@ -93,10 +107,12 @@ class DenseKernel(Kernel):
 
     @override
     def forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Result:
-        """One dense block after the other."""
+        """Compute a dense block, or the segments of a varlen block one after the other."""
         if block.varlen is None:
             return self.forward_dense(q, k, v, block)
         shape = (*q.shape[:2], v.shape[-1])
+        # Tokens in no segment take part in nothing: out 0 and lse -inf are what a merge leaves unchanged. The dtype of out is known
+        # from the first segment only, since a kernel may return more precision than it was given.
         out, lse = None, q.new_full((q.shape[1], q.shape[0]), -math.inf, dtype=accumulate_dtype(q.dtype))
         for queries, keys, part in _dense_blocks(block):
             result = self.forward_dense(q[None, queries], k[None, keys], v[None, keys], part)
@@ -108,10 +124,11 @@ class DenseKernel(Kernel):
 
     @override
     def backward(self, saved: Saved, dout: Tensor, block: Block) -> Gradients:
-        """One dense block after the other; segments share no token, so nothing is added up."""
+        """As `forward`: one dense block after the other. Segments share no token, so nothing is added up."""
         if block.varlen is None:
             return self.backward_dense(saved, dout, block)
         q, k, v, out, lse = saved
+        # Tokens in no segment keep gradients 0, which no kernel would write for them.
         dq, dk, dv = (torch.zeros_like(x, dtype=self.grad_dtype(x.dtype)) for x in (q, k, v))
         for queries, keys, part in _dense_blocks(block):
             of_part = Saved(q[None, queries], k[None, keys], v[None, keys], out[None, queries], lse[None, :, queries])
@@ -121,7 +138,7 @@ class DenseKernel(Kernel):
 
 
 def _dense_blocks(block: Block) -> Iterator[tuple[slice, slice, Block]]:
-    """Queries and keys of each segment, counted over the flattened batch, and its block."""
+    """Give the queries and keys of each segment, counted over the flattened batch, and the dense block that it is."""
     assert block.varlen is not None, "called on varlen blocks"
     whole = Block(block.window, block.softmax)
     for segment in block.varlen.segments:
@@ -166,6 +183,8 @@ def strips(lengths: tuple[int, int], window: tuple[int, int], height: int) -> li
     cut: list[Strip] = []
     for start in range(0, queries, height):
         stop = min(start + height, queries)
+        # The last query of a strip sees the farthest to the right, the first the farthest to the left: keys outside of that are
+        # computed for no query. Under a window a strip may see no key at all.
         low = 0 if left < 0 else max(0, start + offset - left)
         high = keys if right < 0 else min(keys, stop + offset + right)
         cut.append(Strip(range(start, stop), range(low, max(low, high))))

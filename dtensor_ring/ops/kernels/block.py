@@ -81,6 +81,8 @@ class PositionContext:
         """The context of some queries and keys of the block, in one batch row if given."""
         alibi = self.alibi
         if alibi is not None and alibi.dim() == 2 and batch is not None:
+            # Slopes of each batch row: a dense kernel gets those of the one row that the segment lies in. Slopes (H,) serve all
+            # rows.
             alibi = alibi[batch : batch + 1]
         at = self.batch if batch is None else batch
         q_positions = None if self.q_positions is None else self.q_positions[queries]
@@ -138,6 +140,7 @@ class VarlenMetadata:
         sequence without keys, for which kernels write out 0, and a gap in the keys a sequence without queries, whose gradients
         they write as 0. Only so do their results need no filling.
         """
+        # Sequences are described by their ends alone, so a gap must not be skipped: the next sequence would begin inside it.
         cu_q, cu_k = [0], [0]
         for segment in (*segments, VarlenSegment(q_tokens, q_tokens, k_tokens, k_tokens)):
             if segment.q0 > cu_q[-1]:
@@ -151,6 +154,7 @@ class VarlenMetadata:
                 cu_k.append(segment.k1)
         longest_q = max((b - a for a, b in pairwise(cu_q)), default=0)
         longest_k = max((b - a for a, b in pairwise(cu_k)), default=0)
+        # One tensor for both, since the host waits for every copy to the device; int32 is what the kernels take.
         bounds = torch.tensor([cu_q, cu_k], dtype=torch.int32, device=device)
         return cls(tuple(segments), bounds[0], bounds[1], longest_q, longest_k)
 
@@ -179,6 +183,8 @@ class BlockKind(NamedTuple):
             return cls("full", varlen)
         if window != (-1, 0):
             return cls("window", varlen)
+        # Square blocks are a kind of their own, since a kernel that aligns its causal mask top-left gets them right and rectangles
+        # wrong.
         square = all(queries == keys for queries, keys in lengths)
         return cls("square causal" if square else "rectangular causal", varlen)
 

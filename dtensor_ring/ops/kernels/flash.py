@@ -24,7 +24,7 @@ from dtensor_ring.ops.kernels.block import Block, Gradients, Result, Saved
 
 
 def is_causal(window: tuple[int, int]) -> bool:
-    """Whether a window is just causal, which the packages have an argument of its own for, and faster code."""
+    """Whether a window is just causal: the packages have an argument for that, with faster code than a window's."""
     return window == (-1, 0)
 
 
@@ -71,7 +71,7 @@ def capability() -> tuple[int, int]:
 
 @cache
 def _capability(device: int) -> tuple[int, int]:
-    # asked for on every call of attention: PyTorch works it out anew each time, which takes longer than launching a kernel
+    # Asked for on every call of attention, and PyTorch works it out anew each time, which takes longer than launching a kernel.
     return torch.cuda.get_device_capability(device)
 
 
@@ -98,6 +98,8 @@ def _loaded(module: str, package: str, needs: tuple[str, ...]) -> ModuleType | s
         imported = import_module(module)
     except ModuleNotFoundError as failure:
         return f"the package {package} is not installed (no module {failure.name!r})"
+    # A package that was built for another PyTorch or CUDA fails to load in one of these ways. That is a reason to take the next
+    # kernel: the program may not even know that the package is there.
     except (ImportError, OSError, RuntimeError) as failure:
         return f"the installed {package} does not load: {failure}"
     missing = [name for name in needs if not hasattr(imported, name)]
@@ -114,6 +116,7 @@ def _drawing(device: torch.device, block: Block) -> Iterator[None]:
     if not block.softmax.dropout_p or block.positions is None:
         yield
         return
+    # The packages take no generator as an argument, so the state of the default one is lent and given back.
     generator = torch.cuda.default_generators[device.index]
     state = generator.get_state()
     generator.manual_seed(block.positions.seed)
@@ -127,6 +130,8 @@ def drawn(device: torch.device, block: Block) -> Tensor | None:
     """The generator's state at the start of the forward call: seed and offset (2,) int64 on the device; None without dropout."""
     if not block.softmax.dropout_p or block.positions is None:
         return None
+    # Filled on the device: a tensor made of Python numbers would be copied there, and the host would wait. The offset is 0 as after
+    # `manual_seed`, where the forward call began to draw.
     state = torch.zeros(2, dtype=torch.int64, device=device)
     state[0].fill_(block.positions.seed)
     return state
@@ -147,15 +152,18 @@ class FlashKernel(Kernel):
 
     @override
     def forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Result:
-        """One call; tokens without keys, whose lse the kernels give as +inf or -inf, get -inf."""
+        """Make one call of the package. Tokens without keys, whose lse kernels give as +inf or -inf, get -inf."""
         with _drawing(q.device, block):
             out, lse = self.call_forward(q, k, v, block)
-        # only a varlen block has tokens in no segment
+        # A merge would give a block whose lse is +inf all the weight, and its zeros would replace what other blocks computed. Only
+        # a varlen block has tokens in no segment.
         return Result(out, lse if block.varlen is None else lse.masked_fill(lse == math.inf, -math.inf))
 
     @override
     def backward(self, saved: Saved, dout: Tensor, block: Block) -> Gradients:
-        """One call; keys without queries get gradients 0."""
+        """Make one call of the package. Keys without queries get gradients 0."""
+        # Kernels compute where an lse stands from the lengths and do not look at strides: the lse of half of the queries, which is
+        # a slice, would be read wrongly without an error.
         if not saved.lse.is_contiguous():
             saved = saved._replace(lse=saved.lse.contiguous())
         return self.call_backward(saved, dout, block)

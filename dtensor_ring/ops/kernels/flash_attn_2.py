@@ -56,16 +56,17 @@ class FlashAttn2Kernel(FlashKernel):
 
     @override
     def call_forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Result:
-        """Called by keyword."""
+        """Call the registered operator of the forward pass, by keyword."""
         out, lse, *_ = _operator("forward", block)(q, k, v, **_keywords(block), return_softmax=False)
         shift = _alibi_shift(q, block)
         return Result(out, lse if shift is None else lse - shift)
 
     @override
     def call_backward(self, saved: Saved, dout: Tensor, block: Block) -> Gradients:
-        """The operators write dq, dk, dv into tensors given to them."""
+        """Call the operator of the backward pass, which writes dq, dk and dv into tensors given to it."""
         q, k, v, out, lse = saved
         shift = _alibi_shift(q, block)
+        # The kernel recomputes its weights from its own scores, so it must be given the lse as it would have returned it itself.
         lse = lse if shift is None else lse + shift
         grads = empty_gradients(saved)
         rest = {"deterministic": block.softmax.deterministic, "rng_state": drawn(q.device, block)}
@@ -74,7 +75,8 @@ class FlashAttn2Kernel(FlashKernel):
 
 
 def _module() -> ModuleType | str:
-    return load("flash_attn.flash_attn_interface", "flash-attn", ("_wrapped_flash_attn_forward",))  # since 2.7
+    # The name came with 2.7, as the registered operators did: a package without it has none to call.
+    return load("flash_attn.flash_attn_interface", "flash-attn", ("_wrapped_flash_attn_forward",))
 
 
 def _operator(direction: str, block: Block) -> Callable[..., Any]:
@@ -86,10 +88,11 @@ def _operator(direction: str, block: Block) -> Callable[..., Any]:
 def _slopes(block: Block) -> Tensor | None:
     """Slopes (H,), or a row of them for each batch row, which in a varlen call is each sequence."""
     positions, varlen = block.positions, block.varlen
+    # In a varlen call the operator takes the n-th line of slopes for the n-th sequence, of which a batch row may have several.
     if positions is None or positions.alibi is None or positions.alibi.dim() == 1 or varlen is None:
         return None if positions is None else positions.alibi
     tokens = len(positions.positions[0])
-    # a sequence without queries may begin one past the last batch row, where its slopes are not read
+    # A sequence without queries may begin one past the last batch row; its slopes are not read, but the index must exist.
     rows = (varlen.cu_q[:-1] // max(tokens, 1)).clamp(max=positions.alibi.shape[0] - 1)
     return positions.alibi.index_select(0, rows)
 
@@ -106,6 +109,7 @@ def _alibi_shift(q: Tensor, block: Block) -> Tensor | None:
     q_positions, k_positions = block.positions.positions
     if block.varlen is None:
         return alibi[..., None] * (q_positions - k_positions[:1])
+    # Worked out on the device, where the cumulative lengths lie: reading them would make the host wait.
     tokens = torch.arange(q.shape[0], device=q.device)
     sequence = torch.searchsorted(block.varlen.cu_q, tokens, right=True) - 1
     first_key = block.varlen.cu_k.index_select(0, sequence)

@@ -58,12 +58,13 @@ class FlashAttn3Kernel(FlashKernel):
 
     @override
     def call_forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Result:
-        """Out is the result shaped as q, lse the float32 result without a head dim."""
+        """Call the package's forward. Out is the result shaped as q, lse the float32 result without a head dim."""
         module = _module()
         assert isinstance(module, ModuleType), "refused otherwise"
         softmax = {"softmax_scale": block.softmax.scale, "softcap": block.softmax.softcap}
         results = module._flash_attn_forward(q, k, v, **softmax, **window_keywords(block.window), **varlen_keywords(block))
-        # lse is (B, H, S) or (H, T): the head dim stands before the tokens
+        # By shape and not by place, since builds return different numbers of results. The lse is (B, H, S) or (H, T): heads stand
+        # before tokens there.
         *batch, tokens, heads, _ = q.shape
         out = next(x for x in results if isinstance(x, Tensor) and x.shape == (*q.shape[:-1], v.shape[-1]))
         lse = next(x for x in results if isinstance(x, Tensor) and x.shape == (*batch, heads, tokens) and x.dtype == torch.float32)
@@ -71,14 +72,14 @@ class FlashAttn3Kernel(FlashKernel):
 
     @override
     def call_backward(self, saved: Saved, dout: Tensor, block: Block) -> Gradients:
-        """The function writes dq, dk, dv into tensors given to it."""
+        """Call the package's backward, which writes dq, dk and dv into tensors given to it."""
         module = _module()
         assert isinstance(module, ModuleType), "refused otherwise"
         dq, dk, dv = empty_gradients(saved)
         scale, softcap, deterministic = block.softmax.scale, block.softmax.softcap, block.softmax.deterministic
         softmax = {"softmax_scale": scale, "softcap": softcap, "deterministic": deterministic}
         window = window_keywords(block.window)
-        window["is_causal"] = window.pop("causal")  # forward says causal
+        window["is_causal"] = window.pop("causal")  # the two functions of the package name the same argument differently
         module._flash_attn_backward(dout, *saved, dq=dq, dk=dk, dv=dv, **softmax, **window, **varlen_keywords(block))
         return dq, dk, dv
 
@@ -93,6 +94,8 @@ def _has_backward(device: str) -> bool:
     module = _module()
     if isinstance(module, str) or not hasattr(module, "_flash_attn_backward"):
         return False
+    # Asked once: a build without a backward shows only when it is called, and the first step of a training would be late to learn
+    # it.
     kernel, block = FlashAttn3Kernel(), Block((-1, -1), SoftmaxParams(1.0))
     x = torch.zeros((1, 8, 1, 64), dtype=torch.bfloat16, device=device)
     try:

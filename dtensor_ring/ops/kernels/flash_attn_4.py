@@ -34,7 +34,7 @@ class FlashAttn4Kernel(FlashKernel):
 
     @override
     def call_forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Result:
-        """Called by keyword; no softcap is None, not 0."""
+        """Call the package's forward by keyword; it takes None, not 0, for no softcap."""
         module = _module()
         assert isinstance(module, ModuleType), "refused otherwise"
         softcap = block.softmax.softcap or None
@@ -43,7 +43,7 @@ class FlashAttn4Kernel(FlashKernel):
 
     @override
     def call_backward(self, saved: Saved, dout: Tensor, block: Block) -> Gradients:
-        """The package's order is q, k, v, out, dout, lse; here no softcap is 0."""
+        """Call the package's backward, whose order is q, k, v, out, dout, lse; here 0 is no softcap."""
         module = _module()
         assert isinstance(module, ModuleType), "refused otherwise"
         q, k, v, out, lse = saved

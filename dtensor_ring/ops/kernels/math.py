@@ -18,7 +18,7 @@ from dtensor_ring.ops.dtypes import accumulate_dtype
 from dtensor_ring.ops.kernels.base import DenseKernel, KernelRequirements, Strip, band_mask, strips
 from dtensor_ring.ops.kernels.block import Block, Gradients, PositionContext, Result, Saved
 
-_SCORES_AT_ONCE = 1 << 24
+_SCORES_AT_ONCE = 1 << 24  # 64 MiB of float32; a strip holds a few tensors of that size
 
 
 class MathKernel(DenseKernel):
@@ -28,12 +28,12 @@ class MathKernel(DenseKernel):
 
     @override
     def unavailable(self, need: KernelRequirements) -> str | None:
-        """Runs everywhere."""
+        """It runs everywhere."""
         return None
 
     @override
     def lacks(self, need: KernelRequirements) -> str | None:
-        """Takes any floating-point input."""
+        """It takes any floating-point input."""
         return None if need.dtype.is_floating_point else f"needs floating-point tensors, found {need.dtype}"
 
     @override
@@ -67,8 +67,11 @@ class MathKernel(DenseKernel):
         for queries, keys, (q, k, v), scores in _scored(q_BSHD, k_BSHD, v_BSHD, block):
             dout, out = (_grouped(x[:, queries], kv_heads, work) for x in (dout_BSHD, out_BSHD))
             p = scores.weights(lse_BHS[:, :, queries].to(work).reshape(batch, kv_heads, -1))
+            # The sum over all keys of p * dp, which no single block has: by the out of the whole attention it is dout . out. With
+            # dropout too, since out is what dropout left.
             delta = (dout * out).sum(-1, keepdim=True)
             ds = p * (scores.dropped(dout @ v.transpose(-1, -2)) - delta) * block.softmax.scale
+            # With a softcap: `ds` is the gradient of the capped scores so far.
             ds = ds if scores.slope is None else ds * scores.slope
             dq[:, queries] = _ungrouped(ds @ k, heads, queries.stop - queries.start)
             dk[:, :, keys] += ds.transpose(-1, -2) @ q
@@ -97,6 +100,7 @@ class _Scores(NamedTuple):
 
     def weights(self, lse: Tensor) -> Tensor:
         """The softmax, given the lse (B, Hk, G * queries); 0 for queries that see nothing, whose lse is -inf."""
+        # A query that sees nothing has scores and lse -inf, whose difference is NaN; with 0 for the lse its weights are 0.
         return torch.exp(self.values - lse.nan_to_num(neginf=0.0)[..., None])
 
     def dropped(self, p: Tensor) -> Tensor:
@@ -114,6 +118,7 @@ def _scored(q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, block: Block) -> Ite
     height = max(1, _SCORES_AT_ONCE // max(1, batch * heads * k_length))
     for strip in strips((q_length, k_length), block.window, height):
         queries, keys = (slice(side.start, side.stop) for side in strip)
+        # Converted strip by strip, so that of a long block only the keys that a strip sees exist in the wider dtype.
         k, v = (x[:, keys].to(work).transpose(1, 2) for x in (k_BSHD, v_BSHD))
         inputs = _Inputs(_grouped(q_BSHD[:, queries], kv_heads, work), k, v)
         yield queries, keys, inputs, _scores(inputs, strip, k_length - q_length, block)
@@ -136,9 +141,12 @@ def _scores(inputs: _Inputs, strip: Strip, offset: int, block: Block) -> _Scores
             heads = k.shape[1] * groups
             row, head = part.origin[0] + part.batch, part.origin[1]
             places = range(row, row + q.shape[0]), range(head, head + heads), *part.positions
+            # Batch row and head count in the whole batch, not in this rank's part of it: data and tensor parallel ranks then draw
+            # what one device would.
             mask = keep_mask(part.seed, *places, softmax.dropout_p)
             kept = mask.reshape(values.shape).to(values.dtype) / (1 - softmax.dropout_p)
     if block.window != (-1, -1):
+        # The heads of a group lie one after another along the queries, and the mask is the same for each.
         mask = band_mask(strip, offset, block.window, q.device).repeat(groups, 1)
         values = values.masked_fill(~mask, -math.inf)
     return _Scores(values, slope, kept)
@@ -169,7 +177,7 @@ def keep_mask(seed: int, rows: range, heads: range, q_positions: Tensor, k_posit
 
 def _mixed(x: Tensor) -> Tensor:
     """The output function of splitmix64 on int64, whose products wrap around."""
-    # >> on int64 copies the sign bit: the masks make it the logical shift that the constants are meant for
+    # A shift to the right copies the sign bit of an int64: the masks make it the logical shift that the constants are meant for.
     x = x * -7046029254386353131  # 0x9E3779B97F4A7C15
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27 & (1 << 37) - 1)) * -7723592293110705685  # 0x94D049BB133111EB

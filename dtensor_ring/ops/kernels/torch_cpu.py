@@ -17,7 +17,7 @@ from dtensor_ring.ops.dtypes import accumulate_dtype
 from dtensor_ring.ops.kernels.base import DenseKernel, KernelRequirements, band_mask, has_no, strips
 from dtensor_ring.ops.kernels.block import Block, Gradients, Result, Saved
 
-_STRIP = 512
+_STRIP = 512  # queries that share one additive mask, which is that many times the keys they see
 
 
 class TorchCpuKernel(DenseKernel):
@@ -27,12 +27,12 @@ class TorchCpuKernel(DenseKernel):
 
     @override
     def unavailable(self, need: KernelRequirements) -> str | None:
-        """Runs on CPUs."""
+        """It runs on CPUs."""
         return None if need.device == "cpu" else f"runs on CPU tensors, found {need.device}"
 
     @override
     def lacks(self, need: KernelRequirements) -> str | None:
-        """Needs q and v of one head dim; has no softcap, dropout or ALiBi."""
+        """It needs q and v of one head dim, and has no softcap, dropout or ALiBi."""
         if need.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             return f"needs float64, float32, bfloat16 or float16, found {need.dtype}"
         if need.head_dim != need.v_head_dim:
@@ -60,9 +60,11 @@ class TorchCpuKernel(DenseKernel):
         q, k, v, dout, out = (x.transpose(1, 2) for x in (saved.q, saved.k, saved.v, dout_BSHD, saved.out))
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         scale, calls = block.softmax.scale, _calls(q, k, block.window)
+        # One call on all keys returns the gradients themselves. Strips return those of the keys they see, which are added up below.
         if len(calls) == 1 and calls[0].keys == slice(0, k.shape[2]):
             _, _, causal, mask = calls[0]
             return _back(*op(dout, q, k, v, out, saved.lse, 0.0, causal, attn_mask=mask, scale=scale))
+        # Every strip adds to the gradients of the keys it sees: in 16 bits each addition would round.
         work = accumulate_dtype(q.dtype)
         dqs: list[Tensor] = []
         dk, dv = torch.zeros_like(k, dtype=work), torch.zeros_like(v, dtype=work)
@@ -100,7 +102,8 @@ def _calls(q: Tensor, k: Tensor, window: tuple[int, int]) -> list[_Call]:
     """The calls that make a block."""
     q_length, k_length = q.shape[2], k.shape[2]
     assert q_length and k_length, "the op dies on a block without queries or keys: plans have none"
-    # top-left is bottom-right where the block is square, so only then is its causal mask ours
+    # The op aligns its causal mask top-left, which is bottom-right only where the block is square. It gives a query whose keys are
+    # all masked lse 0 and not -inf, so no block may have one: plans make none.
     if window == (-1, -1) or (window == (-1, 0) and q_length == k_length):
         return [_Call(slice(0, q_length), slice(0, k_length), window == (-1, 0), None)]
     calls: list[_Call] = []

@@ -32,22 +32,24 @@ class TorchFlashKernel(FlashKernel):
         reason = lacks_tensors(need) or has_no(need, "softcap", "ALiBi")
         if reason is not None:
             return reason
+        # The op has no argument for it and reads the global setting.
         if need.deterministic and need.training and not torch.are_deterministic_algorithms_enabled():
             return "its backward is deterministic only under torch.use_deterministic_algorithms(True)"
         return None
 
     @override
     def call_forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Result:
-        """Out and lse are the first two results."""
+        """Call the op of the forward pass, whose first two results are out and lse."""
         op = torch.ops.aten._flash_attention_forward
         out, lse, *_ = op(q, k, v, *_lengths(q, k, block), *_softmax(block), False, **_keywords(block))
         return Result(out, lse)
 
     @override
     def call_backward(self, saved: Saved, dout: Tensor, block: Block) -> Gradients:
-        """Without dropout the op does not read its generator arguments."""
+        """Call the op of the backward pass; without dropout it does not read its generator arguments."""
         q, k, *_ = saved
         state = drawn(q.device, block)
+        # The op takes the state as uint64, flash-attn 2 the same bits as int64.
         seed_and_offset = q.new_empty(2, dtype=torch.uint64) if state is None else state.view(torch.uint64)
         unused = q.new_empty((), dtype=torch.uint64)
         op = torch.ops.aten._flash_attention_backward
@@ -55,7 +57,7 @@ class TorchFlashKernel(FlashKernel):
 
 
 def _lengths(q: Tensor, k: Tensor, block: Block) -> tuple[Tensor | None, Tensor | None, int, int]:
-    """Cumulative lengths and longest lengths."""
+    """Give cumulative lengths and longest lengths, as both ops take them."""
     varlen = block.varlen
     return (None, None, q.shape[1], k.shape[1]) if varlen is None else (varlen.cu_q, varlen.cu_k, varlen.max_q, varlen.max_k)
 
@@ -66,7 +68,7 @@ def _softmax(block: Block) -> tuple[float, bool]:
 
 
 def _keywords(block: Block) -> dict[str, Any]:
-    """The scale, and the window unless it is causal or full."""
+    """Give the scale, and the window unless it is causal or full, for which the ops have an argument or a default."""
     left, right = block.window
     if block.window == (-1, -1) or is_causal(block.window):
         return {"scale": block.softmax.scale}
