@@ -245,7 +245,7 @@ def dtensor_of(
 
 
 def spec_of(tensor: DTensor) -> DTensorSpec:
-    """Mesh, placements, global shape, strides and dtype of a DTensor."""
+    """Give the spec of a DTensor: its mesh, placements, global shape, strides and dtype."""
     return tensor._spec
 
 
@@ -343,7 +343,7 @@ class TensorCache(Generic[T]):
         return entry[2] if entry is not None and entry[0]() is tensor and entry[1] == tensor._version else None
 
     def put(self, tensor: Tensor, value: T) -> None:
-        """Keep a value for the tensor."""
+        """Keep a value for the tensor until the tensor changes or ends."""
         # The address of a tensor that ended may be another's soon: the entry goes with the tensor, and `get` asks for the very one.
         key = id(tensor)
         self._entries[key] = ref(tensor, lambda _: self._entries.pop(key, None)), tensor._version, value
@@ -355,6 +355,6 @@ def tensors_in(value: object) -> list[Tensor]:
 
 
 def specs_of(schema: OpSchema) -> Sequence[DTensorSpec]:
-    """Every DTensor spec among the arguments, in lists and keywords too."""
+    """Collect the specs of all DTensors among the arguments of an op, in lists and keywords too."""
     leaves = pytree.tree_leaves((schema.args_schema, schema.kwargs_schema))
     return [leaf for leaf in leaves if isinstance(leaf, DTensorSpec)]

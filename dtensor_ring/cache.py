@@ -133,7 +133,7 @@ class Cache:
         del left
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget all values."""
         with self._lock:
             left = list(self._entries.values())
             self._entries.clear()
@@ -141,7 +141,7 @@ class Cache:
         del left
 
     def use(self) -> CacheUse:
-        """What is kept now."""
+        """Say what the cache keeps now."""
         with self._lock:
             limits = self._most_entries, self._most_bytes
             return CacheUse(self._name, len(self._entries), self._bytes, *limits, self._too_large)
@@ -173,13 +173,13 @@ class CacheOfEach:
         _CACHES[name] = self
 
     def of(self, owner: object) -> Cache:
-        """The cache of an object; equal objects share one."""
+        """Give the cache of an object; objects that are equal share one."""
         cache = self._of.get(owner)
         # `setdefault`, since another thread may have made one in the meantime.
         return self._of.setdefault(owner, Cache(*self._limits, is_listed=False)) if cache is None else cache
 
     def use(self) -> CacheUse:
-        """What is kept now, for all objects together."""
+        """Say what is kept now, added up over all objects."""
         uses = [cache.use() for cache in list(self._of.values())]
         return CacheUse(
             self._limits[0],
@@ -199,7 +199,7 @@ class Cached(Generic[P, T]):
         update_wrapper(self, function)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
-        """The function's value: the kept one, or a new one."""
+        """Give the value that is kept for these arguments, or work it out and keep it."""
         key = self._key(args, kwargs)
         entry = self._cache.find(key)
         if entry is not None:
@@ -212,11 +212,11 @@ class Cached(Generic[P, T]):
         self._cache.resize(self._key(args, kwargs), value, self._size(value, *args, **kwargs))
 
     def cache_clear(self) -> None:
-        """Forget everything in the cache."""
+        """Forget all values of the cache, also those of other functions that share it."""
         self._cache.clear()
 
     def cache_info(self) -> CacheUse:
-        """What the cache holds, and how much it may hold."""
+        """Say what the cache holds, and how much it may hold."""
         return self._cache.use()
 
     def _key(self, args: tuple[object, ...], kwargs: dict[str, object]) -> Hashable:

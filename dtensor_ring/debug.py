@@ -102,5 +102,5 @@ def _table(probes: Mapping[str, T], refusals: Mapping[str, Callable[[T], str | N
 
 
 def balance(plans: Sequence[Plan]) -> float:
-    """Mean work over the most loaded rank's: 1 is perfect."""
+    """The mean work of all ranks divided by that of the most loaded one: 1 is perfect."""
     return balance_of([each.cells for each in plans])

@@ -22,13 +22,13 @@ class AloneTransport(Transport):
     @classmethod
     @override
     def refuses(cls, need: TransportRequirements) -> str | None:
-        """None for one rank."""
+        """Refuses groups of more than one rank."""
         return None if need.world == 1 else f"is for one rank, and the group has {need.world}"
 
     @classmethod
     @override
     def connect(cls, need: TransportRequirements) -> AloneTransport:
-        """The end of the only rank."""
+        """Make the end of the only rank."""
         return cls() if need.group is None else cls(f"process group {need.group.group_name!r}")
 
     @override

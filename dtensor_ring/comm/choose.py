@@ -86,12 +86,12 @@ def transport_of(group: dist.ProcessGroup | None, axis: str | None = None) -> Tr
 
 
 def transport_along(mesh: DeviceMesh, i: int = 0) -> Transport:
-    """The transport of a mesh axis, named in errors after it."""
+    """Give the transport of a mesh axis, which errors name after it from now on."""
     return transport_of(mesh.get_group(i), f"mesh axis {axis_name(mesh, i)}")
 
 
 def transports_of(mesh: DeviceMesh) -> list[Transport]:
-    """The transports of all mesh axes, in order."""
+    """Give the transports of all axes of a mesh, in the order of the axes."""
     return [transport_along(mesh, i) for i in range(mesh.ndim)]
 
 

@@ -72,7 +72,7 @@ def _make_orders(split: Split, length: int, world: int) -> tuple[Tensor, tuple[i
 
 @_INDICES.keeps(_index_bytes)
 def _orders(split: Split, length: int, world: int) -> tuple[Tensor, tuple[int, ...]]:
-    """All ranks' tokens one after another, and how many each rank holds."""
+    """List all ranks' tokens, one rank after another, and count those of each rank."""
     with lasting():
         return _make_orders(split, length, world)
 
@@ -89,12 +89,12 @@ def _padded_places(split: Split, length: int, world: int) -> Tensor:
 
 
 def local_size(split: Split, length: int, world: int, rank: int) -> int:
-    """How many tokens a rank holds."""
+    """Count the tokens that a rank holds."""
     return len(split.tokens(length, world, rank)) if isinstance(split, Chunks) else split.local_length(length, world, rank)
 
 
 def take_shard(x: Tensor, dim: int, split: Split, world: int, rank: int) -> Tensor:
-    """A rank's share of a whole tensor, a copy. Sends nothing."""
+    """Copy a rank's share out of a whole tensor. Nothing is sent."""
     return x.index_select(dim, _tokens(split, x.shape[dim], world, rank).to(x.device))
 
 

@@ -66,7 +66,7 @@ class LoopbackTransport(Transport):
     @classmethod
     @override
     def refuses(cls, need: TransportRequirements) -> str | None:
-        """None for ranks that are threads."""
+        """Refuses ranks that are processes."""
         return f"connects threads of one process, and the ranks are processes ({need.backend})" if need.backend else None
 
     @classmethod
@@ -111,7 +111,7 @@ class LoopbackTransport(Transport):
 
     @override
     def empty(self, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """A buffer full of NaN, where the dtype has it."""
+        """Make a buffer full of NaN, or an uninitialized one where the dtype has no NaN."""
         buffer = super().empty(shape, like, dtype)
         return buffer.fill_(math.nan) if buffer.is_floating_point() else buffer
 

@@ -31,7 +31,7 @@ _LARGEST_TAG = (1 << 31) - 1  # a tag is a C int
 
 
 def axis_name(mesh: DeviceMesh, i: int) -> str:
-    """`'cp'`, or the number of an axis without a name."""
+    """Give the name of a mesh axis in quotes, such as `'cp'`, or its number where it has no name."""
     return repr(mesh.mesh_dim_names[i]) if mesh.mesh_dim_names else str(i)
 
 
@@ -57,13 +57,13 @@ class ProcessGroupTransport(Transport):
     @classmethod
     @override
     def refuses(cls, need: TransportRequirements) -> str | None:
-        """None for the ranks of any process group."""
+        """Refuses ranks without a process group, and no others."""
         return None if need.backend else "needs a process group: call torch.distributed.init_process_group"
 
     @classmethod
     @override
     def connect(cls, need: TransportRequirements) -> ProcessGroupTransport:
-        """This rank's end; sends nothing."""
+        """Make this rank's end. Nothing is sent."""
         assert need.group is not None, "a group of processes has a process group"
         return cls(need.group)
 
@@ -84,12 +84,12 @@ class ProcessGroupTransport(Transport):
 
     @override
     def value_device(self) -> torch.device:
-        """The GPU on NCCL, else the CPU."""
+        """The GPU for groups on NCCL, which moves nothing else, and the CPU for others."""
         return torch.device("cuda", torch.cuda.current_device()) if self._is_nccl() else torch.device("cpu")
 
     @override
     def gather_values(self, values: Sequence[int]) -> list[list[int]]:
-        """As of any transport, over the group whatever carries tensors."""
+        """As the base class, but over the group itself, whatever a derived class carries tensors by."""
         if self.world == 1:
             return [list(values)]
         mine = torch.tensor(values, dtype=torch.int64, device=self.value_device())
@@ -111,7 +111,7 @@ class ProcessGroupTransport(Transport):
 
     @override
     def leave_note(self, text: str) -> None:
-        """Through the group's store, where it waits however late another rank comes."""
+        """Leave the text in the group's store, where it waits for ranks that come later, however late."""
         try:
             store_of(self._group).set(f"dtensor_ring/note/{self.rank}", text)
         except RuntimeError:  # the store went with its process: the error to show is another
@@ -119,7 +119,7 @@ class ProcessGroupTransport(Transport):
 
     @override
     def note_of(self, rank: int) -> str:
-        """From the group's store."""
+        """Read the text out of the group's store."""
         try:
             return store_of(self._group).get(f"dtensor_ring/note/{rank}").decode()
         except RuntimeError:

@@ -41,16 +41,16 @@ class Traffic:
     bytes: int = 0
 
     def add(self, messages: int, count: int) -> None:
-        """Count `messages` messages that carry `count` bytes in all."""
+        """Count messages, and the bytes that they carry together."""
         self.messages += messages
         self.bytes += count
 
     def since(self, earlier: Traffic) -> Traffic:
-        """What was sent after `earlier`, a `copy` taken before."""
+        """Give what was sent after `earlier`, which is a `copy` taken before."""
         return Traffic(self.messages - earlier.messages, self.bytes - earlier.bytes)
 
     def copy(self) -> Traffic:
-        """The present count as a value of its own."""
+        """Give the present count as a value that counts no further."""
         return Traffic(self.messages, self.bytes)
 
 
@@ -62,7 +62,7 @@ class Pending(Generic[T]):
 
     @classmethod
     def ready(cls, value: T) -> Pending[T]:
-        """A result that needed no transfer."""
+        """Make the result of something that needed no transfer."""
         return cls(lambda: value)
 
     def wait(self) -> T:
@@ -91,7 +91,7 @@ class TransportRequirements:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup) -> TransportRequirements:
-        """The requirements of a process group."""
+        """Read the requirements of a process group off the group."""
         return cls(dist.get_rank(group), dist.get_world_size(group), dist.get_backend(group), group)
 
     def every_rank(self, subject: str, answer: str) -> list[str]:
@@ -221,11 +221,11 @@ class Transport(ABC):
         """Leave a text for the other ranks of the group, in place of the one before; where the transport can keep one."""
 
     def note_of(self, rank: int) -> str:
-        """The text that a rank has left."""
+        """Give the text that a rank has left."""
         return "its own output says why"
 
     def value_device(self) -> torch.device:
-        """Where small values must lie to be exchanged."""
+        """The device on which small values must lie to be exchanged."""
         return torch.device("cpu")
 
     def _compare(self, collective: str, tensor: Tensor) -> None:  # noqa: B027  by default nothing is asked

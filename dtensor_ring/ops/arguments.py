@@ -20,7 +20,7 @@ class Order(NamedTuple):
     heads: int
 
     def text(self, sequence: str = "S", heads: str = "H", head: str = "D") -> str:
-        """`(B, S, H, D)` in this order."""
+        """Spell the dims of a tensor in this order, such as `(B, S, H, D)`."""
         middle = (sequence, heads) if self.sequence == 1 else (heads, sequence)
         return f"({', '.join(('B', *middle, head))})"
 

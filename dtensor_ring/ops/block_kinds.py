@@ -22,7 +22,7 @@ def is_varlen(call: KernelCall, problem: AttentionProblem) -> bool:
 
 
 def kinds_of_plan(of_rank: Plan) -> frozenset[BlockKind]:
-    """The kinds of the blocks of one rank's plan."""
+    """List the kinds of blocks that one rank's plan has."""
     return frozenset(
         BlockKind.of(call.window, [(s.q1 - s.q0, s.k1 - s.k0) for s in call.segments], varlen=is_varlen(call, of_rank.problem))
         for step in of_rank.steps

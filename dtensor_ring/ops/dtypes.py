@@ -6,5 +6,5 @@ import torch
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums of `dtype` are kept in: float64 for float64, else float32."""
+    """The dtype in which sums of numbers of `dtype` are kept: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

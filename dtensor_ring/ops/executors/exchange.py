@@ -260,7 +260,7 @@ class Returns:
         self._returning = self._exchange.give_back(index, grads, self._own)
 
     def finish(self) -> None:
-        """Wait until every rank's keys have their gradients."""
+        """Return what still waits, and wait until this rank's keys have all of their gradients."""
         if self._returning is not None:
             self._returning.wait()
         # Latest step first: what comes back for keys that were passed on is added to the gradients of an earlier step, which must

@@ -43,7 +43,7 @@ class HeadGroupsExecutor(AttentionExecutor):
 
     @override
     def forward(self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """As `Executor.forward`."""
+        """As `Executor.forward`, with the results of all groups put side by side."""
         # One group of all heads is the attention itself, without slices and a copy of the results.
         if self.kv_heads == k_BSHD.shape[2]:
             return self.executor.forward(q_BSHD, k_BSHD, v_BSHD, seed)
@@ -62,7 +62,7 @@ class HeadGroupsExecutor(AttentionExecutor):
         lse_BHS: Tensor,
         seed: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """As `Executor.backward`."""
+        """As `Executor.backward`, with the gradients of all groups put side by side."""
         if self.kv_heads == k_BSHD.shape[2]:
             return self.executor.backward(dout_BSHD, q_BSHD, k_BSHD, v_BSHD, out_BSHD, lse_BHS, seed)
         parts: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
@@ -101,7 +101,7 @@ class HeadGroupsExecutor(AttentionExecutor):
         return groups
 
     def _visits(self, q: Tensor, k: Tensor, v: Tensor, direction: Direction) -> Iterator[_Visit]:
-        """The groups, the next one's first transfer already under way."""
+        """Walk through the groups; when one is given, the first transfer of the next is already under way."""
         order = self.executor.forward_order if direction == "forward" else self.executor.backward_order
         groups = self._groups(q, k, v)
 

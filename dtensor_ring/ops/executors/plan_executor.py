@@ -72,12 +72,12 @@ class Executor(AttentionExecutor):
 
     @property
     def forward_order(self) -> list[int]:
-        """Steps as `forward` walks them."""
+        """The numbers of the steps in the order in which `forward` walks them."""
         return list(range(len(self.plan.steps)))
 
     @property
     def backward_order(self) -> list[int]:
-        """Steps as `backward` walks them: this rank's own keys last."""
+        """The numbers of the steps in the order in which `backward` walks them: this rank's own keys come last."""
         return [*range(1, len(self.plan.steps)), 0] if self.plan.steps else []
 
     def explain(self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> RankCost:

@@ -46,7 +46,7 @@ class AttentionExecutor(ABC):
 
 
 def shape_of(q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, kernel: Kernel) -> AttentionShape:
-    """The sizes that costs depend on."""
+    """Read off tensors and kernel the sizes that costs depend on."""
     batch, _, heads, head_dim = q_BSHD.shape
     kv_heads, v_head_dim = v_BSHD.shape[2:]
     grad_itemsize = kernel.grad_dtype(k_BSHD.dtype).itemsize

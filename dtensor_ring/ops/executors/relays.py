@@ -21,7 +21,7 @@ from dtensor_ring.planning.schedule import KeySend, Plan
 
 
 def own_sends(sends: Sequence[KeySend]) -> Sequence[KeySend]:
-    """The sends of this rank's own keys."""
+    """Leave out the sends that pass on other ranks' keys."""
     return [send for send in sends if send.step is None]
 
 

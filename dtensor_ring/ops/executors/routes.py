@@ -107,7 +107,7 @@ class Route:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All index tensors."""
+        """All index tensors of the route."""
         own = () if self.own is None else (self.own.take, self.own.back)
         sums = () if self.sums is None else (self.sums.index, self.sums.offsets)
         return [tensor for tensor in (self.take, self.order, self.leave, *own, *sums) if tensor is not None]

@@ -53,7 +53,7 @@ class UlyssesExecutor(AttentionExecutor):
     origin: tuple[int, int] = (0, 0)
 
     def explain(self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> RankCost:
-        """What the all-to-alls and the attention between them cost on these tensors."""
+        """Work out what the all-to-alls and the attention between them cost on these tensors."""
         return cost_by_heads(self.problem, self.transport.rank, shape_of(q_BSHD, k_BSHD, v_BSHD, self.kernel))
 
     def forward(self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -107,7 +107,7 @@ class UlyssesExecutor(AttentionExecutor):
         return slice(self.transport.rank * each, (self.transport.rank + 1) * each)
 
     def _inner(self, heads: int) -> Executor:
-        """Attention of this rank's heads on one device."""
+        """Make what attends to all tokens of this rank's heads, as one device does."""
         # Dropout masks depend on a head's number in the whole batch, so the origin moves on to this rank's first head.
         mine, (row, head) = self._mine(heads), self.origin
         sinks = None if self.sinks is None else self.sinks[mine]

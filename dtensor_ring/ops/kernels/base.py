@@ -83,7 +83,7 @@ class Kernel(ABC):
 
     @abstractmethod
     def forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Result:
-        """Out and lse of one block, dense or varlen."""
+        """Compute out and lse of one block, dense or varlen."""
 
     @abstractmethod
     def backward(self, saved: Saved, dout: Tensor, block: Block) -> Gradients:
@@ -99,11 +99,11 @@ class DenseKernel(Kernel):
 
     @abstractmethod
     def forward_dense(self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, block: Block) -> Result:
-        """Out and lse of one dense block."""
+        """Compute out and lse of one dense block."""
 
     @abstractmethod
     def backward_dense(self, saved: Saved, dout_BSHD: Tensor, block: Block) -> Gradients:
-        """The share of one dense block in dq, dk, dv."""
+        """Compute the share of one dense block in dq, dk and dv."""
 
     @override
     def forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Result:
@@ -176,7 +176,7 @@ def band_mask(strip: Strip, offset: int, window: tuple[int, int], device: torch.
 
 
 def strips(lengths: tuple[int, int], window: tuple[int, int], height: int) -> list[Strip]:
-    """A block of (Sq, Sk) tokens in strips of `height` queries."""
+    """Cut a block of (Sq, Sk) tokens into strips of `height` queries."""
     left, right = window
     queries, keys = lengths
     offset = keys - queries

@@ -90,7 +90,7 @@ class PositionContext:
         return replace(self, alibi=alibi, q_positions=q_positions, k_positions=k_positions, batch=at)
 
     def of_segment(self, segment: VarlenSegment) -> PositionContext:
-        """The context of one segment, which lies in one batch row."""
+        """Give the context of one segment, which lies in one batch row."""
         if self.q_positions is None:
             return self  # without positions there are no slopes either: a seed is the same in every part
         q_tokens, k_tokens = map(len, self.positions)
@@ -211,7 +211,7 @@ class Block(NamedTuple):
     positions: PositionContext | None = None
 
     def kind(self, q: Tensor, k: Tensor) -> BlockKind:
-        """What kind of block these tensors make."""
+        """Say what kind of block these tensors make."""
         if self.varlen is None:
             return BlockKind.of(self.window, [(q.shape[1], k.shape[1])], varlen=False)
         return BlockKind.of(self.window, [(s.q1 - s.q0, s.k1 - s.k0) for s in self.varlen.segments], varlen=True)

@@ -35,7 +35,7 @@ def window_keywords(window: tuple[int, int]) -> dict[str, Any]:
 
 
 def varlen_keywords(block: Block) -> dict[str, Any]:
-    """The segments as the packages name them; nothing for a dense block."""
+    """Give the segments as the packages name them; a dense block has none."""
     varlen = block.varlen
     if varlen is None:
         return {}
@@ -65,7 +65,7 @@ def lacks_gpu(need: KernelRequirements, smallest_capability: tuple[int, int] = (
 
 
 def capability() -> tuple[int, int]:
-    """The compute capability of the current GPU."""
+    """Give the compute capability of the current GPU."""
     return _capability(torch.cuda.current_device())
 
 
@@ -148,7 +148,7 @@ class FlashKernel(Kernel):
 
     @abstractmethod
     def call_backward(self, saved: Saved, dout: Tensor, block: Block) -> Gradients:
-        """The package's backward; lse is contiguous."""
+        """Call the package's backward; the lse in `saved` is contiguous."""
 
     @override
     def forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Result:

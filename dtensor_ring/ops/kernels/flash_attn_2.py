@@ -35,7 +35,7 @@ class FlashAttn2Kernel(FlashKernel):
 
     @override
     def unavailable(self, need: KernelRequirements) -> str | None:
-        """Needs the package, and CUDA of compute capability 8.0 or more."""
+        """It needs the package, and CUDA of compute capability 8.0 or more."""
         reason = lacks_gpu(need)
         if reason is not None:
             return reason
@@ -44,7 +44,7 @@ class FlashAttn2Kernel(FlashKernel):
 
     @override
     def lacks(self, need: KernelRequirements) -> str | None:
-        """Needs 16-bit tensors and one head dim, a multiple of 8 up to 256."""
+        """It needs 16-bit tensors and one head dim, a multiple of 8 up to 256."""
         reason = lacks_tensors(need)
         if reason is not None:
             return reason
@@ -119,7 +119,7 @@ def _alibi_shift(q: Tensor, block: Block) -> Tensor | None:
 
 
 def _keywords(block: Block) -> dict[str, Any]:
-    """What forward and backward both take."""
+    """Give the arguments that forward and backward have in common."""
     softmax = block.softmax
     return {
         "dropout_p": softmax.dropout_p,

@@ -35,7 +35,7 @@ class FlashAttn3Kernel(FlashKernel):
 
     @override
     def unavailable(self, need: KernelRequirements) -> str | None:
-        """Needs the package and a Hopper GPU, and a backward where gradients are needed."""
+        """It needs the package and a Hopper GPU, and a build with a backward where gradients are needed."""
         reason = lacks_gpu(need, (9, 0))
         if reason is not None:
             return reason
@@ -50,7 +50,7 @@ class FlashAttn3Kernel(FlashKernel):
 
     @override
     def lacks(self, need: KernelRequirements) -> str | None:
-        """Needs 16-bit tensors and one head dim; has no dropout and no ALiBi, and softcap in forward only."""
+        """It needs 16-bit tensors and one head dim, has no dropout and no ALiBi, and has softcap in forward only."""
         reason = lacks_tensors(need) or has_no(need, "dropout", "ALiBi")
         if reason is not None:
             return reason

@@ -20,7 +20,7 @@ class FlashAttn4Kernel(FlashKernel):
 
     @override
     def unavailable(self, need: KernelRequirements) -> str | None:
-        """Needs the package and compute capability 9.0 or more."""
+        """It needs the package and compute capability 9.0 or more."""
         reason = lacks_gpu(need, (9, 0))
         if reason is not None:
             return reason
@@ -29,7 +29,7 @@ class FlashAttn4Kernel(FlashKernel):
 
     @override
     def lacks(self, need: KernelRequirements) -> str | None:
-        """Needs 16-bit tensors and one head dim up to 128; has no dropout and no ALiBi."""
+        """It needs 16-bit tensors and one head dim up to 128, and has no dropout and no ALiBi."""
         return lacks_tensors(need, largest_head_dim=128) or has_no(need, "dropout", "ALiBi")
 
     @override

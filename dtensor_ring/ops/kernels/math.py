@@ -38,12 +38,12 @@ class MathKernel(DenseKernel):
 
     @override
     def grad_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Float64 for float64, else float32."""
+        """Gradients come in float64 for float64, and in float32 for all else."""
         return accumulate_dtype(dtype)
 
     @override
     def forward_dense(self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, block: Block) -> Result:
-        """Out and lse in float32 (float64 for float64)."""
+        """Compute out and lse in float32, or in float64 for float64."""
         work = accumulate_dtype(q_BSHD.dtype)
         batch, q_length, heads, _ = q_BSHD.shape
         out = torch.empty((batch, q_length, heads, v_BSHD.shape[-1]), dtype=work, device=q_BSHD.device)
@@ -104,7 +104,7 @@ class _Scores(NamedTuple):
         return torch.exp(self.values - lse.nan_to_num(neginf=0.0)[..., None])
 
     def dropped(self, p: Tensor) -> Tensor:
-        """Weights, or their gradients, after dropout."""
+        """Apply dropout to weights, or to their gradients."""
         return p if self.kept is None else p * self.kept
 
 

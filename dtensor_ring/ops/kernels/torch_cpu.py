@@ -41,7 +41,7 @@ class TorchCpuKernel(DenseKernel):
 
     @override
     def forward_dense(self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, block: Block) -> Result:
-        """Out in the input dtype, lse in float32 (float64 for float64)."""
+        """Compute out in the input dtype, and lse in float32, or in float64 for float64."""
         q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BSHD, v_BSHD))
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         outs: list[Tensor] = []
@@ -56,7 +56,7 @@ class TorchCpuKernel(DenseKernel):
 
     @override
     def backward_dense(self, saved: Saved, dout_BSHD: Tensor, block: Block) -> Gradients:
-        """dq, dk, dv in the input dtype; strips add up in float32."""
+        """Compute dq, dk and dv in the input dtype; the strips of a block are added up in float32."""
         q, k, v, dout, out = (x.transpose(1, 2) for x in (saved.q, saved.k, saved.v, dout_BSHD, saved.out))
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         scale, calls = block.softmax.scale, _calls(q, k, block.window)
@@ -99,7 +99,7 @@ class _Call(NamedTuple):
 
 
 def _calls(q: Tensor, k: Tensor, window: tuple[int, int]) -> list[_Call]:
-    """The calls that make a block."""
+    """List the calls of the op that together make a block."""
     q_length, k_length = q.shape[2], k.shape[2]
     assert q_length and k_length, "the op dies on a block without queries or keys: plans have none"
     # The op aligns its causal mask top-left, which is bottom-right only where the block is square. It gives a query whose keys are

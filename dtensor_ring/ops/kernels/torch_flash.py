@@ -20,7 +20,7 @@ class TorchFlashKernel(FlashKernel):
 
     @override
     def unavailable(self, need: KernelRequirements) -> str | None:
-        """Needs CUDA of compute capability 8.0 or more and a PyTorch built with flash attention."""
+        """It needs CUDA of compute capability 8.0 or more and a PyTorch built with flash attention."""
         reason = lacks_gpu(need)
         if reason is None and not torch.backends.cuda.is_flash_attention_available():
             return "this build of PyTorch has no flash attention"
@@ -28,7 +28,7 @@ class TorchFlashKernel(FlashKernel):
 
     @override
     def lacks(self, need: KernelRequirements) -> str | None:
-        """Needs 16-bit tensors and one head dim, a multiple of 8 up to 256; has no softcap and no ALiBi."""
+        """It needs 16-bit tensors and one head dim, a multiple of 8 up to 256, and has no softcap and no ALiBi."""
         reason = lacks_tensors(need) or has_no(need, "softcap", "ALiBi")
         if reason is not None:
             return reason
@@ -63,7 +63,7 @@ def _lengths(q: Tensor, k: Tensor, block: Block) -> tuple[Tensor | None, Tensor 
 
 
 def _softmax(block: Block) -> tuple[float, bool]:
-    """dropout_p and is_causal, which follow each other in both ops."""
+    """Give dropout_p and is_causal, which follow each other in both ops."""
     return block.softmax.dropout_p, is_causal(block.window)
 
 
