@@ -138,6 +138,7 @@ def cost_of_plan(each: Plan, shape: AttentionShape) -> RankCost:
         for step in each.steps:
             fetched = [keys for keys in step.keys if keys.owner != each.rank]
             messages += 2 * len({(keys.owner, keys.peer) for keys in fetched})
+            # Gradients that were summed are sent as they are: rounding them before the owner adds its own would lose the sum.
             total += sum(keys.size for keys in fetched) * (shape.sum_itemsize if step.sums else shape.grad_itemsize)
         returned = Sent(messages, total * numbers)
     backward = Sent(forward.messages + returned.messages, forward.bytes + returned.bytes)
@@ -160,6 +161,7 @@ def cost_by_heads(problem: AttentionProblem, rank: int, shape: AttentionShape) -
     forward = _sum([(to_heads_q, (sizes.q,)), (to_heads_k, (sizes.k, sizes.v)), (to_tokens_q, (sizes.out, sizes.lse))])
     backward = _sum(
         [
+            # Between the passes a rank keeps its own tokens only, so all that backward reads goes to the heads again.
             (to_heads_q, (sizes.q, sizes.out, sizes.out, sizes.lse)),  # q, out, dout and lse
             (to_heads_k, (sizes.k, sizes.v)),
             (to_tokens_q, (sizes.q,)),  # dq
@@ -196,6 +198,7 @@ def costs(problem: AttentionProblem, shape: AttentionShape) -> Costs:
 
 def one_device(problem: AttentionProblem) -> AttentionProblem:
     """The attention that a rank carries out on its heads within strategy "ulysses"."""
+    # Over one rank every layout is position order, which is also the order that the exchange puts tokens into.
     return replace(problem, world=1, strategy="ring")
 
 
@@ -223,7 +226,7 @@ def _check_heads(problem: AttentionProblem, shape: AttentionShape) -> None:
 
 
 def _exchanges(held: Sequence[int], rank: int) -> tuple[Sent, Sent]:
-    """Messages, and tokens in them, that a rank sends in an all-to-all from tokens to heads, and in one back."""
+    """Counts messages, and tokens in them, that a rank sends in an all-to-all from tokens to heads, and in one back."""
     others = [count for r, count in enumerate(held) if r != rank]
     # Messages of no elements are left out: a rank without tokens sends none, and gets none back.
     to_heads = Sent(len(others) if held[rank] else 0, len(others) * held[rank])

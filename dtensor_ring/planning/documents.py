@@ -26,7 +26,9 @@ from dtensor_ring.planning.segmentation import WHOLE, Segmentation
 if TYPE_CHECKING:
     from torch import Tensor
 
-_LEAST_NUMBERS = 64  # of an encoded tensor: longer ones are powers of two
+# An encoded tensor has at least so many numbers, and else a power of two. Its size is a part of DTensor's and the compiler's keys:
+# if it followed the number of documents, every packing would leave objects behind and make a graph of its own.
+_LEAST_NUMBERS = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,6 +61,7 @@ class Documents(Segmentation):
         for i, row in enumerate(rows):
             _check_row(i, row, rows[0])
         flat = _pack(rows)
+        # Every layer of every step compares and hashes documents as part of a problem: it must not read thousands of bounds.
         object.__setattr__(self, "bounds", rows)
         object.__setattr__(self, "digest", hashlib.blake2b(flat, digest_size=16).hexdigest())
         object.__setattr__(self, "length", rows[0][-1])
@@ -78,10 +81,10 @@ class Documents(Segmentation):
     @classmethod
     def from_lengths(cls, lengths: Iterable[int]) -> Documents:
         """One row from document lengths in tokens: `[3, 4, 2]` has the bounds `(0, 3, 7, 9)`."""
-        row = [0]
+        bounds = [0]
         for length in lengths:
-            row.append(row[-1] + index(length))
-        return cls((tuple(row),))
+            bounds.append(bounds[-1] + index(length))
+        return cls((tuple(bounds),))
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor | Sequence[int]) -> Documents:
@@ -111,12 +114,13 @@ class Documents(Segmentation):
         rows = position_ids if position_ids.dim() == 2 else position_ids[None]
         if rows.dim() != 2:
             raise ValueError(f"position_ids must have shape (S,) or (B, S), found {tuple(position_ids.shape)}")
+        # Rows that agree need one row of bounds: the batch is then planned once, and layouts that cut documents can take it.
         bounds = [_restarts(i, row.tolist()) for i, row in enumerate(rows)]
         return cls((bounds[0],) if all(row == bounds[0] for row in bounds) else tuple(bounds))
 
     @classmethod
     def of(cls, value: Documents | Tensor | Sequence[int], length: int) -> Documents:
-        """What a caller passed as `documents=`: a `Documents`, or a cu_seqlens, checked to end at `length`.
+        """Reads what a caller passed as `documents=`: a `Documents`, or a cu_seqlens, checked to end at `length`.
 
         Raises:
             ValueError: the bounds end elsewhere.
@@ -179,6 +183,7 @@ class Documents(Segmentation):
 
     def operand(self) -> Tensor:
         """The tensor of `encoded` itself, which nobody may write to."""
+        # Every call of every layer passes it, and operators only read it: a copy would be made for nothing.
         return self._encoded
 
     def select(self, start: int, stop: int) -> Documents:
@@ -198,7 +203,7 @@ class Documents(Segmentation):
 
     @staticmethod
     def unpack(encoded: Tensor) -> Documents | Slices | None:
-        """The documents, or slices, with this `encoded` tensor; an empty one stands for no documents."""
+        """Reads the documents, or slices, from their `encoded` tensor; an empty one stands for no documents."""
         if not encoded.numel():
             return None
         import torch
@@ -212,6 +217,7 @@ class Documents(Segmentation):
         """The index of the document in which `token` lies."""
         return document_at(bounds, token)
 
+    # Saved and sent as bounds alone: digest and tensor follow from them.
     def __reduce__(self) -> tuple[type[Documents], tuple[tuple[tuple[int, ...], ...]]]:
         return Documents, (self.bounds,)
 
@@ -245,8 +251,8 @@ class Slices(Segmentation):
             raise ValueError(
                 f"cu_seqlens_q has {len(self.cu_q) - 1} documents, cu_seqlens_k has {len(self.cu_k) - 1}: they must match"
             )
-        for row in (self.cu_q, self.cu_k):
-            _check_row(0, row, row)
+        for bounds in (self.cu_q, self.cu_k):
+            _check_row(0, bounds, bounds)
 
     @property
     def encoded(self) -> Tensor:
@@ -290,6 +296,7 @@ class Slices(Segmentation):
 
     def k_pieces(self, runs: tuple[Run, ...], row: int) -> tuple[Piece, ...]:
         """The keys that each part may see, in a buffer of all keys in position order, whatever `runs` it is made of."""
+        # Slices are planned with strategy "gather" only, whose buffer has every key at its position.
         start = self.k_start
         return tuple(Piece(Run(start + a, b - a), start + a, i) for i, (a, b) in enumerate(pairwise(self.cu_k)) if b > a)
 
@@ -318,24 +325,24 @@ def _check_row(i: int, row: tuple[int, ...], first: tuple[int, ...]) -> None:
 
 
 def _restarts(i: int, positions: list[int]) -> tuple[int, ...]:
-    row = []
+    bounds = []
     for token, position in enumerate(positions):
         if position == 0:
-            row.append(token)
+            bounds.append(token)
         elif token == 0 or position != positions[token - 1] + 1:
             before = "starts at" if token == 0 else f"goes from {positions[token - 1]} to"
             raise ValueError(
                 f"position_ids row {i} {before} {position} at token {token}: positions must count up from 0 in every document"
             )
-    return (*row, len(positions)) if positions else (0,)
+    return (*bounds, len(positions)) if positions else (0,)
 
 
-def _positions(row: tuple[int, ...]) -> Tensor:
+def _positions(bounds: tuple[int, ...]) -> Tensor:
     import torch
 
-    bounds = torch.tensor(row, dtype=torch.int64)
-    starts = torch.repeat_interleave(bounds[:-1], bounds.diff())
-    return torch.arange(row[-1]) - starts
+    edges = torch.tensor(bounds, dtype=torch.int64)
+    starts = torch.repeat_interleave(edges[:-1], edges.diff())
+    return torch.arange(bounds[-1]) - starts
 
 
 def _pack(rows: tuple[tuple[int, ...], ...]) -> bytes:
@@ -363,6 +370,7 @@ def _unpacked_bytes(documents: Documents | Slices, encoded: bytes) -> int:
     return documents.nbytes + len(encoded)
 
 
+# The operators of every layer get the same tensor: equal bytes give the same value, whose digest was worked out once.
 @cached("documents of operators", most_bytes=6 << 20, most_entries=32, size=_unpacked_bytes)
 def _unpack(encoded: bytes) -> Documents | Slices:
     flat = array("q")

@@ -22,5 +22,6 @@ def copies_of_key_heads(ranks: int, kv_heads: int) -> int:
     return max(1, ranks // kv_heads)
 
 
+# Ranks have equal numbers of query heads, each beside the key head that it reads: so one of ranks and key heads divides the other.
 def _fits(ranks: int, heads: int, kv_heads: int) -> bool:
     return heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)

@@ -79,7 +79,11 @@ class Step:
 
 
 def document_tiles(queries: Sequence[Piece], keys: Sequence[Piece], band: Band) -> list[Tile]:
-    """Tiles of a rank's queries against keys of the same document, neighbours joined, tiles cut whose windows kernels misread."""
+    """The tiles of a rank's queries against keys of the same document.
+
+    Neighbours are joined, and tiles whose windows kernels would misread are cut.
+    """
+    # Sorted by document first: all pairs of pieces would be quadratic in documents, and pieces of two documents share no score.
     of_document: dict[int, list[Piece]] = {}
     for key in keys:
         of_document.setdefault(key.document, []).append(key)
@@ -123,6 +127,7 @@ def keep_needed(keys: Sequence[TokenRange], tiles: list[tuple[int, Tile]]) -> tu
 
 def step_of(keys: tuple[TokenRange, ...], tiles: list[tuple[int, Tile]]) -> Step:
     """The step that computes tiles, given as (batch row, tile), on a buffer of keys."""
+    # Counted by batch row: calls on two rows read the same places of the buffer, but other keys.
     sums = any(deepest([(t.k0, t.k1) for r, t in tiles if r == row]) > 1 for row in {row for row, _ in tiles})
     return Step(keys, _group(tiles), sum(tile.cells for _, tile in tiles), sums)
 
@@ -132,6 +137,7 @@ def _group(tiles: list[tuple[int, Tile]]) -> tuple[KernelCall, ...]:
     # A varlen kernel takes segments as cumulative lengths, so they must follow one another in queries and in keys. A tile that
     # fits no open call begins one: a few windows serve thousands of documents.
     open_calls: list[tuple[tuple[int, int], list[Segment]]] = []
+    # A window other than the tile's own may mean the same scores in its box (causal and full for one query): that saves a call.
     for row, tile in sorted(tiles):
         segment = Segment(row, tile.q0, tile.q1, tile.k0, tile.k1)
         for window, segments in open_calls:

@@ -83,6 +83,7 @@ class Layout:
         Raises:
             ValueError: a layout that cuts documents is not given any, or cuts evenly what does not divide.
         """
+        # One rank holds everything in order, whatever the layout, and needs no documents to be cut by.
         if world == 1:
             runs: tuple[Run, ...] = (Run(0, length),)
         elif self.cut == "documents" and bounds is None:
@@ -96,9 +97,11 @@ class Layout:
         return tuple(run for run in runs if run.count)
 
     def _document_runs(self, bounds: tuple[int, ...], world: int, rank: int) -> tuple[Run, ...]:
+        # Totals follow from the length alone, not from the documents, so that a shard's shape is known without them.
         if self.cut == "documents":
             totals = tuple(_share(bounds[-1], world, r) for r in range(world))
             return tuple(Run(start, count) for start, count in share_documents(bounds, totals)[rank])
+        # Where all parts are equal, ranks hold the same bounds for their own tokens: the drop-in varlen functions are called so.
         whole, chunks = Layout(self.kind), world * self.chunks
         for start, stop in pairwise(bounds):
             if (stop - start) % chunks:
@@ -110,7 +113,7 @@ class Layout:
         )
 
     def local_length(self, length: int, world: int, rank: int) -> int:
-        """How many tokens `rank` holds: by layout alone, whatever the documents."""
+        """How many tokens `rank` holds; the documents do not matter."""
         if self.cut:
             return _share(length, world, rank)
         return sum(run.count for run in self.runs(length, world, rank))
@@ -122,7 +125,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class PackedLayout:
-    """A layout that cuts documents together with the documents: a pure map again.
+    """A layout that cuts documents, together with those documents: a pure map from integers to integers again.
 
     Raises:
         ValueError: documents differ from batch row to batch row, and tokens would lie on other ranks in each.
@@ -170,6 +173,8 @@ def work_balance(layout: Layout, documents: Documents, world: int, reach: int | 
 
 def _share(length: int, world: int, rank: int) -> int:
     """Tokens of `rank` when `length` is dealt as evenly as possible, the first ranks taking the remainder."""
+    # Every layout gives every rank just this many. Collectives rely on it where they pad shares to the first rank's size, and
+    # moving a tensor to another layout leaves its local shape as it was.
     return length // world + (rank < length % world)
 
 
@@ -186,6 +191,8 @@ def _contiguous(length: int, world: int, rank: int, _block: int) -> tuple[Run, .
 def _zigzag(length: int, world: int, rank: int, _block: int) -> tuple[Run, ...]:
     """Chunk r and its mirror image; an odd total gives its extra token to the early chunk on even ranks, else to the late one."""
     total, before = _share(length, world, rank), _before(length, world, rank)
+    # Extra tokens alternate so that chunks stay near an even cut into 2W. If all went to early chunks, they would add up, and the
+    # chunks in the middle of the sequence would lie W/2 tokens off. A closed form, since totals ask it of a thousand ranks.
     # Ranks with an odd total: those with the remainder, or those without it, as the even share is even or odd.
     share, rest = divmod(length, world)
     odd = range(rest, world) if share % 2 else range(rest)
@@ -199,6 +206,7 @@ def _zigzag(length: int, world: int, rank: int, _block: int) -> tuple[Run, ...]:
 def _stripe(length: int, world: int, rank: int, block: int) -> tuple[Run, ...]:
     """Whole rounds of `block` tokens a rank; the last, partial round is dealt as evenly as possible."""
     rounds, rest = divmod(length, world * block)
+    # Dealt one by one, the tokens of a partial round lie a stride after those before them: they go on in the same run.
     if block == 1:
         return (Run(rank, rounds + (rank < rest), world),)
     # A single round is a run of neighbours: it must look like one, for its tiles to join with others.

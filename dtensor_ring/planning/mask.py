@@ -20,20 +20,23 @@ from dtensor_ring.planning.runs import Piece, Run
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """Keys a query may see: `lo <= p - t <= hi`; None leaves a side open."""
+    """The keys that a query may see: those with `lo <= p - t <= hi`. None leaves a side open."""
 
+    # Bounds are distances, not positions: one band serves every query, every rank and every length.
     lo: int | None = None
     hi: int | None = None
 
     @classmethod
     @lru_cache(maxsize=256)
     def parse(cls, text: str) -> Band:
-        """The band of `full`, `causal` or `window:L,R` (flash-attn's window: p-L <= t <= p+R, -1 is unbounded)."""
+        """Reads a band from `full`, `causal` or `window:L,R` (flash-attn's window: p-L <= t <= p+R, -1 is unbounded)."""
+        # Operators get the mask as text: an argument that is an object of ours fails in DTensor's dispatch, which hashes it.
         if text == "full":
             return cls()
         if text == "causal":
             return cls(0, None)
         left, right = (int(side) for side in text.removeprefix("window:").split(","))
+        # flash-attn counts both sides away from the query; a band counts p - t, so that what lies ahead is negative.
         return cls(None if right < 0 else -right, None if left < 0 else left)
 
     def __str__(self) -> str:
@@ -56,12 +59,15 @@ class Band:
         return self.lo is not None and self.hi is not None
 
     def shifted(self, offset: int) -> Band:
-        """The band for queries whose positions count from `offset`: bottom-right alignment is `k_length - q_length`."""
+        """The band for queries that are numbered from 0 and whose positions begin at `offset`.
+
+        With the offset `k_length - q_length` the mask is aligned bottom-right, as in flash-attn.
+        """
         return Band(None if self.lo is None else self.lo - offset, None if self.hi is None else self.hi - offset)
 
 
 def mask_text(is_causal: bool, window: tuple[int, int]) -> str:
-    """The mask as the text `Band.parse` reads; causal with a window forces R = 0.
+    """Writes a mask as the text that `Band.parse` reads. A causal window ends at its query, so R counts as 0.
 
     Raises:
         TypeError: a side that is no integer.
@@ -92,6 +98,8 @@ class Tile:
     Tiles made by `Tile.trimmed` are tight: every query sees a key, every key is seen, and a bound that cuts nothing is None.
     """
 
+    # Planning sorts tiles, and a None cannot be compared. It never comes to that: tight tiles of one box all hold its first score,
+    # and the tiles of a plan are disjoint, so boxes differ before bounds are looked at.
     q0: int
     q1: int
     k0: int
@@ -102,6 +110,8 @@ class Tile:
     @classmethod
     def trimmed(cls, q0: int, q1: int, k0: int, k1: int, lo: int | None, hi: int | None) -> Tile | None:
         """The tight tile of a box and a band, None if nothing is left."""
+        # Kernels count a window from the box's bottom right corner. In a box that is not tight a side can come out negative, which
+        # flash-attn reads as unbounded; and keys that no query sees would be fetched for nothing.
         if lo is not None and hi is not None and lo > hi:
             return None
         # First the queries that see no key at all are cut off, then the keys that no query left sees: in this order each side of
@@ -133,20 +143,23 @@ class Tile:
 
     @property
     def cells(self) -> int:
-        """Scores inside the band."""
+        """The number of scores inside the band."""
+        # Below and above the band two corners of the box are cut off. They never overlap, since lo <= hi.
         below = 0 if self.lo is None else self._corner(self.lo - 1 - (self.q0 - self.k1 + 1))
         above = 0 if self.hi is None else self._corner(self.q1 - 1 - self.k0 - (self.hi + 1))
         return self.q_count * self.k_count - below - above
 
     def _corner(self, m: int) -> int:
-        """Cells of the box within `m` diagonals of one corner."""
+        """Counts the cells of the box on diagonals 0 to `m`, counted from one corner."""
+        # A triangle, less what of it sticks out of the box past its last query and past its last key, plus what sticks out of both
+        # and was taken off twice. A closed form, since a tile of a long sequence has billions of scores.
         sides = (m + 1, m + 1 - self.q_count, m + 1 - self.k_count, m + 1 - self.q_count - self.k_count)
         a, b, c, d = (x * (x + 1) // 2 if x > 0 else 0 for x in sides)
         return a - b - c + d
 
     @property
     def window(self) -> tuple[int, int]:
-        """(left, right) of the box as flash-attn aligns a window, bottom-right; -1 where the band does not cut."""
+        """The band as flash-attn's (left, right), aligned bottom-right in the box; -1 where the band does not cut."""
         shift = self.q1 - self.k1
         return (-1 if self.hi is None else self.hi - shift), (-1 if self.lo is None else shift - self.lo)
 
@@ -166,20 +179,22 @@ class Tile:
         return Tile(self.q0 + q, self.q1 + q, self.k0 + k, self.k1 + k, lo, hi)
 
     def split_misread(self) -> tuple[Tile, ...]:
-        """The tile cut where FlashAttention-2 would misread its window.
+        """Cuts the tile where FlashAttention-2 would misread its window; most tiles stay whole.
 
         That kernel reads a right side of as many tokens as there are keys, or more, as unbounded; and where the left side is
         bounded, an unbounded right side as the number of keys, which hides the last keys from the first queries of a box
         of many more queries than keys.
         """
+        # It does so without an error, and numbers would be wrong. Plans are cut for all kernels alike: they know no kernel.
         right = self.window[1]
         if self.lo is not None and right >= self.k_count:
-            first = self.lo + self.k1  # one past the last query that does not see the last key
+            first = self.lo + self.k1  # one past the first query that sees the last key: up to there the right side becomes 0
         elif self.hi is not None and right < 0 and self.q_count > self.k_count + 1:
             first = self.hi + self.k0 + 1  # one past the last query that sees the first key
         else:
             return (self,)
         boxes = (self.q0, first), (first, self.q1)
+        # Each half is made tight again, and may still be misread for the other of the two reasons.
         halves = (Tile.trimmed(q0, q1, self.k0, self.k1, self.lo, self.hi) for q0, q1 in boxes)
         return tuple(part for half in halves if half is not None for part in half.split_misread())
 
@@ -191,6 +206,7 @@ def joined(a: Tile, b: Tile) -> Tile | None:
     cells = a.cells + b.cells
     if cells > (box[1] - box[0]) * (box[3] - box[2]):
         return None
+    # The counts alone do not prove it: a band may leave out scores of a part and have as many others instead.
     for lo in {a.lo, b.lo, None}:
         for hi in {a.hi, b.hi, None}:
             whole = Tile.trimmed(*box, lo, hi)
@@ -208,7 +224,11 @@ def _inside(part: Tile, whole: Tile) -> bool:
 
 
 def coalesce(tiles: list[Tile], near: int = 4) -> list[Tile]:
-    """Join tiles that are neighbours in storage until no two make one tile any more; `near` bounds how far neighbours lie."""
+    """Joins tiles that are neighbours in storage until no two make one tile any more.
+
+    `near` is how many tiles back, in sorted order, a neighbour is looked for.
+    """
+    # Each tile is a segment of a kernel call, and each call is merged: joined, the own keys of any layout are one causal call.
     if len(tiles) < 2:
         return tiles
     joint: list[Tile] = []
@@ -226,6 +246,7 @@ def coalesce(tiles: list[Tile], near: int = 4) -> list[Tile]:
 
 def tiles_between(q: Piece, k: Piece, band: Band) -> list[Tile]:
     """The tiles, in storage indices, of the queries of one piece and the keys of another under a band of positions."""
+    # Kernels know storage indices only. A band of positions is one of indices too where both sides step through positions alike.
     if q.run.block == 1 and k.run.block == 1:
         return _line_tiles(q, k, band)
     if (q.run.stride, q.run.block) == (k.run.stride, k.run.block):
@@ -240,10 +261,12 @@ def tiles_between(q: Piece, k: Piece, band: Band) -> list[Tile]:
 
 
 def _line_tiles(q: Piece, k: Piece, band: Band) -> list[Tile]:
-    """P - t = d + s * (i - j): dividing the band by the stride gives the band of storage indices."""
+    """The tile of two runs of single tokens: p - t = d + s * (i - j), so the band of indices is that of positions over s."""
+    # A run of one token has no stride of its own, and takes that of the other.
     s = q.run.stride if k.run.count == 1 else k.run.stride
     assert q.run.count == 1 or k.run.count == 1 or q.run.stride == k.run.stride, "runs of two strides have no common band"
     d = q.run.start - k.run.start - s * (q.offset - k.offset)
+    # Both bounds are rounded into the band: between two multiples of the stride there is no pair of a query and a key.
     lo = None if band.lo is None else -((d - band.lo) // s)
     hi = None if band.hi is None else (band.hi - d) // s
     tile = Tile.trimmed(q.offset, q.offset + q.run.count, k.offset, k.offset + k.run.count, lo, hi)
@@ -265,10 +288,14 @@ def _block_tiles(q: Piece, k: Piece, band: Band) -> list[Tile]:
     hi = None if high is None else high.edge + base
     main = Tile.trimmed(q.offset, q.offset + q.run.count, k.offset, k.offset + k.run.count, lo, hi)
     tiles = [] if main is None else [main]
+    # Positions jump from block to block and storage indices do not, so no single bound on i - j cuts a block pair and its neighbour
+    # right. The main tile stops where it is exact, and what it leaves out lies on one diagonal of block pairs, as corners.
     if low is not None:
+        # A corner at one side must keep to the other side of the band too.
         ceiling = None if band.hi is None else band.hi - d - low.diagonal * q.run.stride
         tiles += _corner_tiles(q, k, low, None, ceiling)
     if high is not None:
+        # Scores below the low edge are in that side's corners already, and must not be counted twice.
         floor = None if low is None else low.edge - high.diagonal * q.run.block
         tiles += _corner_tiles(q, k, high, floor, None)
     return tiles
@@ -276,7 +303,10 @@ def _block_tiles(q: Piece, k: Piece, band: Band) -> list[Tile]:
 
 @dataclass(frozen=True, slots=True)
 class _Side:
-    """One side of a blocked band: storage indices from `edge` on, and corners least <= i' - j' <= most where I - J = diagonal."""
+    """One side of a blocked band: storage indices from `edge` on, and corners least <= i' - j' <= most where I - J = diagonal.
+
+    The high side of a band is worked out as the low side of the band whose distances have the other sign, and mirrored.
+    """
 
     edge: int
     diagonal: int
@@ -288,16 +318,19 @@ class _Side:
 
 
 def _lower_side(lo: int, stride: int, block: int) -> _Side:
-    """The side of `(I - J) * stride + (i' - j') >= lo`."""
+    """The side of the band `(I - J) * stride + (i' - j') >= lo`."""
     whole = -((1 - block - lo) // stride)  # the first diagonal that satisfies it everywhere
     partial = whole - 1
     inside = min(lo - partial * stride, block)  # on `partial`, i' - j' >= inside
+    # The edge runs through the partial diagonal where it can. Were `inside` negative, that edge would also take block pairs of the
+    # diagonal before, which see nothing; it stops at whole blocks then, and the rest of the partial diagonal is the corners.
     if inside >= 0:
         return _Side(partial * block + inside, whole, 1 - block, inside - block - 1)
     return _Side(partial * block, partial, inside, -1)
 
 
 def _corner_tiles(q: Piece, k: Piece, side: _Side, floor: int | None, ceiling: int | None) -> list[Tile]:
+    """The corners of one side, one tile for each pair of blocks on the side's diagonal."""
     least = side.least if floor is None else max(side.least, floor)
     most = side.most if ceiling is None else min(side.most, ceiling)
     if least > most:
@@ -314,5 +347,5 @@ def _corner_tiles(q: Piece, k: Piece, side: _Side, floor: int | None, ceiling: i
 
 
 def whole_sequence(length: int) -> tuple[Run, ...]:
-    """The runs of keys that lie in position order."""
+    """The runs of all keys, where they lie in position order."""
     return (Run(0, length),) if length else ()

@@ -12,7 +12,7 @@ from dtensor_ring.planning.segmentation import WHOLE, Segmentation
 
 @dataclass(frozen=True, slots=True)
 class AttentionProblem:
-    """Everything a plan depends on but the rank."""
+    """Everything that a plan depends on but the rank."""
 
     layout: Layout
     band: Band
@@ -24,7 +24,7 @@ class AttentionProblem:
     _halo_tokens: int | None = field(init=False, repr=False, compare=False, default=None)  # worked out when first asked for
 
     def __str__(self) -> str:
-        """In one line, for errors; the same on every rank."""
+        """The problem in one line, for errors; the text is the same on every rank."""
         lengths = f"{self.q_length}" if self.q_length == self.k_length else f"{self.q_length} queries and {self.k_length} keys"
         documents = "" if self.documents is None else f", {self.documents.described}"
         return f"{self.strategy}, {self.layout}, {self.band}, {lengths} tokens over {self.world} ranks{documents}"
@@ -52,6 +52,7 @@ class AttentionProblem:
     @property
     def split(self) -> Layout | PackedLayout:
         """How tensors of this problem are spread over the ranks: the layout, with the documents where it depends on them."""
+        # Other layouts stand without documents: every batch then has the same split, and the indices of its tokens are kept.
         return PackedLayout(self.layout, self.documents) if self.layout.cut and self.documents is not None else self.layout
 
     def q_pieces(self, rank: int, row: int) -> tuple[Piece, ...]:
@@ -64,6 +65,7 @@ class AttentionProblem:
 
     def q_runs(self, rank: int) -> tuple[Run, ...]:
         """Runs of a rank's queries, in storage order."""
+        # Layouts that depend on documents take one row of bounds for the whole batch: tokens lie alike in all of its rows.
         return self.layout.runs(self.q_length, self.world, rank, self.bounds[0])
 
     def k_runs(self, rank: int) -> tuple[Run, ...]:
@@ -94,6 +96,8 @@ class AttentionProblem:
     @property
     def is_halo(self) -> bool:
         """Whether a window is served by fetching the keys just around each local run, at most twice the local keys."""
+        # A halo is one step, without merging. It needs runs of neighbours, since around scattered tokens lies everything; and every
+        # rank must know what the others need, since they send it unasked.
         if (
             self.strategy == "ulysses"
             or not self.band.bounded
@@ -102,11 +106,14 @@ class AttentionProblem:
             or not self.segmentation.is_shared
         ):
             return False
+        # A ring holds two ranks' keys beside its own, one computed on while another arrives. A wide window would hold more than
+        # that in its single step, and the ring's steps serve it with bounded memory.
         return self.halo_tokens * self.world <= 2 * self.k_length
 
     @property
     def halo_tokens(self) -> int:
         """Keys that the most loaded rank fetches for a window, at most."""
+        # Every step of every rank asks, and where documents are cut one by one the count goes over the runs of all ranks.
         if self._halo_tokens is None:
             object.__setattr__(self, "_halo_tokens", self._count_halo_tokens())
         assert self._halo_tokens is not None, "counted above"

@@ -17,6 +17,7 @@ class Run:
     of blocks.
     """
 
+    # Plans, masks and totals work on runs instead of tokens: their cost must not grow with the length of the sequence.
     start: int
     count: int
     stride: int = 1
@@ -38,6 +39,7 @@ class Run:
     def first_at_or_after(self, position: int) -> int:
         """Storage index of the first token >= `position` (`count` if there is none)."""
         past = position - self.start
+        # Where the position lies in the gap after a block, the answer is the next block's first token.
         if past <= 0:
             return 0
         index = past // self.stride * self.block + min(past % self.stride, self.block)
@@ -88,6 +90,7 @@ def _cut_run(run: Run, offset: int, bounds: tuple[int, ...]) -> Iterator[Piece]:
     document = document_at(bounds, run.start)
     begin = 0
     while begin < run.count:
+        # A run with a stride may step over a short document: then `end` is `begin`, and the document has no piece.
         end = run.first_at_or_after(bounds[document + 1]) if bounds[document + 1] <= last else run.count
         for low, part in _whole_blocks(run, begin, end):
             yield Piece(part, offset + low, document)
@@ -106,6 +109,7 @@ def _whole_blocks(run: Run, begin: int, end: int) -> Iterator[tuple[int, Run]]:
     tail = max(head, end // run.block * run.block)
     for low, high in ((begin, head), (head, tail), (tail, end)):
         if high > low:
+            # A single block is a run of neighbours, and must look like one, for its tiles to join with others.
             whole = low == head and high == tail and high - low > run.block
             yield low, Run(run.token(low), high - low, run.stride, run.block) if whole else Run(run.token(low), high - low)
 

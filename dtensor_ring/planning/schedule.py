@@ -86,6 +86,7 @@ class Plan:
     @property
     def positions(self) -> tuple[list[int], list[list[int]]]:
         """Positions of this rank's queries, and of the keys in each step's buffer; queries count from k_length - q_length."""
+        # One integer a token, which plans avoid elsewhere: only what depends on a token's position (ALiBi, dropout) asks.
         problem = self.problem
         shift = problem.k_length - problem.q_length
         held = {source: problem.k_tokens(source) for source in range(problem.world)}
@@ -145,6 +146,7 @@ class _Book:
         kept = self.needs.get((rank, index)) if made is None else made.steps[index]
         if kept is not None:
             return kept
+        # Made outside the lock, which threads of other ranks wait for: at worst two of them make the same step.
         step = replace(make_step(self.problem, rank, index), calls=())
         with self._lock:
             if (rank, index) not in self.needs:
@@ -154,7 +156,7 @@ class _Book:
 
 
 def _step_bytes(step: Step) -> int:
-    """Ranges are four integers in a tuple, two of them small; segments are five, of which one is small."""
+    """Bytes that a step holds, estimated: a range is four integers in a tuple, two of them small, a segment five, one small."""
     segments = sum(len(call.segments) for call in step.calls)
     return 250 + 250 * len(step.calls) + 168 * len(step.keys) + 232 * segments
 
@@ -163,6 +165,7 @@ def _book_bytes(book: _Book, problem: AttentionProblem) -> int:
     return 1000 + problem.nbytes + book.nbytes
 
 
+# One entry for all ranks of a problem: where ranks are threads, and where totals need every plan, each step is worked out once.
 @cached("plans", most_bytes=32 << 20, most_entries=32, size=_book_bytes)
 def _book(problem: AttentionProblem) -> _Book:
     return _Book(problem)
@@ -173,6 +176,7 @@ def plan(problem: AttentionProblem, rank: int) -> Plan:
     book = _book(problem)
     made = book.plans.get(rank)
     if made is None:
+        # The book has grown: without a new count the cache would hold far more bytes than it is allowed.
         made = book.add_plan(rank, _plan(book, rank))
         _book.resize(book, problem)
     return made
@@ -187,6 +191,7 @@ def _plan(book: _Book, rank: int) -> Plan:
     # comes back of each send. Up to two are summed in the dtype they have, more in float32.
     returned = [(keys.start, keys.stop) for sent in sends for send in sent for keys in send.ranges]
     own = [(k0, k1) for step in steps for k0, k1 in _own_key_ranges(step, rank)]
+    # A query's outputs are merged once for each call it is in. Segments of other batch rows have other queries.
     rows = {segment.row for segment in segments}
     q_parts = max((deepest([(s.q0, s.q1) for s in segments if s.row == row]) for row in rows), default=0)
     return Plan(problem, rank, steps, sends, q_parts, deepest(returned + own))
@@ -194,6 +199,7 @@ def _plan(book: _Book, rank: int) -> Plan:
 
 def ends_together(problem: AttentionProblem) -> bool:
     """Whether `Plan.ends_together` holds on every rank."""
+    # A strategy is chosen by it, which must be the same on all ranks: so all ranks' plans are asked, not this rank's alone.
     book = _book(problem)
     if book.ends_together is None:
         book.ends_together = all(plan(problem, rank).ends_together for rank in range(problem.world))
@@ -205,6 +211,7 @@ def _sends(book: _Book, rank: int, index: int) -> Iterable[KeySend]:
     problem = book.problem
     if problem.collective:
         return
+    # No rank asks another what it needs: the other's plan is a pure function too, and is read here. So nothing waits for a request.
     ring = step_count(problem) > 1
     # In a ring only one rank has this rank's keys in a step, so that no other rank's step need be worked out for it.
     others = [(rank + index) % problem.world] if ring else [(rank + i) % problem.world for i in range(problem.world)]

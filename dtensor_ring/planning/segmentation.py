@@ -22,12 +22,14 @@ if TYPE_CHECKING:
 class Segmentation(ABC):
     """A frozen value that says which tokens belong together."""
 
+    # Without it every value would have a dictionary beside the slots of its own class.
     __slots__ = ()
 
     @property
     @abstractmethod
     def row_bounds(self) -> tuple[Bounds, ...]:
         """Cumulative bounds of the parts, for the whole batch or for each batch row; None where they are not known by position."""
+        # Not every segmentation has them: planning asks for pieces where it can, and for bounds where a layout depends on them.
 
     @property
     @abstractmethod
@@ -43,20 +45,24 @@ class Segmentation(ABC):
     @abstractmethod
     def is_shared(self) -> bool:
         """Whether every rank holds the same value, so that each knows which keys the others need."""
+        # Where it does not, only an exchange that brings every key to every rank is planned alike on all of them.
 
     @property
     @abstractmethod
     def described(self) -> str:
-        """In a few words, for errors and drawings; the same on every rank."""
+        """The value in a few words, for errors and drawings."""
+        # The same on every rank, so that errors which all ranks raise name one call. Ranks differ in their slices, which say less.
 
     @property
     @abstractmethod
     def nbytes(self) -> int:
         """Host memory that the value takes, estimated."""
+        # Caches are bounded in bytes, and a problem with thousands of documents is most of what an entry holds.
 
     @abstractmethod
     def q_pieces(self, runs: tuple[Run, ...], row: int) -> tuple[Piece, ...]:
         """Runs of one rank's queries, in storage order, cut into parts, in one row of bounds."""
+        # Queries and keys are asked for apart: a rank that knows its own parts only has other bounds for the two.
 
     @abstractmethod
     def k_pieces(self, runs: tuple[Run, ...], row: int) -> tuple[Piece, ...]:
@@ -110,8 +116,9 @@ class _Whole(Segmentation):
         return self
 
     def operand(self) -> Tensor:
-        import torch
+        import torch  # here, so that planning loads without it: the command line starts with integers alone
 
+        # An operator's argument is a tensor in every call, and one without numbers stands for no documents.
         return torch.empty(0, dtype=torch.int64)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dtensor_ring.planning.kernel_calls import Step, TokenRange, document_tiles, keep_needed, step_of
 from dtensor_ring.planning.mask import Tile, whole_sequence
 from dtensor_ring.planning.problem import AttentionProblem
-from dtensor_ring.planning.runs import Piece, Run, cut, document_at
+from dtensor_ring.planning.runs import Piece, Run, cut
 
 
 def step_count(problem: AttentionProblem) -> int:
@@ -27,9 +27,12 @@ def make_step(problem: AttentionProblem, rank: int, index: int) -> Step:
     if problem.is_halo:
         return _halo_step(problem, rank)
     if problem.strategy == "ring":
+        # Step 0 has the rank's own keys, so it computes while the first foreign keys travel. From there on all ranks are the same
+        # distance from their owners, and no rank sends to two others at once.
         owner = (rank - index) % problem.world
         return _step_on(problem, rank, [TokenRange.of_owner(owner, 0, problem.k_local(owner))], problem.k_runs(owner))
     shards = [(r, problem.k_runs(r)) for r in range(problem.world)]
+    # A stripe's queries lie a stride apart, and have one band with keys of the same stride only: its keys stay shard by shard.
     if not problem.in_order:
         keys = [TokenRange.of_owner(r, 0, problem.k_local(r)) for r, _ in shards]
         return _step_on(problem, rank, keys, *(runs for _, runs in shards))
@@ -77,6 +80,7 @@ def _halo_step(problem: AttentionProblem, rank: int) -> Step:
     keys: list[TokenRange] = []
     offset = 0  # of this run's keys in the buffer
     tiles: list[tuple[int, Tile]] = []
+    # Runs are not cut at documents here: a call of one window needs each run's keys in one piece. Documents cut the tiles below.
     for piece in cut(problem.q_runs(rank), None):
         run = piece.run
         low, high = max(0, run.start - band.hi), min(problem.k_length, run.start + run.count - band.lo)
@@ -84,7 +88,7 @@ def _halo_step(problem: AttentionProblem, rank: int) -> Step:
             continue
         for row, bounds in enumerate(problem.bounds):
             q_pieces = [Piece(p.run, p.offset + piece.offset, p.document) for p in cut((run,), bounds)]
-            near = [Piece(Run(low, high - low), 0, 0)] if bounds is None else _between(bounds, low, high)
+            near = cut((Run(low, high - low),), bounds)
             tiles += [(row, tile.moved(0, offset)) for tile in document_tiles(q_pieces, near, band)]
         at = bisect_right(ends, low)
         while at < len(holders) and holders[at][0] < high:
@@ -92,16 +96,5 @@ def _halo_step(problem: AttentionProblem, rank: int) -> Step:
             keys.append(TokenRange(held.owner, held.start + max(low, a) - a, held.start + min(high, b) - a, held.peer))
             at += 1
         offset += high - low
+    # Where a document begins inside a window's reach, the keys before it were put into the buffer and are needed by no tile.
     return step_of(*keep_needed(keys, tiles))
-
-
-def _between(bounds: tuple[int, ...], low: int, high: int) -> list[Piece]:
-    """Positions [low, high) cut into documents, stored from 0."""
-    pieces = []
-    for document in range(document_at(bounds, low), len(bounds) - 1):
-        a, b = max(low, bounds[document]), min(high, bounds[document + 1])
-        if a < b:
-            pieces.append(Piece(Run(a, b - a), a - low, document))
-        if b == high:
-            break
-    return pieces

@@ -72,6 +72,7 @@ def totals(problem: AttentionProblem) -> Totals:
         tokens, scores, fetched, sent = zip(*counts, strict=True)
         return Totals(tokens, scores, fetched, sent)
     queries = [problem.q_runs(rank) for rank in ranks]
+    # With as many keys as queries the runs are the same; a thousand ranks' of them are not worked out twice.
     keys = queries if problem.q_length == problem.k_length else [problem.k_runs(rank) for rank in ranks]
     exchanged = _exchanged(problem, queries, keys)
     return Totals(
@@ -136,6 +137,7 @@ def _exchanged(problem: AttentionProblem, queries: list[Runs], keys: list[Runs])
 def _covered(problem: AttentionProblem, queries: list[Runs], keys: list[Runs]) -> list[tuple[int, int]]:
     is_halo = problem.is_halo
     needed = [_needed(problem, runs, is_halo) for runs in queries]
+    # What each rank sends is counted against the ranges of all ranks together: rank by rank it would be quadratic in ranks.
     cover = _Cover([each for ranges in needed for each in ranges])
     exchanged = []
     for ranges, runs in zip(needed, keys, strict=True):
@@ -163,6 +165,7 @@ def _seen(run: Run, band: Band, start: int, stop: int) -> Iterable[Range]:
     """Positions of [start, stop) that the queries of a run see: one range, or one a block where they leave gaps."""
     lo, hi = band.lo, band.hi
     blocks, block = run.rounds()
+    # Where a block's range reaches the next block's, all of them are one range, and a long run costs no more than a short one.
     whole = lo is None or hi is None or run.stride <= block + hi - lo
     if lo is not None and hi is not None and lo > hi:
         return
@@ -237,6 +240,7 @@ def _without_inner_rounds(problem: AttentionProblem, queries: list[Runs], keys: 
     lo, hi = problem.position_band.lo, problem.position_band.hi
     assert lo is not None and hi is not None, "gaps need a window"
     stride = problem.world * problem.layout.block
+    # As many rounds stay at each end of a document as a window reaches over, and one more, which is like all those between.
     kept = 2 + 2 * -(-max(abs(lo), abs(hi)) // stride)
     lengths = [b - a for a, b in pairwise(problem.bounds[0] or (0, problem.q_length))]
     removed = [max(0, length // stride - kept) for length in lengths]
