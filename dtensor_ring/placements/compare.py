@@ -17,6 +17,7 @@ from dtensor_ring.planning.documents import Documents
 
 def check_documents(transports: Sequence[Transport], documents: Documents) -> None:
     """Raises ValueError on every rank of a mesh unless all pass these documents; asked the first time that its axes meet them."""
+    # Documents stay the same for a batch with many moves, so ranks compare them once. Every rank of a group remembers the same.
     new = [transport for transport in transports if not is_agreed(transport, documents.digest)]
     number = number_of(documents.digest)  # the host knows documents already, so a text stands for the bounds of thousands
 
@@ -37,6 +38,7 @@ def check_shares(local: Tensor, mesh: DeviceMesh, axis: int, placement: Sequence
     """Raises ValueError on every rank unless each passes the share that its layout gives it, of one tensor."""
     transport = transport_along(mesh, axis)
     call = f"from_local over {transport.axis}"
+    # Sizes of the other dims must agree, since keys of one rank are received in buffers shaped like another's.
     others = [size for dim, size in enumerate(local.shape) if dim != placement.dim][:8]  # as many as a record has room for
     mine = [local.ndim, length, local.shape[placement.dim], _dtype_number(local.dtype), *others]
     every = meet(transport, call, (mine + [-1] * 12)[:12])
@@ -59,6 +61,7 @@ def check_shares(local: Tensor, mesh: DeviceMesh, axis: int, placement: Sequence
 
 def check_whole(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], source: int) -> None:
     """Raises ValueError on every rank unless what is about to be sent fits where it is received, on every axis."""
+    # A rank with other placements would be in another transfer, and all would wait for ever. As a number they fit a record.
     layout = number_of(repr(placements))
     numbers = [source, layout, *([tensor.ndim, _dtype_number(tensor.dtype), *tensor.shape] + [-1] * 12)[:12]]
 
@@ -83,6 +86,7 @@ def check_whole(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement
     meet_on_axes(transports_of(mesh), "distribute_tensor", numbers, judge)
 
 
+# A dtype's place in this list travels: sorted by name it is the same in every process.
 _DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 
 

@@ -57,6 +57,7 @@ def list_rule(schema: OpSchema) -> OutputSharding:
             "move the tensors first with dtensor_ring.redistribute or dtensor_ring.full_tensor"
         )
     operands = [_operand_at(schema, place, specs) for place, specs in enumerate(places)]
+    # Even where nothing is returned the places were checked above: the op writes into its operands.
     if not schema.op._schema.returns:  # in place
         return OutputSharding(None)
     return OutputSharding(with_meta(schema, [DTensorSpec(spec.mesh, spec.placements) for spec in operands]))
@@ -68,6 +69,7 @@ def _name(schema: OpSchema) -> str:
 
 def _repeats_elementwise(schema: OpSchema) -> bool:
     """Whether the op that is repeated for each place (`add` for `_foreach_add_`) works on every element alone."""
+    # Judged by the repeated op, so that a new `_foreach_` op of PyTorch is right or refused without an entry here.
     name = _name(schema).removeprefix("_foreach_").removesuffix("_")
     return any(_is_elementwise_on_tensors(each) for each in (name, f"{name}_") if hasattr(aten, each))
 
@@ -107,6 +109,7 @@ def _operand_at(schema: OpSchema, place: int, specs: Sequence[DTensorSpec]) -> D
     Raises:
         NotImplementedError: placements or shapes differ, or partial sums wait for their reduction.
     """
+    # A step count or a learning rate is the same beside every element, whatever the layout of the others.
     tensors = [spec for spec in specs if spec.ndim or not spec.is_replicated()]
     first = tensors[0] if tensors else specs[0]
     if any(spec.placements != first.placements or spec.mesh != first.mesh for spec in tensors):

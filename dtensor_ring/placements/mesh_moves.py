@@ -26,7 +26,11 @@ def move(
     targets: Sequence[Placement],
     documents: Documents | None = None,
 ) -> Tensor:
-    """The local tensor under `targets` of the global tensor of `shape` whose local tensor under `sources` is given."""
+    """Moves a tensor of global `shape` between placements: takes the local tensor under `sources`, returns that under `targets`.
+
+    Axes that have no dim in common are moved one after another, each as cheaply as its own two placements allow. Where two axes
+    split one dim, what an inner axis holds depends on the outer one, and they go by way of the whole dim.
+    """
     axes = range(mesh.ndim)
     changed = {i for i in axes if sources[i] != targets[i]}
     # an axis whose dim an outer changed axis also splits holds a part of that axis' part: it is undone and redone with it
@@ -49,7 +53,10 @@ def _through_replicate(
     axes: list[int],
     documents: Documents | None,
 ) -> Tensor:
+    """Moves several axes by way of `Replicate`: more is sent than must be, but each step is right whatever the others split."""
+
     def length_at(axis: int, placements: Sequence[Placement]) -> Callable[[int], int]:
+        # No documents are needed here: how many tokens a rank holds follows from the layout and the length.
         def length(dim: int) -> int:
             size = shape[dim]
             for i in range(axis):
@@ -105,7 +112,7 @@ def _moved(
             return transport.all_reduce(x, old.reduce_op)
         return collectives.reduce_shards(x, dim_of(new), new_split, old.reduce_op, transport)
     if isinstance(old, Replicate):
-        return collectives.take_shard(x, dim_of(new), new_split, transport.world, transport.rank)
+        return collectives.take_shard(x, dim_of(new), new_split, transport.world, transport.rank)  # every rank has it: none sends
     if isinstance(new, Replicate):
         return collectives.gather_shards(x, dim_of(old), old_split, length(dim_of(old)), transport)
     a, b = dim_of(old), dim_of(new)

@@ -55,7 +55,7 @@ def norm_spec(schema: OpSchema, spec: DTensorSpec, order: float) -> DTensorSpec:
 
 def _reduced(schema: OpSchema, spec: DTensorSpec, placement: Placement, order: float) -> Placement:
     if isinstance(placement, (Shard, SequencePlacement)):
-        return PartialNorm(order)
+        return PartialNorm(order)  # no token lies on two ranks, so no element counts twice
     if isinstance(placement, Replicate):
         return placement
     advice = "reduce the partial sums first with dtensor_ring.redistribute" if isinstance(placement, Partial) else "no rule"
@@ -63,7 +63,7 @@ def _reduced(schema: OpSchema, spec: DTensorSpec, placement: Placement, order: f
 
 
 def _some_rank_is_empty(spec: DTensorSpec) -> bool:
-    """Asked of the global shape alone, so that all ranks answer the same."""
+    """Whether some rank holds no element, asked of the global shape alone, so that all ranks answer the same."""
     smallest = list(spec.shape)
     for axis, placement in enumerate(spec.placements):
         dim, world = dim_of(placement), spec.mesh.size(axis)

@@ -29,6 +29,7 @@ from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout, PackedLayout
 
 
+# Why the base class is PyTorch's `_StridedShard`, and not `Shard` or a bare `Placement`, stands at `PlacementBase`.
 class SequencePlacement(PlacementBase):
     """What the three placements share; use `Contiguous`, `Zigzag` or `Stripe`.
 
@@ -50,18 +51,19 @@ class SequencePlacement(PlacementBase):
 
     @property
     def layout(self) -> Layout:
-        """The integer map of this placement."""
+        """The layout of this placement: a map of integers that planning understands without PyTorch."""
         raise NotImplementedError
 
     @property
     def _arguments(self) -> tuple[int, ...]:
-        """What `repr`, equality and pickle know: the dim, then what else makes it."""
+        """The arguments that make this placement, the dim first. Equality, hash and pickle know nothing else."""
         return (self.dim,)
 
     def moved_to(self, dim: int) -> SequencePlacement:
         """The same layout of another tensor dim."""
         return type(self)(dim, *self._arguments[1:])
 
+    # The base class compares and hashes by `split_factor` too, which raises here. DTensor's caches look placements up by both.
     @override
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and isinstance(other, SequencePlacement) and other._arguments == self._arguments
@@ -82,6 +84,7 @@ class SequencePlacement(PlacementBase):
     def __str__(self) -> str:
         return f"{self.short}({', '.join(map(str, self._arguments))})"
 
+    # The base class is made by C++ from a dim and a split factor; checkpoints and copies must come back as the class they were.
     @override
     def __reduce__(self) -> tuple[type[SequencePlacement], tuple[int, ...]]:
         return type(self), self._arguments
@@ -94,10 +97,11 @@ class SequencePlacement(PlacementBase):
 
     @override
     def __fx_repr__(self) -> tuple[str, dict[str, type]]:
-        """How compiled graphs write the placement down."""
+        """How compiled graphs write the placement down: as code, with the class that the code names."""
         return repr(self), {type(self).__name__: type(self)}
 
-    # What DTensor's own redistribute calls, on one-dimensional meshes only; anything else there is refused.
+    # What DTensor's own redistribute and full_tensor call. They are right on meshes of one axis, where users may well call them;
+    # on larger meshes PyTorch orders the moves of several axes as it would for its own placements, so there they are refused.
 
     @override
     def _to_replicate_tensor(  # pyrefly: ignore[bad-override]
@@ -126,6 +130,7 @@ class SequencePlacement(PlacementBase):
         self, tensor: Tensor, num_chunks: int, *, with_padding: bool = True, contiguous: bool = True
     ) -> tuple[list[Tensor], list[int]]:
         shards = [take_shard(tensor, self.dim, self.layout, num_chunks, rank) for rank in range(num_chunks)]
+        # PyTorch scatters shards of one size. Ours sends each as it is, so there is no padding to be taken off again.
         if with_padding and len({shard.shape for shard in shards}) > 1:
             raise NotImplementedError(f"{self!r} is not padded: use dtensor_ring.distribute_tensor")
         return shards, [0] * num_chunks
@@ -150,11 +155,12 @@ class SequencePlacement(PlacementBase):
             "dtensor_ring.redistribute(x, placements) with Shard or Replicate placements, or x.to_local() with the same world size"
         )
 
+    # PyTorch calls both names, from different places.
     local_shard_size_and_offset = _local_shard_size_and_offset
 
 
 class Contiguous(SequencePlacement):
-    """One chunk a rank, in order. As `Shard(dim)`, but with rank totals within one token at any length."""
+    """One chunk a rank, in order. As `Shard(dim)`, but rank totals differ by at most one token at any length."""
 
     short: ClassVar[str] = "C"
 
@@ -185,6 +191,7 @@ class Zigzag(SequencePlacement):
         super().__init__(dim)
         self._per_document = bool(per_document)
 
+    # Read-only, as every field of a placement: DTensor's caches hold placements as keys.
     @property
     def per_document(self) -> bool:
         """Whether every document is cut by itself."""
@@ -262,12 +269,15 @@ def holds_sequence(placements: Iterable[Placement]) -> bool:
 
 
 def dim_of(placement: Placement) -> int:
-    """The tensor dim a placement splits, -1 for none."""
+    """The tensor dim that a placement splits, -1 for none."""
+    # `Shard` is asked by name: our placements are no subclass of it, on purpose.
     return placement.dim if isinstance(placement, (Shard, SequencePlacement)) else -1
 
 
 def split_of(placement: Placement, documents: Documents | None = None) -> Split:
     """How a placement splits its dim. Which tokens a rank holds under `Zigzag(per_document=True)` depends on the documents.
+
+    Without documents the split of such a placement still knows how many tokens each rank holds, and raises where it is asked which.
 
     Raises:
         ValueError: documents differ from batch row to batch row.

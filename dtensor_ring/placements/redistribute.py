@@ -34,6 +34,7 @@ from dtensor_ring.planning.documents import Documents
 Placements = tuple[Placement, ...]
 DocumentsLike = Documents | Tensor | Sequence[int]
 
+# Keys have placements and numbers of dims, not meshes: a mesh in a cache would outlive its process group.
 _SEQUENCES = Cache("placements of from_local", most_bytes=128 << 10, most_entries=128)
 
 
@@ -71,9 +72,11 @@ def from_local(
         if not isinstance(length, (int, torch.SymInt)):
             raise TypeError(f"from_local: length is the number of tokens of the whole sequence, found {length!r}")
         axis, placement, targets = _sequence_of(device_mesh, placements, local_tensor.ndim)
+    # Outside of the block above, since it meets the other ranks itself, and what it finds is raised on all of them.
     if run_check and not torch.compiler.is_compiling():
         check_shares(local_tensor, device_mesh, axis, placement, length)
     shape = list(local_tensor.shape)
+    # Batch and heads are sharded by PyTorch's placements, evenly by contract: their global size follows from the local one.
     for i, target in enumerate(targets):
         if isinstance(target, Shard):
             shape[target.dim] *= device_mesh.size(i)
@@ -108,6 +111,7 @@ def distribute_tensor(
             dtype (raised on all ranks).
     """
     _refuse_compiling("distribute_tensor")
+    # Without a source nothing is sent, and without documents nothing compared: no rank waits for one that refuses.
     meets = src_data_rank is not None or documents is not None
     with refused_together(lambda: transports_of(device_mesh) if meets else []):
         targets = _checked_for_distribution(tensor, device_mesh, placements, src_data_rank)
@@ -166,6 +170,8 @@ def full_tensor(tensor: DTensor, *, documents: DocumentsLike | None = None) -> T
 
 def wrap(local: Tensor, mesh: DeviceMesh, placements: Placements, shape: Sequence[int]) -> DTensor:
     """A DTensor of known global shape; strides keep the order of dims that the local tensor has in memory."""
+    # Compilers can trace `DTensor.from_local` and not the constructor. Outside of them an autograd node is made only where a
+    # gradient is wanted, since every layer wraps three tensors and the host pays for each node.
     stride = _strides(local, shape)
     if torch.compiler.is_compiling():
         return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
@@ -191,13 +197,18 @@ def _strides(local: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
 
 
 class _Wrap(torch.autograd.Function):
-    """A local tensor as a DTensor; its gradient is brought to the same placements. `DTensor.from_local`, with our moves."""
+    """A local tensor as a DTensor, whose gradient is brought to the same placements.
+
+    As `DTensor.from_local`, which however would move the gradient by PyTorch's own redistribute: that is unsound for our placements
+    on meshes of several axes.
+    """
 
     @staticmethod
     @override
     def forward(  # pyrefly: ignore[bad-override]
         ctx: Any, local: Tensor, mesh: DeviceMesh, placements: Placements, shape: Sequence[int], stride: tuple[int, ...]
     ) -> DTensor:
+        # Each summand of a partial sum has the whole sum's gradient.
         ctx.whole = tuple(Replicate() if isinstance(p, Partial) else p for p in placements)
         return dtensor_of(local, mesh, placements, shape, stride)
 
@@ -213,12 +224,13 @@ class _Wrap(torch.autograd.Function):
 
 
 def _listed(placements: Sequence[Placement]) -> Sequence[Placement]:
-    """What a caller passed as placements, as far as it can be looked through: `normalized` refuses the rest."""
+    """The placements that a caller passed, as far as they can be looked through: `normalized` refuses the rest."""
     return placements if isinstance(placements, Sequence) else ()
 
 
 def _sequence_of(mesh: DeviceMesh, placements: Sequence[Placement], ndim: int) -> tuple[int, SequencePlacement, Placements]:
     """The axis that holds the sequence, its placement, and all placements normalized; remembered for the next call."""
+    # What is checked depends on the numbers of axes and dims only; the mesh plays a part in errors, which are not kept.
     key = (mesh.ndim, ndim, *placements) if isinstance(placements, (list, tuple)) else ()
     remembers = bool(key) and not torch.compiler.is_compiling()
     entry = _SEQUENCES.find(key) if remembers else None
@@ -233,6 +245,7 @@ def _sequence_of(mesh: DeviceMesh, placements: Sequence[Placement], ndim: int) -
 
 def _sequence_axis_or_all(mesh: DeviceMesh, placements: Sequence[Placement]) -> list[Transport]:
     """Where the other ranks learn that this one refuses a call: on the sequence axis, or on every axis where that is not clear."""
+    # Arguments may be anything here: this runs after one of them was refused, and must not hide that error by one of its own.
     if not isinstance(mesh, DeviceMesh):
         return []
     axes = [i for i, p in enumerate(_listed(placements)) if isinstance(p, SequencePlacement)]
@@ -274,12 +287,14 @@ def _documents(given: DocumentsLike | None, placements: Sequence[Placement], sha
 
 def _agreed(documents: Documents | None, mesh: DeviceMesh) -> Documents | None:
     """The documents, after all ranks of the mesh have compared them; raises ValueError on every rank if they differ."""
+    # Each rank works out by itself whose tokens go where: with other documents it would expect other messages, and wait for ever.
     if documents is not None:
         check_documents(transports_of(mesh), documents)
     return documents
 
 
 def _refuse_compiling(name: str) -> None:
+    # Moves compare ranks on the host and send messages of sizes that only the host knows: no part of that can be in a graph.
     if torch.compiler.is_compiling():
         raise NotImplementedError(
             f"{name} is not compiled: move tensors outside of the compiled function, and make DTensors inside it with from_local"
@@ -294,6 +309,7 @@ def normalized(mesh: DeviceMesh, placements: Sequence[Placement], ndim: int) -> 
         raise ValueError(f"the mesh has {mesh.ndim} axes, but {len(placements)} placements were given: {tuple(placements)}")
     checked: list[Placement] = []
     for i, placement in enumerate(placements):
+        # Two spellings of one dim would compare as different placements, and a move be planned where there is nothing to move.
         if isinstance(placement, Shard) and placement.dim < 0:
             placement = Shard(placement.dim + ndim)
         # subclasses of PyTorch's placements (_StridedShard, _MaskPartial, ...) mean more than their attributes say
@@ -314,7 +330,7 @@ def _refuse_nesting(mesh: DeviceMesh, placements: Sequence[Placement]) -> None:
         for j, b in enumerate(placements[:i]):
             if isinstance(a, (Shard, SequencePlacement)) and isinstance(b, (Shard, SequencePlacement)) and a.dim == b.dim:
                 if isinstance(a, Shard) and isinstance(b, Shard):
-                    continue
+                    continue  # PyTorch says what this means, and `mesh_moves` does it
                 raise ValueError(
                     f"mesh axes {axis_name(mesh, j)} ({b!r}) and {axis_name(mesh, i)} ({a!r}) both split dim {a.dim}: one axis may "
                     "hold the sequence; flatten the two axes into one with mesh[...]._flatten()"
@@ -344,6 +360,7 @@ class _Distribute(torch.autograd.Function):
     ) -> Tensor:
         ctx.mesh, ctx.targets, ctx.shape, ctx.documents = mesh, targets, tensor.shape, documents
         local = tensor
+        # Outer axes first: two shards of one dim mean that the inner axis splits what the outer one has left.
         for i, target in enumerate(targets):
             transport = transport_along(mesh, i)
             with transport.during(f"distribute_tensor as {target!r}"):
@@ -368,6 +385,8 @@ class _Distribute(torch.autograd.Function):
 
 
 class _Redistribute(torch.autograd.Function):
+    """A DTensor under other placements; backward moves the gradient to those that it came from."""
+
     @staticmethod
     @override
     def forward(  # pyrefly: ignore[bad-override]
@@ -376,6 +395,7 @@ class _Redistribute(torch.autograd.Function):
         ctx.documents = documents
         # The gradient of a partial sum is the whole gradient on every rank, as of each of its summands.
         ctx.sources = tuple(Replicate() if isinstance(p, Partial) else p for p in tensor.placements)
+        # Below, tensors are local and outside of autograd, so that no op of the move meets DTensor's rules or is recorded.
         local = move(local_of(tensor), tensor.device_mesh, tensor.shape, tensor.placements, targets, documents)
         return wrap(local, tensor.device_mesh, targets, tensor.shape)
 

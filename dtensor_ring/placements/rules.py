@@ -64,7 +64,7 @@ _ANY_TRUE = overloads("_is_any_true")
 def is_ours(schema: OpSchema) -> bool:
     """Whether an op of PyTorch meets a placement of ours, or reads the value of a norm that is not yet reduced."""
     if schema.op.namespace == "dtensor_ring":
-        return False
+        return False  # attention has a rule of its own
     specs = specs_of(schema)
     if schema.op is aten._local_scalar_dense.default and unreduced_norm(specs):
         return True
@@ -79,6 +79,7 @@ def rule(schema: OpSchema) -> OutputSharding | None:
     """
     if takes_lists(schema):
         return list_rule(schema)
+    # As in x / x.norm(): used unreduced, each rank would divide by the norm of its own tokens.
     reduced = _with_scalars_reduced(schema)
     if reduced is not None:
         return OutputSharding(_sharding(reduced).output_spec, reduced, needs_redistribute=True)
@@ -106,6 +107,7 @@ def _sharding(schema: OpSchema) -> OutputSharding:
             f"{name_of(schema)} has no rule for {listed(specs)}: work on x.to_local() with the positions of this rank, or move the "
             f"tensor first with dtensor_ring.redistribute or dtensor_ring.full_tensor{_hint(schema, specs)}"
         )
+    # An operand of size 1 in the sequence dim lies on one rank, and the others would need it too.
     if any(spec.shape != first.shape for spec in specs):
         raise NotImplementedError(
             f"{name_of(schema)} does not broadcast {listed(specs)} of shapes {[tuple(s.shape) for s in specs]}"
@@ -182,6 +184,7 @@ def _puts_one_value(schema: OpSchema) -> bool:
     mask = masks[0] if isinstance(masks, (list, tuple)) and len(masks) == 1 else None
     if not (isinstance(target, DTensorSpec) and isinstance(mask, DTensorSpec) and isinstance(value, DTensorSpec)):
         return False
+    # Positions in place of a mask, and one value for each masked element, count in an order that only the whole tensor has.
     is_mask = mask.tensor_meta is not None and mask.tensor_meta.dtype == torch.bool and mask.shape == target.shape
     return is_mask and not value.ndim and value.is_replicated()
 
@@ -213,6 +216,7 @@ def _fresh(schema: OpSchema, spec: DTensorSpec) -> OutputSharding:
             step *= max(local[dim], 1)
         args[stride_at] = tuple(strides)
     rewritten = OpSchema(schema.op, tuple(args), schema.kwargs_schema)
+    # DTensor has one channel for arguments that a rule has changed: the schema of a redistribution, which here moves nothing.
     return OutputSharding(
         with_meta(schema, DTensorSpec(spec.mesh, spec.placements)),
         rewritten,
@@ -261,6 +265,7 @@ def _no_storage(tensor: DTensor) -> str | None:
 
 
 def _refuse_plain_gradients(name: str, op: OpOverload) -> None:
+    # A rule sees placements only. Whether an operand wants a gradient is seen where the op is called, so that is where it is asked.
     def check(_cls: type, _op: OpOverload, _types: Sequence[type], args: tuple[object, ...], _kwargs: dict[str, object]) -> object:
         ours = any(isinstance(x, DTensor) and holds_sequence(x.placements) for x in args)
         reason = why_no_gradient(name, args) if ours else None
@@ -272,7 +277,7 @@ def _refuse_plain_gradients(name: str, op: OpOverload) -> None:
 
 
 def register() -> None:
-    """Put the rules of this package before PyTorch's own, for DTensors in our placements."""
+    """Puts the rules of this package before PyTorch's own, for DTensors in our placements."""
     install_rule(rule, is_ours)
     complete_cache_keys((*UNMARKED, *_INDEX_PUT, *_ANY_TRUE, *list_ops()))
     refuse_methods(("apply_", "share_memory_"), _no_storage)
