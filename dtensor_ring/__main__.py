@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _write(_plan(options) + "\n")
     except ValueError as error:
-        planning.error(str(error))
+        planning.error(str(error))  # what the planner refuses is a wrong argument to whoever typed it: one line, and status 2
     return 0
 
 
@@ -160,7 +160,7 @@ def _plan(options: argparse.Namespace) -> str:
     problem = _problem(options)
     ranks = None
     if options.rank is not None:
-        ranks = sorted({rank for some in options.rank for rank in some})
+        ranks = sorted({rank for some in options.rank for rank in some})  # a rank that is named twice is drawn once
         if ranks[-1] >= problem.world:
             raise ValueError(f"--rank {ranks[-1]}: the ranks of --world {problem.world} are 0 to {problem.world - 1}")
     shape = _shape(options)
@@ -185,12 +185,14 @@ def _problem(options: argparse.Namespace) -> AttentionProblem:
             "or add a document for the rest"
         )
     window = (-1, -1) if options.window is None else (options.window[0], options.window[1])
+    # A window says both of its sides, so it is not causal beside: a side ahead would be refused.
     is_causal = not options.full and options.window is None
     band = Band.parse(mask_text(is_causal, window))
     return AttentionProblem(layout, band, length, length, options.world, options.strategy, documents)
 
 
 def _shape(options: argparse.Namespace) -> AttentionShape:
+    # --heads alone must always give a plan, also where the default number of key heads does not divide it.
     kv_heads = options.kv_heads
     if kv_heads is None:
         kv_heads = options.heads if options.heads % LLAMA_8B.kv_heads else LLAMA_8B.kv_heads
@@ -205,6 +207,7 @@ def _length(text: str) -> int:
             f"{text!r} is no number of tokens: write digits, and after them k, M, G (powers of 1000) or Ki, Mi, Gi (of 1024), "
             "such as 4096, 10k, 1.5M or 64Ki"
         )
+    # In integers: 8.2 times a million is no whole number in floats.
     digits, fraction, unit = match[1], match[2] or "", match[3]
     tokens, rest = divmod(int(digits + fraction) * _UNITS[unit], 10 ** len(fraction))
     if rest:

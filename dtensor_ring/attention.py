@@ -151,6 +151,7 @@ def ring_attention(
             and say so when the group's timeout ends.
         NotImplementedError: no kernel does what is asked; the text has each kernel's reason.
     """
+    # What is refused up to the comparison of ranks is told to all of them. After it they are in transfers, where nobody listens.
     inputs = Inputs(q, k, v, sinks, alibi_slopes, documents)
     asked = Arguments(is_causal, window, scale, softcap, dropout_p, deterministic, strategy, kernel)
     with refused_by_all(q, k, v):
@@ -161,6 +162,7 @@ def ring_attention(
 
 def _place(q: Tensor, k: Tensor, v: Tensor, strategy: Strategy | None) -> Place:
     """Where the attention of three tensors happens: DTensors say it by their placements, plain tensors hold whole sequences."""
+    # A plain tensor has no layout: nothing says whether it holds a whole sequence or a share, so it is taken for whole.
     if isinstance(q, DTensor) and isinstance(k, DTensor) and isinstance(v, DTensor):
         return place_of(q, k, v)
     _check_kinds(q, k, v)
@@ -171,6 +173,7 @@ def _place(q: Tensor, k: Tensor, v: Tensor, strategy: Strategy | None) -> Place:
 
 def _warn_if_alone() -> None:
     """Warn of plain tensors in a program of several ranks: the call is right only where each rank holds whole sequences."""
+    # Shares passed as plain tensors give finite numbers and a falling loss: this warning is all that would tell.
     if torch.compiler.is_compiling() or not several_ranks():
         return
     warnings.warn(
@@ -182,6 +185,7 @@ def _warn_if_alone() -> None:
 
 
 def _check_kinds(q: Tensor, k: Tensor, v: Tensor) -> None:
+    # A plain tensor among DTensors would have to be a share, of whose layout and length nothing is known.
     kinds = {name: isinstance(x, DTensor) for name, x in (("q", q), ("k", k), ("v", v))}
     if len(set(kinds.values())) > 1:
         plain = ", ".join(name for name, is_dtensor in kinds.items() if not is_dtensor)

@@ -25,6 +25,7 @@ class MissingExtraError(ImportError):
 class _StandIn(type):
     """The type of classes that stand for names that could not be imported: annotations and isinstance work, use raises."""
 
+    # A class, since a module that imports the name may use it as a type: `ring_plan: RingPlan | None`.
     reason: MissingExtraError
 
     @override
@@ -45,7 +46,8 @@ class _StandIn(type):
 
 
 def optional(module: str, name: str) -> object:
-    """`name` of `module`, or a stand-in that raises MissingExtraError when it is used, if the module needs what is not here."""
+    """Imports `name` from `module`; if that needs what is not installed, returns a stand-in that raises when it is used."""
+    # Only the error that names a missing extra is held back: any other error of the module is a fault, and must be seen at once.
     try:
         return getattr(import_module(module), name)
     except MissingExtraError as reason:

@@ -41,7 +41,7 @@ from dtensor_ring.planning.layout import work_balance
 
 IGNORED = -100
 GOOD_BALANCE = 0.8  # mean work over the most loaded rank's, below which a packed batch is worth a warning
-_BATCHES_LOOKED_AT = 16
+_BATCHES_LOOKED_AT = 16  # counting is host work for every packed batch, and a warning comes in the first ones or not at all
 
 
 class ShardedBatch(dict[str, object]):
@@ -99,10 +99,12 @@ def shard_batch(
             long as the sequence.
     """
     placement = Zigzag(1) if placement is None else placement
+    # A wrong mesh raises without the other ranks: it is what says who they are.
     check_mesh(device_mesh)
     transport = transport_along(device_mesh)
     with refused_together(lambda: [transport] if run_check else []):
         check_placement(placement)
+        # A share has the form of a whole batch, and cut twice it would train on a part of the tokens without a word.
         if isinstance(batch, ShardedBatch):
             raise ValueError("this batch is a share already, made by shard_batch: pass the whole batch")
         refuse_lookalikes(batch)
@@ -116,7 +118,7 @@ def shard_batch(
 
 
 def is_packed(documents: Documents | None, batch: Mapping[str, object]) -> bool:
-    """Whether documents are packed texts; those of a batch with a mask are its real tokens and its padding."""
+    """Whether documents are packed texts. Those of a batch with a mask are its real tokens and its padding instead."""
     return documents is not None and batch.get("attention_mask") is None
 
 
@@ -127,7 +129,7 @@ def warn_of_imbalance(
     transport: Transport,
     reach: int | None = None,
 ) -> None:
-    """Warn once, on rank 0, where documents give the most loaded rank far more work than the mean; say what helps.
+    """Warns once, on rank 0, where documents give the most loaded rank far more work than the mean, and says what helps.
 
     The first packed batches of a group are looked at, since packing is alike from batch to batch; padding does not count.
     """
@@ -153,7 +155,7 @@ def warn_of_imbalance(
 
 
 def balance_remedy(documents: Documents, placement: SequencePlacement, world: int, reach: int | None = None) -> str:
-    """What would balance the work of a packed batch better, with the figure it would reach."""
+    """Says what would balance the work of a packed batch better, with the figure that it would reach."""
     if placement.layout.cut:
         return "Longer rows, or fewer ranks, would balance better"
     if documents.rows > 1:
@@ -180,6 +182,8 @@ def check_same(
     batch: Mapping[str, object], length: int, documents: Documents | None, placement: SequencePlacement, transport: Transport
 ) -> None:
     """Raises ValueError on every rank unless all hold the same batch and cut it alike; the host waits once."""
+    # Every rank cuts its share out of its own copy: ranks with other batches would attend to one another's unrelated tokens, and
+    # the loss would look like a loss.
     tensors = [(key, value) for key in (*CUT_KEYS, "attention_mask") if isinstance(value := batch.get(key), Tensor)]
     rows = tensors[0][1].shape[0] if tensors else 0
     words = "|".join(
@@ -217,14 +221,18 @@ def cut_batch(
 ) -> ShardedBatch:
     """This rank's share of a checked batch: labels are shifted first, while the next token of each token is still at hand."""
     whole = dict(batch)
+    # Bounds of the whole row mean nothing beside a share, and a model that read them would cut its tokens by them. What they say
+    # is in `documents` now.
     for key in (*BOUND_KEYS, "attention_mask"):
         whole.pop(key, None)
     device = next(value.device for key in CUT_KEYS if isinstance(value := whole.get(key), Tensor))
     padding = padding_of(batch, rows_of(batch), length)
-    packed = documents if padding is None else None
+    packed = documents if padding is None else None  # padding does not restart positions, as it does not in one process
     if not isinstance(whole.get("position_ids"), Tensor):
         positions = torch.arange(length)[None] if packed is None else packed.position_ids()
         whole["position_ids"] = positions.to(device)
+    # A rank's next token is on another rank at the end of each of its chunks, so a model that shifted its share would predict
+    # the wrong token there. Losses read `shift_labels` where they are given.
     labels = whole.get("labels")
     shifted = whole.get("shift_labels")
     if isinstance(labels, Tensor):
@@ -243,6 +251,7 @@ def cut_batch(
         is_cut = key in CUT_KEYS and isinstance(value, Tensor)
         share[key] = take_shard(value, 1, split, transport.world, transport.rank) if is_cut and isinstance(value, Tensor) else value
     share.length, share.documents = length, documents
+    # Counted in the whole batch, which every rank has here: the parts of the loss add up without asking the other ranks.
     share.num_items = (shifted != IGNORED).sum() if isinstance(shifted, Tensor) else None
     return share
 
@@ -251,6 +260,7 @@ def shift_labels(labels: Tensor, documents: Documents | None) -> Tensor:
     """The label of the next token for every token (B, S), -100 at the end of the row and of each document."""
     shifted = torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:].contiguous()
     if documents is not None:
+        # The last token of a document would be asked for the first of the next, of which it cannot know.
         ends = torch.zeros((documents.rows, documents.length + 1), dtype=torch.bool)
         for row, bounds in enumerate(documents.bounds):
             ends[row, list(bounds)] = True

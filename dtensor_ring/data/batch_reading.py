@@ -16,15 +16,16 @@ from torch import Tensor
 from dtensor_ring.planning.documents import Documents
 
 CUT_KEYS = ("input_ids", "inputs_embeds", "position_ids", "labels", "shift_labels")
+# The longest lengths are taken out and not read: they follow from the bounds.
 BOUND_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 KNOWN_KEYS = (*CUT_KEYS, *BOUND_KEYS, "attention_mask", "documents", "num_items_in_batch")
-# How other packages name bounds.
+# How other packages name bounds. Read past under such a name, documents would attend to each other without an error.
 _BOUND_WORDS = re.compile(r"cu_?seq|seq_?len|sequence_?len|document|doc_?id|seq_?id|segment|max_?len")
 PERHAPS_A_SHARE = "If shard_batch cut this batch, it is a rank's share already: pass the whole batch, as every rank has it"
 
 
 def sequence_length(batch: Mapping[str, object]) -> int:
-    """Tokens of a row, checked to be the same in all tensors that are cut; and that what is read of a batch has values."""
+    """Tokens of a row, checked to be the same in all tensors that are cut. Also checks that what is read has values."""
     for key in (*CUT_KEYS, *BOUND_KEYS, "attention_mask"):
         value = batch.get(key)
         if isinstance(value, Tensor) and value.is_meta:
@@ -51,7 +52,9 @@ def sequence_length(batch: Mapping[str, object]) -> int:
 def find_documents(
     batch: Mapping[str, object], length: int, documents: Documents | Tensor | Sequence[int] | None = None
 ) -> Documents | None:
-    """What belongs together in a row: the documents given, or those that the batch describes; None for one document a row.
+    """Reads which tokens of a row belong together: the documents given, or those that the batch describes.
+
+    None stands for one document a row.
 
     A batch describes them by `cu_seq_lens_q`, by `seq_idx` (B or 1, S), where it changes, by `position_ids` (B or 1, S) that
     restart, or by an `attention_mask` (B, S) with zeros: a row's padding and its real tokens are documents.
@@ -60,6 +63,7 @@ def find_documents(
         ValueError: two of these contradict each other, or one does not fit the batch.
         NotImplementedError: a mask that is not padding, or padding beside documents.
     """
+    # All descriptions are read, not only the first: where two contradict each other, one of them trains on the wrong mask.
     rows = rows_of(batch)
     padding = padding_of(batch, rows, length)
     sources = {} if documents is None else {"documents": Documents.of(documents, length)}
@@ -82,6 +86,7 @@ def find_documents(
             f"attention_mask has zeros and {' and '.join(sources)} tell documents: padding beside packed documents is not "
             "supported; make the padding a document of its own with labels of -100, and leave the mask out"
         )
+    # Real tokens see real tokens only, and padding sees padding: a query that saw no key at all would be a case of its own.
     if padding is not None:
         return _documents_at(padding[:, 1:] != padding[:, :-1])
     _check_agree(sources, rows)
@@ -89,7 +94,7 @@ def find_documents(
 
 
 def _restarting(positions: Tensor) -> Documents:
-    """Documents of positions that jump; positions that do not restart at 0 are perhaps those of a rank's share."""
+    """Reads documents from positions that jump. Positions that do not restart at 0 may be those of a rank's share."""
     try:
         return Documents.from_position_ids(positions)
     except ValueError as failure:
@@ -170,6 +175,7 @@ def _check_agree(sources: Mapping[str, Documents], rows: int) -> None:
             raise ValueError(
                 f"{name} have {documents.rows} rows, but the batch has {rows}: give one row, or one for each batch row"
             )
+        # Documents without tokens are in cumulative lengths, and cannot be in positions.
         bounds_of[name] = [sorted(set(row)) for row in documents.bounds] * (rows if documents.rows == 1 else 1)
     for name, theirs in list(bounds_of.items())[1:]:
         first, ours = next(iter(bounds_of.items()))
@@ -203,7 +209,7 @@ def refuse_lookalikes(batch: Mapping[str, object], known: Sequence[str] = ()) ->
 
 
 def _is_text(value: object) -> bool:
-    """A name, or a list of names: where a row comes from, not what belongs together in it."""
+    """Whether a value is a name, or a list of names: that says where a row comes from, not what belongs together in it."""
     return isinstance(value, str) or (isinstance(value, (list, tuple)) and bool(value) and all(isinstance(x, str) for x in value))
 
 

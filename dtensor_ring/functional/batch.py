@@ -16,6 +16,7 @@ from dtensor_ring.planning.layout import Layout
 
 
 def _family(name: str, layout: Layout, holds: str, chunks: int) -> tuple[Function, Function, Function]:
+    # The families differ in their layout only. Arguments stay written out, by name and place those of the functions replaced.
     @refusing_together
     def func(
         q: Tensor,
@@ -33,6 +34,7 @@ def _family(name: str, layout: Layout, holds: str, chunks: int) -> tuple[Functio
         settings = Settings(dropout_p, softmax_scale, causal, window_size, alibi_slopes, deterministic, return_attn_probs, group)
         if not q.dim() == k.dim() == v.dim() == 4:
             raise ValueError(f"{name}_func: q, k, v must be (B, S/W, H, D), found {q.dim()}, {k.dim()} and {v.dim()} dims")
+        # Only the local length is known here: the global one follows from it where every rank holds chunks of one length.
         for argument, x in (("q", q), ("k", k)):
             if settings.world > 1 and x.shape[1] % chunks:
                 raise ValueError(
@@ -41,6 +43,7 @@ def _family(name: str, layout: Layout, holds: str, chunks: int) -> tuple[Functio
                 )
         return answer(*attend(q, k, v, settings, layout), settings)
 
+    # Named after where users import it from: otherwise pickle, help() and tracebacks would name this closure.
     func.__name__ = func.__qualname__ = f"{name}_func"
     func.__module__ = "dtensor_ring.functional"
     func.__doc__ = (

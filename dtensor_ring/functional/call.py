@@ -48,6 +48,7 @@ class Settings:
     @property
     def process_group(self) -> dist.ProcessGroup:
         """The group, or the default one."""
+        # Asked at each call: a default group may be destroyed and made anew in between.
         if self.group is not None:
             return self.group
         if not dist.is_initialized():
@@ -96,6 +97,7 @@ def attend(
         NotImplementedError: no kernel does what is asked; the text has each one's reason.
     """
     tensors = q_BSHD, k_BSHD, v_BSHD
+    # Where every rank holds as many tokens the whole length is W times that. Documents know it, and allow for ranks that hold less.
     lengths = (documents.length, documents.length) if isinstance(documents, Documents) else None
     place = place_in_group(tensors, settings.process_group, layout, lengths)
     inputs = Inputs(*tensors, settings.sinks, settings.alibi_slopes, documents)
@@ -104,5 +106,5 @@ def attend(
 
 
 def answer(out: Tensor, lse: Tensor, settings: Settings) -> Output:
-    """What flash-attn's functions return."""
+    """What flash-attn's functions return. Their third value is the dropout mask, which is never held whole here."""
     return (out, lse, None) if settings.return_attn_probs else out

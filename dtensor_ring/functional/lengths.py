@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dtensor_ring._torch import TensorCache
 
+# flash-attn's functions take lengths on the GPU. Read for every layer, they would make the host wait for all work before.
 _read: TensorCache[tuple[int, ...]] = TensorCache()
 
 
@@ -25,6 +26,7 @@ def host_lengths(name: str, cu_seqlens: Tensor) -> tuple[int, ...]:
         values = tuple(cu_seqlens.tolist())
         if not values or values[0] != 0 or any(b < a for a, b in pairwise(values)):
             raise ValueError(f"{name} must start at 0 and never decrease, found {values[:8]}{'...' if len(values) > 8 else ''}")
+        # Only lengths that passed the checks are kept, so that later layers need not check them again.
         remember(cu_seqlens, values)
     return values
 

@@ -45,6 +45,7 @@ def llama3_flash_attn_prepare_cu_seqlens(
     Raises:
         ValueError: the last bound is not divisible by the number of ranks.
     """
+    # Here, once a batch, lengths come to the host: the layers find them remembered.
     bounds = host_lengths("cu_seqlens", cu_seqlens)
     _check_total("llama3_flash_attn_prepare_cu_seqlens", bounds[-1], world_size, 1)
     share = bounds[-1] // world_size
@@ -57,6 +58,7 @@ def llama3_flash_attn_prepare_cu_seqlens(
     # Causal queries see no key after this rank's last token, so the last document's keys end there.
     if causal and ends:
         ends[-1] = last
+    # Keys count from the first document that this rank has a part of: it needs them from that document's beginning on.
     cu_k = [0] + [end - k_start for end in ends]
     k_stop = ends[-1] if ends else first
     q_tensor, k_tensor = (torch.tensor(values, dtype=cu_seqlens.dtype, device=cu_seqlens.device) for values in (cu_q, cu_k))
@@ -105,6 +107,7 @@ def llama3_flash_attn_varlen_func(
     _check_shapes(name, q, k, v)
     bounds_q, bounds_k = host_lengths("cu_seqlens_q", cu_seqlens_q), host_lengths("cu_seqlens_k", cu_seqlens_k)
     check_tokens(name, "cu_seqlens_q", bounds_q, q.shape[0], int(max_seqlen_q))
+    # A caller may make the slice by hand, with open or negative ends.
     start, stop, _ = local_k_slice.indices(settings.world * k.shape[0])
     check_tokens(name, "cu_seqlens_k", bounds_k, stop - start, int(max_seqlen_k))
     slices = _slices(bounds_q, bounds_k, start)
@@ -177,6 +180,7 @@ def zigzag_llama3_flash_attn_varlen_func(
     name = "zigzag_llama3_flash_attn_varlen_func"
     stride = k.shape[1] if heads_k_stride is None else heads_k_stride
     _check_shapes(name, q, k, v)
+    # What was prepared for another rank or mask would fit by shape, and give wrong numbers.
     here = dist.get_rank(settings.process_group), settings.world, causal, settings.world * q.shape[0]
     made = prepared.rank, prepared.world_size, prepared.causal, prepared.documents.length
     if here != made:
@@ -202,6 +206,7 @@ def attend_by_heads(
     """
     if stride < 1 or k.shape[1] % stride:
         raise ValueError(f"heads_k_stride must divide the {k.shape[1]} key heads, found {stride}")
+    # A packed row is one batch row.
     out, lse = attend(q[None], k[None], v[None], settings, layout, "gather", documents, kv_head_group_size=stride)
     return out[0], lse[0]
 
@@ -210,6 +215,7 @@ def _held(slices: Slices, *_bounds: object) -> int:
     return slices.nbytes  # the arguments are parts of the value
 
 
+# Every layer passes the same lengths: one value for all of them is checked once, and found by plans that are kept for it.
 @cached("slices of llama3 functions", most_bytes=2 << 20, most_entries=32, size=_held)
 def _slices(bounds_q: tuple[int, ...], bounds_k: tuple[int, ...], k_start: int) -> Slices:
     return Slices(bounds_q, bounds_k, k_start)

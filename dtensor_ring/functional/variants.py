@@ -23,6 +23,7 @@ def refusing_together(func: Function) -> Function:
 
     @wraps(func)
     def wrapped(*args: Any, **kwargs: Any) -> Output:  # noqa: ANN401
+        # While a graph is traced no other rank is in this call, and none could be sent an error.
         if torch.compiler.is_compiling():
             return func(*args, **kwargs)
         with refused_together(partial(_group_of, wrapped, args, kwargs)):
@@ -32,6 +33,7 @@ def refusing_together(func: Function) -> Function:
 
 
 def _group_of(func: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> list[Transport]:
+    # `group` may come by place, anywhere among a dozen arguments: the signature knows where.
     if not dist.is_initialized():
         return []
     try:
@@ -73,6 +75,7 @@ def _check(name: str, argument: str, tensor: Tensor, parts: int) -> None:
 
 
 def _describe(variant: Function, func: Function, name: str, renamed: dict[str, str | None], what: str) -> None:
+    # The variants take *args: without a signature of their own neither help() nor `_group_of` would see their arguments.
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(func).parameters.values():
         new = renamed.get(parameter.name, parameter.name)

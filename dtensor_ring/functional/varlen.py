@@ -52,6 +52,7 @@ def _family(name: str, layout: Layout, holds: str, chunks: int) -> tuple[Functio
             raise ValueError(f"{name}_func: q, k, v must be (T/W, H, D), found {q.dim()}, {k.dim()} and {v.dim()} dims")
         bounds = host_lengths("cu_seqlens", cu_seqlens)
         check_tokens(f"{name}_func", "cu_seqlens", bounds, q.shape[0], int(max_seqlen))
+        # The whole documents are worked out from this rank's parts, which is possible where all ranks' parts are equal.
         for document, (a, b) in enumerate(pairwise(bounds)):
             if settings.world > 1 and (b - a) % chunks:
                 raise ValueError(

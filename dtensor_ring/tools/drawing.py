@@ -45,6 +45,7 @@ def draw(problem: AttentionProblem, ranks: Sequence[int] | None = None, shape: A
         drawn = [_by_heads(cost_of(problem, rank, shape), problem, shape) for rank in shown]
         parts = [_title(problem), _holdings(problem, shown), *drawn, _pass(shape) + "\n" + _totals(spent)]
         return "\n\n".join(parts)
+    # Who asks for a rank gets all of its steps, and waits for them; a first look comes at once, whatever the problem.
     most = STEPS_SHOWN if ranks is None else None
     left_out = ranks is None and asks_too_much(problem, len(shown))
     plans: list[Plan] = [] if left_out else [plan(problem, rank) for rank in shown]
@@ -109,6 +110,7 @@ def _tokens(run: Run) -> str:
 
 def _picture(problem: AttentionProblem) -> str:
     """The step in which each score is computed, queries down and keys across, both in position order."""
+    # Made from the plans' calls and not from the mask: it shows what would be computed, and a fault of a plan shows in it.
     longest = max(problem.q_length, problem.k_length)
     if not 0 < min(problem.q_length, problem.k_length) <= longest <= _LARGEST_PICTURE:
         return ""
@@ -136,7 +138,7 @@ def _samples(call: KernelCall, queries: Sequence[int], keys: Sequence[int], scal
     left, right = call.window
     for segment in call.segments:
         if segment.row:
-            continue
+            continue  # the picture is of one batch row
         offset = (segment.k1 - segment.k0) - (segment.q1 - segment.q0)
         for i in _thinned(segment.q0, segment.q1, queries, scale):
             at = i - segment.q0 + offset
@@ -146,6 +148,7 @@ def _samples(call: KernelCall, queries: Sequence[int], keys: Sequence[int], scal
                 yield i, j
 
 
+# Among neighbours one token stands for all under its sign: every score of a long sequence would take minutes to visit.
 def _thinned(start: int, stop: int, tokens: Sequence[int], scale: int) -> Iterable[int]:
     seen = -1
     for i in range(start, stop):

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# A protocol, since the class itself is a class of PyTorch's, and this file must load without it.
 class HasLayout(Protocol):
     """A placement of ours, such as `Zigzag(1)`."""
 
@@ -75,7 +76,8 @@ class Explanation:
         return self.costs.tokens
 
     def rank(self, rank: int) -> RankCost:
-        """One rank's work, kernel calls, messages and bytes, forward and backward; its plan is made for that."""
+        """One rank's work, kernel calls, messages and bytes, forward and backward."""
+        # A plan is made for this rank alone; the totals of all ranks do without any.
         return cost_of(self.problem, rank, self.shape)
 
     def plot(self, ranks: Sequence[int] | None = None) -> str:
@@ -106,7 +108,7 @@ def explain(
     batch: int = 1,
     itemsize: int = 2,
 ) -> Explanation:
-    """What `ring_attention` would compute and send, rank by rank. Makes no tensors and asks no other rank.
+    """Says what `ring_attention` would compute and send, rank by rank. Makes no tensors and asks no other rank.
 
         print(explain(Zigzag(1, per_document=True), 65536, 8, documents))        # a summary
         explain(Zigzag(1), 65536, 8).balance, .work, .bytes                      # of all ranks, without a plan
@@ -138,6 +140,7 @@ def explain(
     if strategy not in ("ring", "gather", "ulysses"):
         raise ValueError(f"unknown strategy {strategy!r}: use 'ring', 'gather' or 'ulysses'")
     packed = None if documents is None else Documents.of(documents, length)
+    # `ring_attention` would refuse it too, but by the time it is called the batch is cut.
     if layout.cut and (packed is None or packed.rows != 1):
         raise ValueError(f"{layout} is cut document by document: pass documents=, one row for the whole batch, found {packed}")
     band = Band.parse(mask_text(is_causal, window))
@@ -166,6 +169,7 @@ def shape_of_heads(
 def _layout_of(placement: HasLayout | Layout | str) -> Layout:
     if isinstance(placement, str):
         return Layout.parse(placement)
+    # Asked by its layout and not by its class, which only PyTorch's module knows.
     layout = placement if isinstance(placement, Layout) else getattr(placement, "layout", None)
     if not isinstance(layout, Layout):
         raise TypeError(f"placement must be Contiguous, Zigzag or Stripe, a layout or its text, found {placement!r}")

@@ -12,11 +12,13 @@ from dtensor_ring.planning.totals import fetched_by
 
 Facts = dict[str, object]
 
-MOST_TILES = 65536  # blocks of scores that plans are made of without being asked for by rank
+# Blocks of scores that plans are made of without being asked for by rank: more take Python longer than somebody waits.
+MOST_TILES = 65536
 
 
 def asks_too_much(problem: AttentionProblem, ranks: int) -> bool:
     """Whether plans of so many ranks take more than moments: one block of scores a step, or one for each block of a stripe."""
+    # An estimate from above, made before any plan. Blocked stripes have a corner tile for each block; other layouts have few tiles.
     steps = problem.world if problem.strategy == "ring" else 1
     block = problem.layout.block
     blocks = problem.q_length // block if block > 1 and problem.world > 1 else 1

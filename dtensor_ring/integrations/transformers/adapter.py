@@ -40,6 +40,7 @@ class _State:
     documents: Documents | None = None
 
 
+# Attention finds its state by the group: two models over two groups do not share one, and a destroyed group leaves none behind.
 _states: WeakKeyDictionary[dist.ProcessGroup, _State] = WeakKeyDictionary()
 
 
@@ -50,7 +51,7 @@ class AdapterHandle:
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = ref(group)
+        self._group = ref(group)  # a handle that is kept must not keep the group alive
         self._attend = _attention_function(group)
 
     def update(self, cu_seqlens: Tensor) -> None:
@@ -72,6 +73,8 @@ class AdapterHandle:
 
 
 _active: list[AdapterHandle] = []
+# The local entry that a registry had under each name, None for none. transformers looks there first and at its stock functions
+# next, so a substitution is taken back by removing its entry, not by registering the stock function over it.
 _replaced: dict[tuple[str, str], Callable[..., object] | None] = {}
 
 
@@ -125,7 +128,7 @@ def substitute_hf_flash_attn(process_group: dist.ProcessGroup, heads_k_stride: i
 
 
 def update_ring_flash_attn_params(cu_seqlens: Tensor, process_group: dist.ProcessGroup) -> None:
-    """Tell the documents of the next batch: cumulative lengths over all ranks, 1-D integers.
+    """Gives the documents of the next batch to attention: cumulative lengths over all ranks, 1-D integers.
 
     Raises:
         RuntimeError: `substitute_hf_flash_attn` was not called for this group.
@@ -138,7 +141,7 @@ def update_ring_flash_attn_params(cu_seqlens: Tensor, process_group: dist.Proces
 
 
 def _attention_function(process_group: dist.ProcessGroup) -> Callable[..., tuple[Tensor, None]]:
-    reference = ref(process_group)
+    reference = ref(process_group)  # the registry of transformers holds this function for as long as the process lives
 
     def attend(module: nn.Module, *tensors: Any, **keywords: Any) -> tuple[Tensor, None]:  # noqa: ANN401
         """Attention of this rank's queries (B=1, H, S/W, D) over the packed row; `read_layer_call` has the arguments."""
@@ -160,6 +163,7 @@ def _attention_function(process_group: dist.ProcessGroup) -> Callable[..., tuple
             softcap=layer.softcap,
             sinks=layer.sinks,
         )
+        # Tokens and documents come by different calls, and documents of the batch before would fit many a batch by shape.
         _check_share(layer.q.shape[1], state.documents.length, group)
         q, k, v = layer.q[0], layer.k[0], layer.v[0]
         out, _ = attend_by_heads(q, k, v, settings, Layout("contiguous"), state.documents, state.heads_k_stride)

@@ -28,7 +28,7 @@ from dtensor_ring.planning.layout import Layout
 
 NAME = "dtensor_ring"
 NO_MASK = (0, 0, 0, 0)  # a mask of four dims is passed on as it is, so that transformers builds none of its own
-STATE = "_dtensor_ring"
+STATE = "_dtensor_ring"  # the attribute of an attention module: an attention function is given the module, and no object of ours
 KEYWORD = "ring_batch"
 
 
@@ -42,6 +42,8 @@ class RingBatch:
         count: labels that count in the whole batch, where the loss is their mean; None where the caller scales it.
     """
 
+    # A keyword and not a field of the plan: activation checkpointing and pipelines run a layer again after another batch has come,
+    # and must find the batch that the layer was called with.
     length: int
     documents: Documents | None
     count: Tensor | None = None
@@ -78,6 +80,7 @@ def ring_attention_forward(
         NotImplementedError: a mask, or an argument that `ring_attention` does not support.
     """
     state: AttentionState | None = getattr(module, STATE, None)
+    # transformers reads the name of the attention off the config, and another model may have that config too.
     if state is None:
         raise RuntimeError(
             f"{type(module).__name__} uses attn_implementation={NAME!r} but was not parallelized (or shares its config with a "
@@ -89,6 +92,7 @@ def ring_attention_forward(
             "a module inside it"
         )
     layer = read_layer_call(module, *tensors, **keywords)
+    # The empty mask is the one that `_enter` passed. Any other was made inside the model, of this rank's tokens alone.
     if layer.mask is not None and layer.mask.numel():
         raise NotImplementedError("attention masks are not supported: pack rows without padding and pass documents")
     asked = Arguments(
@@ -110,7 +114,7 @@ def ring_attention_forward(
 
 
 def _no_mask(*_shapes: object, **_mask: object) -> None:
-    """Causality, windows and documents reach `ring_attention` as arguments, masks as the batch's refusal: nothing to build.
+    """Builds no mask: causality, windows and documents reach attention as arguments, and padding as documents of its own.
 
-    Without a registered function transformers would drop a padding mask in silence.
+    It is registered since transformers drops a mask in silence where an attention has no mask function.
     """

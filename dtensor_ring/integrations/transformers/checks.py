@@ -15,6 +15,8 @@ from dtensor_ring.data.batch_reading import KNOWN_KEYS, refuse_lookalikes
 from dtensor_ring.placements import SequencePlacement
 from dtensor_ring.planning.documents import Documents
 
+# Those whose loss, logits and gradients the tests compare with one process. A type that is not among them may mix tokens outside of
+# attention, which would see a part of the sequence and raise nothing.
 MODEL_TYPES = (
     "llama",
     "mistral",
@@ -27,13 +29,15 @@ MODEL_TYPES = (
     "gpt_oss",
     "phi3",
 )
+# Rotary embeddings of these types depend on a token's position only.
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
-_HEADS = ("ForCausalLM", "Model")
+_HEADS = ("ForCausalLM", "Model")  # ends of class names
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 _OUTPUTS = {
     "output_attentions": "attention weights are never held whole",
     "output_router_logits": "its load-balancing loss is not linear over tokens, so that the parts of ranks do not add up to it",
 }
+# Keywords that models or their loss take beside those that transformers lists.
 _OTHER_KEYWORDS = ("ignore_index", "cache_position")
 _OTHER_INPUTS = ("token_type_ids", "mm_token_type_ids", "pixel_values")
 
@@ -51,6 +55,7 @@ def check_model(model: PreTrainedModel) -> None:
         raise TypeError(
             f"ring_plan takes a transformers PreTrainedModel, found {type(model).__name__}: see shard_batch for other models"
         )
+    # A text model inside a larger one would get its tokens from the outside, where they are not cut.
     config: Any = model.config
     if config.get_text_config() is not config:
         raise NotImplementedError(
@@ -71,6 +76,7 @@ def check_model(model: PreTrainedModel) -> None:
 
 def _check_layers(config: Any) -> None:  # noqa: ANN401
     """Refuse layers, windows, directions and rotary embeddings that a part of the sequence would get wrong."""
+    # Configs have what their model type needs: a name that one lacks is a thing that its model does not do.
     kinds = set(getattr(config, "layer_types", None) or ())
     if other := sorted(kinds - set(_LAYER_TYPES)):
         raise NotImplementedError(f"layers of type {', '.join(other)} are not supported; supported are {', '.join(_LAYER_TYPES)}")
@@ -96,6 +102,7 @@ def _check_layers(config: Any) -> None:  # noqa: ANN401
 
 def _check_outputs(config: Any, arguments: Mapping[str, Any]) -> None:  # noqa: ANN401
     """Refuse outputs that are asked for in a call, or by the config where the call says nothing."""
+    # The call goes before the config, as in transformers.
     for name, reason in _OUTPUTS.items():
         asked = arguments.get(name)
         if getattr(config, name, False) if asked is None else asked:
@@ -112,6 +119,7 @@ def _rope_types(parameters: Mapping[str, Any]) -> set[str]:
 
 def check_length(length: int, world: int, placement: SequencePlacement) -> None:
     """Raises ValueError where a rank would hold no token: modules of transformers cannot run on none."""
+    # Every rank finds the same empty ranks, so all raise, and none waits for one that has nothing to compute.
     empty = [rank for rank in range(world) if placement.layout.local_length(length, world, rank) == 0]
     if empty:
         raise ValueError(
@@ -137,6 +145,7 @@ def check_call(model: PreTrainedModel, arguments: Mapping[str, Any], parameters:
             "use_cache=True (generation) is not supported on a parallelized model: its cache would hold a part of the sequence. "
             "Generate with the model before parallelize_module, or after plan.undo()"
         )
+    # `generate` passes it in every call, so that it is known also where it runs without a cache.
     keep = arguments.get("logits_to_keep", 0)
     if isinstance(keep, Tensor) or keep:
         raise NotImplementedError(
@@ -157,6 +166,8 @@ def check_call(model: PreTrainedModel, arguments: Mapping[str, Any], parameters:
             f"{type(model).__name__} computes its loss with {model.loss_function!r}; only the causal language-model loss adds up "
             "over parts of a sequence: pass no labels and compute the loss from the logits"
         )
+    # Models take any keyword and hand it to their layers, which ignore what they do not know: documents under a wrong name would be
+    # lost without an error, and a tensor of the whole sequence would meet tokens of a part.
     own = (*parameters, *TransformersKwargs.__annotations__, *_OTHER_KEYWORDS)
     refuse_lookalikes(arguments, own)
     for name, value in arguments.items():

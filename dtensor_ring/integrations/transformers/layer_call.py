@@ -49,11 +49,12 @@ def read_layer_call(
     is_causal: bool | None = None,
     **_rest: object,
 ) -> LayerCall:
-    """What a layer asks for; the names and their order are those by which transformers calls an attention function.
+    """Reads what a layer asks for. The names and their order are those by which transformers calls an attention function.
 
     Query is (B, H, S/W, D), key and value are (B, Hk, S/W, D). Other keywords only describe the mask again, and are not needed.
     """
-    dtype = value.dtype  # under autocast rotary embeddings leave q and k in float32
+    dtype = value.dtype  # under autocast rotary embeddings leave q and k in float32, and kernels want one dtype
+    # As in transformers' own attention functions: the call goes before the module, and a module that says nothing is causal.
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     return LayerCall(
         query.to(dtype).transpose(1, 2),
@@ -63,6 +64,7 @@ def read_layer_call(
         scaling,
         dropout,
         causal,
+        # transformers counts the query itself among the keys of a window.
         (-1, -1) if sliding_window is None else (sliding_window - 1, 0 if causal else sliding_window - 1),
         softcap or 0.0,
         s_aux,

@@ -40,11 +40,14 @@ def gather_tokens(
     tokens = transport_along(mesh).gather_values([local.shape[placement.dim]])
     whole = from_local(local, mesh, [placement], length=sum(count for (count,) in tokens))
     gathered = full_tensor(whole, documents=documents)
+    # Every rank has the whole loss, so the gradient that comes back is whole, and `full_tensor` cuts this rank's part out of it. An
+    # average over W ranks would take 1/W of that part, hence the factor.
     return _Scaled.apply(gathered, mesh.size()) if grad == "mean" else gathered
 
 
 def sum_over_tokens(local: Tensor, mesh: DeviceMesh, dim: int, grad: Convention) -> Tensor:
     """The sum over all tokens of a tensor whose `dim` holds this rank's. Each rank sends its part, as an all-reduce."""
+    # Added in the wider dtype and rounded once: each rank's rounding would be an error of its own.
     part = local.sum(dim, dtype=accumulate_dtype(local.dtype) if local.is_floating_point() else None)
     whole = SumOverRanks.apply(part, mesh, grad)
     return whole.to(local.dtype) if local.is_floating_point() else whole
@@ -53,6 +56,7 @@ def sum_over_tokens(local: Tensor, mesh: DeviceMesh, dim: int, grad: Convention)
 class SumOverRanks(torch.autograd.Function):
     """The sum over ranks. Under "mean" its gradient is summed over ranks too: W times that of a value that all ranks use alike."""
 
+    # Summed instead of multiplied by W: ranks may weigh the sum differently, each in a part of the loss, and all of it counts.
     @staticmethod
     @override
     def forward(  # pyrefly: ignore[bad-override]
@@ -85,7 +89,7 @@ class _Scaled(torch.autograd.Function):
         factor: int,
     ) -> Tensor:
         ctx.factor = factor
-        return value.view_as(value)
+        return value.view_as(value)  # an autograd function must not return its input itself
 
     @staticmethod
     @override

@@ -71,14 +71,17 @@ class RingPlan(dict[str, ParallelStyle]):
     ) -> None:
         self._model, self._placement, self._strategy, self._kernel = model, placement, strategy, kernel
         self._mesh: DeviceMesh | None = None
+        # Asked now too, for the warning of a plan that was never applied: when it ends the process group may have ended before it.
         self._was_applied, self._begun_among_ranks = False, several_ranks()
         self._before: str | None = None
         self._documents: Documents | None = None
         self._is_packed = False
+        # Outputs of an earlier batch may be gathered after the next forward pass. Weak keys, so that no logits are kept alive.
         self._documents_of: MutableMapping[Tensor, Documents] = WeakTensorKeyDictionary()
         self._handles: list[RemovableHandle] = []
         self._marked: list[nn.Module] = []
         names = [name for name, module in model.named_modules() if _is_attention(module)]
+        # parallelize_module follows this order: the root refuses a wrong model or mesh before any module is marked.
         super().__init__({"": _RootStyle(self)} | {name: _AttentionStyle(self) for name in names})
 
     @renamed(local="local_tensor")
@@ -125,13 +128,15 @@ class RingPlan(dict[str, ParallelStyle]):
 
     @property
     def documents(self) -> Documents | None:
-        """Those of the last batch: bounds of packed documents, or of real and padding tokens; None for one document a row."""
+        """The documents of the last batch: packed ones, or real and padding tokens; None for one document a row."""
         return self._documents
 
     def _laid_out_by(self, local: Tensor, documents: Documents | None) -> Documents | None:
         """The documents by which a tensor's tokens are laid out; None where they do not matter."""
         if not self._placement.layout.cut:
             return None
+        # A tensor that was made of an output is no output, and of which batch it is cannot be seen. Where batches are packed, that
+        # decides where its tokens lie.
         if documents is None:
             documents = self._documents_of.get(local)
         if documents is None and (self._documents is None or self._is_packed):
@@ -164,6 +169,7 @@ class RingPlan(dict[str, ParallelStyle]):
     @property
     def _reach(self) -> int | None:
         """Keys that a query of any layer sees at most; None where a layer sees the whole document."""
+        # One layer without a window decides how long a step takes, since its work grows with the square of a document.
         config: Any = self._model.config
         kinds = set(getattr(config, "layer_types", None) or ("sliding_attention",))  # without types a window is every layer's
         return getattr(config, "sliding_window", None) if kinds == {"sliding_attention"} else None
@@ -178,7 +184,7 @@ class RingPlan(dict[str, ParallelStyle]):
         return f"{share:.2f} (mean work / most loaded rank) on the last batch, {self._documents}{remedy}"
 
     def undo(self) -> None:
-        """Give the model back as it was: attention implementation restored, hooks and marks removed."""
+        """Gives the model back as it was: the attention implementation is restored, hooks and marks are removed."""
         self._applied()
         self._model.set_attn_implementation(self._before or "sdpa")
         for handle in self._handles:
@@ -195,6 +201,8 @@ class RingPlan(dict[str, ParallelStyle]):
         return self._mesh
 
     def __del__(self) -> None:
+        # Forgotten, the plan leaves a model that trains on every rank alike, only slower and with more memory: nothing else tells.
+        # The attribute is missing where __init__ raised.
         if not getattr(self, "_was_applied", True) and (self._begun_among_ranks or several_ranks()):
             warnings.warn(
                 f"ring_plan of a {type(self._model).__name__} was never applied: every rank runs the whole model on the whole "
@@ -203,6 +211,7 @@ class RingPlan(dict[str, ParallelStyle]):
             )
 
     def _check_attention_name(self) -> None:
+        # Asked before every batch: layers read the name off the config at each call, and anything may set it in between.
         name = self._model.config._attn_implementation
         if name != NAME:
             raise RuntimeError(
@@ -228,6 +237,8 @@ class RingPlan(dict[str, ParallelStyle]):
             raise RuntimeError("this plan is applied already: undo() it, or make another with ring_plan(model)")
         check_mesh(mesh)
         register()
+        # Our attention is asked for by this model's config and replaces no function of transformers, so that other models go on as
+        # before. Two models that share a config object cannot be told apart by it, and are refused.
         self._before = self._model.config._attn_implementation
         if self._before == NAME and any(hasattr(part, STATE) for part in module.modules()):
             raise RuntimeError("this model is sequence parallel already: undo() the plan that made it so")
@@ -238,6 +249,7 @@ class RingPlan(dict[str, ParallelStyle]):
         self._warn_of_one_rank(mesh)
         self._model.set_attn_implementation(NAME)
         self._mesh = mesh
+        # Hooks and not another forward: signature and class of the model stay as they are, which Trainer and FSDP2 look at.
         self._handles = [
             module.register_forward_pre_hook(self._enter, with_kwargs=True),
             module.register_forward_hook(self._leave, with_kwargs=True),
@@ -247,12 +259,14 @@ class RingPlan(dict[str, ParallelStyle]):
         setattr(module, STATE, AttentionState(mesh, self._placement.layout, self._strategy, self._kernel))
         self._marked.append(module)
 
+    # Not compiled: it reads values of the batch and compares ranks on the host. The model behind it is.
     @torch.compiler.disable
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-        """The whole batch in, this rank's share out."""
+        """Takes the arguments of the whole batch, and returns those of this rank's share."""
         transport = transport_along(self._applied())
         with refused_together(lambda: [transport]):
             self._check_attention_name()
+            # The model gets its arguments by name, since a batch is checked and cut by the names of its tensors.
             parameters = inspect.signature(self._model.forward).parameters
             named = dict(zip(parameters, args, strict=False))
             if len(named) < len(args) or named.keys() & kwargs.keys():
@@ -273,17 +287,20 @@ class RingPlan(dict[str, ParallelStyle]):
         batch = cut_batch(given, self._placement, transport, length, bounds)
         bounds = self._documents = batch.documents
         # The model is to return this rank's sum of losses, which it does where it is to divide by 1; `_leave` makes the mean of it.
+        # A mean of each rank's own labels, averaged over ranks, would weigh labels by how few there are on their rank.
         count = batch.num_items
         if batch.get("num_items_in_batch") is not None or batch.get("labels") is None:
             count = None
         elif count is not None:
             batch["num_items_in_batch"] = 1
+        # No cache, though configs ask for one by default: every forward pass would fill it with this rank's tokens.
         mask = torch.empty(NO_MASK, dtype=torch.bool, device=next(self._model.parameters()).device)
         return (), {**batch, "attention_mask": mask, "use_cache": False, KEYWORD: RingBatch(length, bounds, count)}
 
     @torch.compiler.disable
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ANN401
-        """This rank's sum of losses in, the mean over the whole batch out; outputs are remembered to be of this batch."""
+        """Makes the mean over the whole batch of this rank's sum of losses, and remembers that these outputs are of this batch."""
+        # From the keywords that `_enter` returned, not from the plan: they belong to this very forward pass.
         count, documents = kwargs[KEYWORD].count, kwargs[KEYWORD].documents
         if self._placement.layout.cut and documents is not None:
             self._documents_of.update(dict.fromkeys(tensors_in(output), documents))
@@ -330,6 +347,7 @@ def ring_plan(
         ValueError: the placement does not cut dim 1, or there is no such strategy or kernel.
         NotImplementedError: the model has something that would be silently wrong on a part of a sequence.
     """
+    # All of this raises where the plan is made, in the user's own line, and not in a hook at the first batch.
     check_model(model)
     choose_strategy(strategy)
     check_kernel_name(kernel)
