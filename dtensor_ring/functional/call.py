@@ -63,7 +63,7 @@ class Settings:
         return dist.get_world_size(self.process_group)
 
     def arguments(self, strategy: Strategy | None, kv_head_group_size: int) -> Arguments:
-        """As `ring_attention` takes them."""
+        """The same settings as `ring_attention` takes them."""
         left, right = self.window_size  # flash-attn lets a causal window look ahead in its arguments, and never does
         return Arguments(
             self.causal,
@@ -87,7 +87,7 @@ def attend(
     documents: Documents | Slices | None = None,
     kv_head_group_size: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Out (B, S/W, H, Dv) and lse (B, H, S/W) of this rank's tokens.
+    """Attends with this rank's tokens: returns out (B, S/W, H, Dv) and lse (B, H, S/W).
 
     Every rank holds as many tokens, unless documents give the length of the whole. `kv_head_group_size` key heads travel at a
     time, 0 is all.

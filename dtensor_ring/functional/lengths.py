@@ -32,13 +32,15 @@ def host_lengths(name: str, cu_seqlens: Tensor) -> tuple[int, ...]:
 
 
 def remember(cu_seqlens: Tensor, values: tuple[int, ...]) -> None:
-    """Keep the values of a tensor, so that `host_lengths` need not read them back."""
+    """Keeps the values of a tensor that the host has just made, so that `host_lengths` need not read them back."""
     if _is_kept(cu_seqlens):
         _read.put(cu_seqlens, values)
 
 
 def _is_kept(cu_seqlens: Tensor) -> bool:
-    """CPU tensors cost nothing to read, and NumPy changes them unseen; inference tensors do not count changes."""
+    """Whether values of this tensor may be kept."""
+    # CPU tensors cost nothing to read, and NumPy changes them unseen. Inference tensors do not count their changes, so that a kept
+    # value could be an old one.
     return cu_seqlens.is_cuda and not cu_seqlens.is_inference()
 
 

@@ -19,7 +19,7 @@ Function = Callable[..., Output]
 
 
 def refusing_together(func: Function) -> Function:
-    """`func`, whose refusal of its arguments on one rank is raised on all ranks of its `group`."""
+    """Wraps `func` so that its refusal of arguments on one rank is raised on all ranks of its `group`."""
 
     @wraps(func)
     def wrapped(*args: Any, **kwargs: Any) -> Output:  # noqa: ANN401

@@ -60,7 +60,7 @@ class SequencePlacement(PlacementBase):
         return (self.dim,)
 
     def moved_to(self, dim: int) -> SequencePlacement:
-        """The same layout of another tensor dim."""
+        """The placement that lays out another tensor dim in the same manner."""
         return type(self)(dim, *self._arguments[1:])
 
     # The base class compares and hashes by `split_factor` too, which raises here. DTensor's caches look placements up by both.

@@ -351,7 +351,7 @@ def sequence_axis(mesh: DeviceMesh, placements: Sequence[Placement]) -> tuple[in
 
 
 class _Distribute(torch.autograd.Function):
-    """Whole tensor to this rank's share, axis by axis; backward gathers the whole gradient."""
+    """Cuts a whole tensor to this rank's share, axis by axis; backward gathers the whole gradient."""
 
     @staticmethod
     @override

@@ -69,7 +69,7 @@ class RankCost:
     """What one rank holds, computes and sends.
 
     Attributes:
-        rank: which one.
+        rank: the rank that is meant.
         tokens: queries that it holds, in one batch row.
         work: scores that it computes in a forward pass, over all batch rows and heads.
         calls: kernel calls in a forward pass.
@@ -234,11 +234,11 @@ def _exchanges(held: Sequence[int], rank: int) -> tuple[Sent, Sent]:
 
 
 def _sum(exchanges: Sequence[tuple[Sent, tuple[int, ...]]]) -> Sent:
-    """All-to-alls together, each given as messages and tokens, and the bytes of a token in each tensor that it carries."""
+    """Adds up all-to-alls, each given as messages and tokens, and the bytes of a token in each tensor that it carries."""
     messages = sum(sent.messages * len(sizes) for sent, sizes in exchanges)
     return Sent(messages, sum(sent.bytes * sum(sizes) for sent, sizes in exchanges))
 
 
 def _rows_a_score_counts_for(problem: AttentionProblem, shape: AttentionShape) -> int:
-    """Batch rows that plans count once: all of them, unless each has documents of its own and is counted by itself."""
+    """How many batch rows a plan counts once: all of them, unless each has documents of its own and is counted by itself."""
     return shape.batch if problem.segmentation.rows == 1 else 1

@@ -33,7 +33,7 @@ _LEAST_NUMBERS = 64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Documents(Segmentation):
-    """Cumulative document bounds, one row for the whole batch or one for each batch row.
+    """The cumulative bounds of packed documents: one row of bounds for the whole batch, or one for each batch row.
 
     Every row starts at 0, never decreases and ends at the same length; equal neighbours are empty documents. Two values are
     equal when their bounds are; hashing and comparing read the digest only.
@@ -135,7 +135,8 @@ class Documents(Segmentation):
 
     @property
     def rows(self) -> int:
-        """Rows of bounds: 1, or the batch size. Compiled code takes it for a constant, which a field would not be."""
+        """How many rows of bounds there are: 1, or the batch size."""
+        # A property and not a field: compiled code takes it for a constant, which a field would not be.
         return len(self.bounds)
 
     @property
@@ -149,23 +150,23 @@ class Documents(Segmentation):
 
     @property
     def nbytes(self) -> int:
-        """Host memory that the bounds take, as Python integers and as a tensor, estimated."""
+        """An estimate of the host memory that the bounds take, as Python integers and as a tensor."""
         bounds = sum(map(len, self.bounds))
         return 500 + 40 * bounds + 8 * _padded(bounds + self.rows)
 
     @property
     def row_bounds(self) -> tuple[Bounds, ...]:
-        """The bounds."""
+        """The bounds themselves: documents are known by position."""
         return self.bounds
 
     @property
     def parts(self) -> int:
-        """Documents in all rows, those without tokens too."""
+        """How many documents all rows have together, counting those without tokens."""
         return sum(len(row) - 1 for row in self.bounds)
 
     @property
     def is_shared(self) -> bool:
-        """True: ranks compare what they pass."""
+        """True: all ranks pass the same documents, which they compare."""
         return True
 
     @property
@@ -266,17 +267,17 @@ class Slices(Segmentation):
 
     @property
     def row_bounds(self) -> tuple[Bounds, ...]:
-        """Nothing: where documents begin on other ranks is not known here."""
+        """No bounds by position: where documents begin on other ranks is not known here."""
         return (None,)
 
     @property
     def rows(self) -> int:
-        """One row: the functions that make slices take one."""
+        """Always one row, since the functions that make slices take one packed row."""
         return 1
 
     @property
     def parts(self) -> int:
-        """Parts on this rank, those without tokens too."""
+        """How many parts this rank has, counting those without tokens."""
         return len(self.cu_q) - 1
 
     @property
@@ -301,11 +302,11 @@ class Slices(Segmentation):
         return tuple(Piece(Run(start + a, b - a), start + a, i) for i, (a, b) in enumerate(pairwise(self.cu_k)) if b > a)
 
     def select(self, start: int, stop: int) -> Slices:
-        """The value itself."""
+        """The slices themselves: there is one row for whatever part of the batch."""
         return self
 
     def operand(self) -> Tensor:
-        """As `encoded`."""
+        """The tensor of `encoded`, made at each call."""
         return self.encoded
 
 

@@ -36,7 +36,7 @@ class TokenRange(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many keys."""
+        """How many keys the range has."""
         return self.stop - self.start
 
 
@@ -74,7 +74,7 @@ class Step:
 
     @property
     def key_count(self) -> int:
-        """Keys in the buffer."""
+        """How many keys the step's buffer holds."""
         return sum(piece.size for piece in self.keys)
 
 
@@ -152,7 +152,7 @@ def _group(tiles: list[tuple[int, Tile]]) -> tuple[KernelCall, ...]:
 
 
 def unions(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Overlapping or touching ranges joined, in order."""
+    """Joins ranges that overlap or touch, and returns them in order."""
     joint: list[tuple[int, int]] = []
     for low, high in sorted(ranges):
         if joint and low <= joint[-1][1]:
@@ -163,7 +163,7 @@ def unions(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def deepest(ranges: list[tuple[int, int]]) -> int:
-    """The most ranges that overlap anywhere."""
+    """Counts how many ranges overlap at the place where most of them do."""
     # An end sorts before a beginning at the same place: ranges that only touch do not overlap.
     edges = sorted([(low, 1) for low, _ in ranges] + [(high, -1) for _, high in ranges])
     return max(accumulate(change for _, change in edges), default=0)

@@ -48,7 +48,7 @@ class Band:
 
     @property
     def text(self) -> str:
-        """What `parse` reads."""
+        """The band as the text that `parse` reads."""
         if self.hi is None and self.lo in (None, 0):
             return "full" if self.lo is None else "causal"
         return f"window:{-1 if self.hi is None else self.hi},{-1 if self.lo is None else -self.lo}"
@@ -133,12 +133,12 @@ class Tile:
 
     @property
     def q_count(self) -> int:
-        """Queries of the box."""
+        """How many queries the box has."""
         return self.q1 - self.q0
 
     @property
     def k_count(self) -> int:
-        """Keys of the box."""
+        """How many keys the box has."""
         return self.k1 - self.k0
 
     @property

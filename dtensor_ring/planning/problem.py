@@ -31,12 +31,12 @@ class AttentionProblem:
 
     @property
     def segmentation(self) -> Segmentation:
-        """The documents, or that there are none."""
+        """The documents, or a value that stands for none, so that planning need not tell the two apart."""
         return WHOLE if self.documents is None else self.documents
 
     @property
     def nbytes(self) -> int:
-        """Host memory that the value takes, estimated: that of its documents."""
+        """An estimate of the host memory that the value takes, which is that of its documents."""
         return 300 + self.segmentation.nbytes
 
     @property
@@ -56,11 +56,11 @@ class AttentionProblem:
         return PackedLayout(self.layout, self.documents) if self.layout.cut and self.documents is not None else self.layout
 
     def q_pieces(self, rank: int, row: int) -> tuple[Piece, ...]:
-        """A rank's queries cut into documents, in one batch row."""
+        """The runs of a rank's queries in one batch row, cut where documents begin."""
         return self.segmentation.q_pieces(self.q_runs(rank), row)
 
     def k_pieces(self, runs: tuple[Run, ...], row: int) -> tuple[Piece, ...]:
-        """Keys in runs cut into documents, in one batch row."""
+        """Runs of keys in one batch row, cut where documents begin."""
         return self.segmentation.k_pieces(runs, row)
 
     def q_runs(self, rank: int) -> tuple[Run, ...]:
@@ -73,11 +73,11 @@ class AttentionProblem:
         return self.layout.runs(self.k_length, self.world, rank, self.bounds[0])
 
     def q_local(self, rank: int) -> int:
-        """Queries on a rank."""
+        """How many queries a rank holds."""
         return self.layout.local_length(self.q_length, self.world, rank)
 
     def k_local(self, rank: int) -> int:
-        """Keys on a rank."""
+        """How many keys a rank holds."""
         return self.layout.local_length(self.k_length, self.world, rank)
 
     def q_tokens(self, rank: int) -> list[int]:

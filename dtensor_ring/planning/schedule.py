@@ -68,12 +68,12 @@ class Plan:
 
     @property
     def cells(self) -> int:
-        """Scores this rank computes: its work."""
+        """How many scores this rank computes for one head: its work."""
         return sum(step.cells for step in self.steps)
 
     @property
     def calls(self) -> int:
-        """Kernel calls in a forward pass."""
+        """How many kernel calls a forward pass makes."""
         return sum(len(step.calls) for step in self.steps)
 
     @property
@@ -111,7 +111,7 @@ class Plan:
 
     @property
     def messages(self) -> int:
-        """Ranks this rank sends keys to, summed over the steps."""
+        """To how many ranks this rank sends keys, summed over the steps."""
         return self.problem.world - 1 if self.problem.collective else sum(len(sends) for sends in self.sends)
 
 

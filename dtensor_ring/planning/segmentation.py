@@ -34,12 +34,12 @@ class Segmentation(ABC):
     @property
     @abstractmethod
     def rows(self) -> int:
-        """Rows of bounds: 1 for the whole batch, or one for each batch row."""
+        """How many rows of bounds there are: 1 for the whole batch, or one for each batch row."""
 
     @property
     @abstractmethod
     def parts(self) -> int:
-        """Parts in all rows."""
+        """How many parts all rows have together."""
 
     @property
     @abstractmethod
@@ -56,7 +56,7 @@ class Segmentation(ABC):
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Host memory that the value takes, estimated."""
+        """An estimate of the host memory that the value takes."""
         # Caches are bounded in bytes, and a problem with thousands of documents is most of what an entry holds.
 
     @abstractmethod

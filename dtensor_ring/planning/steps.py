@@ -23,7 +23,7 @@ def step_count(problem: AttentionProblem) -> int:
 
 
 def make_step(problem: AttentionProblem, rank: int, index: int) -> Step:
-    """Step `index` of a rank."""
+    """Makes step `index` of a rank's plan."""
     if problem.is_halo:
         return _halo_step(problem, rank)
     if problem.strategy == "ring":
@@ -42,7 +42,7 @@ def make_step(problem: AttentionProblem, rank: int, index: int) -> Step:
 
 
 def _stored(rank: int, runs: Sequence[Run]) -> Iterable[tuple[Run, TokenRange]]:
-    """A rank's runs, and where in its shard each is stored."""
+    """Gives each run of a rank together with the place in its shard where it is stored."""
     offset = 0
     for run in runs:
         yield run, TokenRange.of_owner(rank, offset, offset + run.count)

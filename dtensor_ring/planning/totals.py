@@ -91,7 +91,7 @@ def _tokens(runs: Runs) -> int:
 
 
 def _scores(problem: AttentionProblem, runs: Runs) -> int:
-    """Scores of a rank's queries, over all batch rows whose documents differ."""
+    """Counts the scores of a rank's queries, over all batch rows whose documents differ."""
     band = problem.position_band
     return sum(
         _scores_of_run(piece.run, band, *_document(problem, bounds, piece.document))
@@ -101,7 +101,7 @@ def _scores(problem: AttentionProblem, runs: Runs) -> int:
 
 
 def _document(problem: AttentionProblem, bounds: tuple[int, ...] | None, index: int) -> Range:
-    """The keys of a document."""
+    """The positions of a document's keys."""
     return (0, problem.k_length) if bounds is None else (bounds[index], bounds[index + 1])
 
 
@@ -125,7 +125,7 @@ def _scores_of_run(run: Run, band: Band, start: int, stop: int) -> int:
 
 
 def _exchanged(problem: AttentionProblem, queries: list[Runs], keys: list[Runs]) -> list[tuple[int, int]]:
-    """(fetched, sent) of each rank."""
+    """Counts the key tokens that each rank fetches and sends, as (fetched, sent)."""
     if problem.collective:  # one all-gather of shards that are padded to the largest
         held = [_tokens(runs) for runs in keys]
         return [(problem.k_length - own, (problem.world - 1) * max(held)) for own in held]

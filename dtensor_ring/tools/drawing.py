@@ -29,7 +29,7 @@ _TIED = "\u00a0"  # a space at which no line is broken
 
 
 def draw(problem: AttentionProblem, ranks: Sequence[int] | None = None, shape: AttentionShape = LLAMA_8B) -> str:
-    """An attention as text: who holds what, what each rank computes and exchanges in each step, work, bytes and balance.
+    """Draws an attention as text: who holds what, what each rank computes and exchanges in each step, work, bytes and balance.
 
     Args:
         problem: what is planned.
@@ -59,7 +59,7 @@ def draw(problem: AttentionProblem, ranks: Sequence[int] | None = None, shape: A
 
 
 def summary(problem: AttentionProblem, shape: AttentionShape = LLAMA_8B) -> str:
-    """The totals of all ranks as text; no plan is made for them.
+    """Writes the totals of all ranks as text; no plan is made for them.
 
     Raises:
         ValueError: as for `draw`.
@@ -158,7 +158,7 @@ def _thinned(start: int, stop: int, tokens: Sequence[int], scale: int) -> Iterab
 
 
 def _steps(problem: AttentionProblem, each: Plan, most: int | None) -> str:
-    """Three columns where every step's fit, otherwise a paragraph a step."""
+    """Writes a rank's steps in three columns where every step's fit, and otherwise in a paragraph for each."""
     shown = [
         (_fetched(step, each.rank), _calls(step), _sends(problem, each, index)) for index, step in enumerate(each.steps[:most])
     ]

@@ -32,7 +32,7 @@ def facts(
     only_totals: bool = False,
     shape: AttentionShape = LLAMA_8B,
 ) -> Facts:
-    """What is planned, the totals of all ranks, and unless `only_totals`, what each rank, or each one of `ranks`, does.
+    """Says what is planned, the totals of all ranks, and unless `only_totals`, what each rank, or each one of `ranks`, does.
 
     Keys stay as they are from one version to the next; new ones may come. Key tokens travel with their values; for "ulysses", where
     heads travel, nothing is said of key tokens. Scores are those of one head, work those of all heads and batch rows; bytes are
