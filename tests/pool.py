@@ -32,8 +32,10 @@ _context = mp.get_context("forkserver")
 # Else each rank that compiles starts processes of its own, which import PyTorch again.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # Imported by ranks when they first need it, each for itself, unless the server has it already.
+FAMILIES = ("mistral", "qwen2", "qwen3_moe", "mixtral", "gemma2", "gemma3", "gpt_oss", "phi3")
 LATER = {
-    "transformers": [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen3")],
+    "models": [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen3")],
+    "test_families": [f"transformers.models.{name}.modeling_{name}" for name in FAMILIES],
     "torch._dynamo": ["torch._dynamo.testing", "torch._functorch.aot_autograd"],
 }
 
@@ -48,7 +50,7 @@ def _start_server() -> None:
     if not torch.cuda.is_available():
         files = {name: getattr(module, "__file__", None) or "/" for name, module in list(sys.modules.items()) if name != "__main__"}
         modules += ["dtensor_ring", *(name for name, file in files.items() if Path(file).parent == Path(__file__).parent)]
-        modules += [name for package, names in LATER.items() if package in sys.modules for name in names]
+        modules += [name for module, names in LATER.items() if module in sys.modules for name in names]
     _context.set_forkserver_preload(modules)
     # The server does not take the path over by itself; and where threads of OpenMP ran, what is forked would wait for them.
     with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), OMP_NUM_THREADS="1"):

@@ -6,7 +6,7 @@ import operator
 
 import pytest
 import torch
-from helpers import kept_mesh
+from helpers import kept_mesh, slow
 from torch.distributed.tensor import DTensor
 
 from dtensor_ring import Contiguous, Zigzag, distribute_tensor, full_tensor
@@ -139,7 +139,7 @@ def _unexpected(raised, *others):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "inference"), [(torch.float64, False), (torch.int64, False), (torch.int64, True), (torch.bool, False)], ids=str
+    ("dtype", "inference"), [(torch.float64, False), (torch.int64, False), slow(torch.int64, True), (torch.bool, False)], ids=str
 )
 def test_every_pointwise_op_is_right_or_raises(pools, dtype, inference):
     for right, raised, wrong in pools.run(2, sweep, dtype, False, inference):

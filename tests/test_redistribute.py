@@ -57,7 +57,7 @@ def test_partial_values_are_reduced_into_any_placement(pools, world):
 
 
 def two_axes(every: bool):
-    """Moves between all pairs of placements; or every seventh of them, among which each pair is a source and a target."""
+    """Moves between all pairs of placements; or every thirteenth of them, among which each pair is a source and a target."""
     mesh = grid()
     x = torch.arange(4 * 10 * 6, dtype=torch.float64).view(4, 10, 6)
     one = [Replicate(), Shard(0), Shard(1), Shard(2), Zigzag(1), Stripe(1), Contiguous(1), Zigzag(0)]
@@ -69,7 +69,7 @@ def two_axes(every: bool):
         for source, target in itertools.product(pairs, pairs)
         if not all(isinstance(p, (Replicate, Shard)) for p in (*source, *target))
     ]
-    moves = moves if every else moves[::7]
+    moves = moves if every else moves[::13]
     assert {str(p) for p, _ in moves} == {str(p) for _, p in moves} == {str(p) for p in pairs}
     for source, target in moves:
         leaf = x.clone().requires_grad_()
@@ -83,7 +83,7 @@ def two_axes(every: bool):
 
 @some_or_every
 def test_two_axes_move_between_any_flat_placements(pools, every):
-    assert min(pools.run(4, two_axes, every, timeout=280)) > (1000 if every else 150)
+    assert min(pools.run(4, two_axes, every, timeout=280)) > (1000 if every else 100)
 
 
 def nested_stock_beside_ours():
