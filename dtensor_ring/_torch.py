@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 from weakref import ref
 
 import torch
@@ -36,6 +36,7 @@ __all__ = [
     "OutputSharding",
     "PartialNorm",
     "PlacementBase",
+    "Version",
     "below_autograd",
     "complete_cache_keys",
     "dtensor_of",
@@ -329,6 +330,26 @@ def lasting() -> Iterator[None]:
     # The device too: under `torch.device("cuda")` or `set_default_device` a tensor made here would lie on a GPU.
     with unset_fake_temporarily(), torch.inference_mode(False), torch.device("cpu"):
         yield
+
+
+class Version(NamedTuple):
+    """A tensor, and how often it had been changed in place when this was made (`Tensor._version`).
+
+    A DTensor counts its own changes: its local tensor is changed below autograd, where nothing is counted.
+    """
+
+    tensor: ref[Tensor]
+    count: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Version:
+        """That of a tensor now. The reference is weak, so that an autograd node may keep it of a tensor that holds the node."""
+        return cls(ref(tensor), tensor._version)
+
+    def has_changed(self) -> bool:
+        """Whether the tensor was changed in place since; False if it is gone."""
+        tensor = self.tensor()
+        return tensor is not None and tensor._version != self.count
 
 
 class TensorCache(Generic[T]):

@@ -12,7 +12,7 @@ operator on DTensors, and its sharding rule says how the results are placed. Bot
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
-from dtensor_ring._torch import DTensorSpec, below_autograd, dtensor_with, local_of, replicated, spec_of
+from dtensor_ring._torch import Version, below_autograd, dtensor_with, local_of, replicated, spec_of
 from dtensor_ring.ops.operator import attention, attention_backward, placed_as
 from dtensor_ring.ops.prepare import Prepared
 from dtensor_ring.ops.sharding import lse_placements, sink_gradient_placements, sink_placements
@@ -60,14 +60,13 @@ def _run(local: Sequence[Tensor | None], prepared: Prepared) -> tuple[Tensor, Te
 
 def _placed(q: Tensor, v: Tensor, out: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Out and lse as DTensors where q is one."""
-    like_q = _Wrapper.of(q)
-    if like_q is None:
+    if not isinstance(q, DTensor):
         return out, lse
-    mesh, placements = like_q.spec.mesh, like_q.spec.placements
+    mesh, placements = q.device_mesh, q.placements
     batch, length, heads, head_dim = q.shape
     shape = batch, length, heads, v.shape[3]
     # Out has the shape of q, and may share its spec, unless values have a head dim of their own.
-    out = like_q.wrapped(out) if shape[3] == head_dim else wrap(out, mesh, placements, shape)
+    out = _wrapped_as(q, out) if shape[3] == head_dim else wrap(out, mesh, placements, shape)
     return out, None if lse is None else wrap(lse, mesh, lse_placements(placements), (batch, heads, length))
 
 
@@ -77,14 +76,16 @@ class _Attention(torch.autograd.Function):
     def forward(  # pyrefly: ignore[bad-override]
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, prepared: Prepared, return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
-        local = _local((q, k, v, sinks))
-        out, lse, seed = _run(local, prepared)
+        out, lse, seed = _run(_local((q, k, v, sinks)), prepared)
         _, alibi, documents, *ctx.rest = prepared
         ctx.set_materialize_grads(False)  # a missing gradient of lse must stay None: zeros would look like one that is refused
-        ctx.save_for_backward(*local, alibi, out, lse, seed, documents)
-        # Local tensors are saved, and what makes DTensors of their gradients: a saved DTensor would pass through its own dispatch.
-        ctx.wrappers = [_Wrapper.of(x) for x in (q, k, v, sinks)]
-        return _placed(q, v, out, lse if return_lse else None)
+        # The inputs as they were given: an in-place change of a DTensor counts in its own version, not in that of its local tensor.
+        ctx.save_for_backward(q, k, v, sinks, alibi, out, lse, seed, documents)
+        placed = _placed(q, v, out, lse if return_lse else None)
+        # Of a DTensor that is returned, backward needs the local tensor alone. Saving the whole would send it through DTensor's
+        # dispatch twice, which costs the host a sixth of a call; so what autograd would compare is compared here.
+        ctx.returned = [Version.of(x) for x in placed if isinstance(x, DTensor)]
+        return placed
 
     @staticmethod
     @override
@@ -98,38 +99,36 @@ class _Attention(torch.autograd.Function):
             )
         if dout is None:
             return (None,) * 6
-        *local, alibi, out, lse, seed, documents = ctx.saved_tensors
-        q, k, v, sinks = ctx.wrappers
+        _check_unchanged(ctx.returned)
+        q, k, v, sinks, alibi, out, lse, seed, documents = ctx.saved_tensors
         if isinstance(dout, DTensor):
-            dout = local_of(placed_as(dout, q.spec.placements, documents))
+            dout = local_of(placed_as(dout, spec_of(q).placements, documents))
         with below_autograd():
-            dq, dk, dv, dsinks = attention_backward(dout, *local, alibi, out, lse, seed, documents, *ctx.rest)
-        if q is not None:
-            dq, dk, dv = q.wrapped(dq), k.wrapped(dk), v.wrapped(dv)
-        if sinks is not None:  # each rank has the part of its own queries
-            part = wrap(dsinks, sinks.spec.mesh, sink_gradient_placements(q.spec.placements), sinks.shape)
-            return dq, dk, dv, redistribute(part, sinks.spec.placements), None, None
-        return dq, dk, dv, None if local[3] is None else dsinks, None, None
+            dq, dk, dv, dsinks = attention_backward(dout, *_local((q, k, v, sinks)), alibi, out, lse, seed, documents, *ctx.rest)
+        if isinstance(q, DTensor):
+            dq, dk, dv = _wrapped_as(q, dq), _wrapped_as(k, dk), _wrapped_as(v, dv)
+        if isinstance(sinks, DTensor):  # each rank has the part of its own queries
+            part = wrap(dsinks, sinks.device_mesh, sink_gradient_placements(q.placements), sinks.shape)
+            return dq, dk, dv, redistribute(part, sinks.placements), None, None
+        return dq, dk, dv, None if sinks is None else dsinks, None, None
 
 
-class _Wrapper(NamedTuple):
-    """Mesh, placements, shape and strides of a DTensor that was given, for the results and gradients that are to lie as it does."""
+def _check_unchanged(returned: Sequence[Version]) -> None:
+    """Raises RuntimeError, as PyTorch does for tensors that it saved, if a result was changed in place before its gradient."""
+    if any(version.has_changed() for version in returned):
+        raise RuntimeError(
+            "a tensor that ring_attention returned, and needs for its gradient, has been modified by an inplace operation: write "
+            "out = out + x, not out += x, or change a clone"
+        )
 
-    spec: DTensorSpec
-    stride: tuple[int, ...]
-    shape: torch.Size
 
-    @classmethod
-    def of(cls, x: Tensor | None) -> _Wrapper | None:
-        """That of a DTensor; None for another tensor."""
-        return cls(spec_of(x), local_of(x).stride(), x.shape) if isinstance(x, DTensor) else None
-
-    def wrapped(self, local: Tensor) -> DTensor:
-        """A local tensor of the same shape and dtype as a DTensor of the same placements."""
-        # Making a spec costs the host more than all else about a DTensor, and a gradient mostly lies in memory as its tensor does.
-        if local.stride() == self.stride:
-            return dtensor_with(local, self.spec)
-        return wrap(local, self.spec.mesh, self.spec.placements, self.shape)
+def _wrapped_as(x: DTensor, local: Tensor) -> DTensor:
+    """A local tensor of the shape and dtype of x's as a DTensor of its placements."""
+    spec = spec_of(x)
+    # Making a spec costs the host more than all else about a DTensor, and a gradient mostly lies in memory as its tensor does.
+    if local.stride() == local_of(x).stride():
+        return dtensor_with(local, spec)
+    return wrap(local, spec.mesh, spec.placements, x.shape)
 
 
 def _traced(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared) -> tuple[Tensor, Tensor]:

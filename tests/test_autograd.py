@@ -1,0 +1,70 @@
+"""What autograd may count on: a change in place is seen, and what has no gradient raises instead of being dropped."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from helpers import line, make_case
+
+from dtensor_ring import Zigzag, distribute_tensor, full_tensor, ring_attention
+
+
+def placed(case, requires_grad: bool = True):
+    """q, k and v of a case over all ranks, as leaves."""
+    mesh = line()
+    return [distribute_tensor(x, mesh, [Zigzag(1)], src_data_rank=None).detach().requires_grad_(requires_grad) for x in case.inputs]
+
+
+def changes_in_place():
+    case = make_case(12, heads=(2, 2))
+    q, k, v = placed(case)
+    out = ring_attention(q, k, v)
+    residual = out.detach() * 0 + 1
+    out += residual
+    with pytest.raises(RuntimeError, match=r"ring_attention returned.*modified by an inplace operation"):
+        out.to_local().sum().backward()
+    out, lse = ring_attention(q, k, v, return_lse=True)
+    lse.detach().mul_(2)  # a view: its changes are those of what it views
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.to_local().sum().backward()
+    for changed in range(3):
+        inputs = [x * 1 for x in (q, k, v)]
+        out = ring_attention(*inputs)
+        inputs[changed].mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.to_local().sum().backward()
+    sinks = distribute_tensor(torch.zeros(2, dtype=torch.float64), line(), [torch.distributed.tensor.Replicate()]) * 1
+    out = ring_attention(q, k, v, sinks=sinks)
+    sinks.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.to_local().sum().backward()
+
+
+def test_changes_in_place_between_forward_and_backward_raise(pools):
+    pools.run(2, changes_in_place)
+
+
+def changes_that_do_no_harm():
+    case = make_case(12, heads=(2, 2))
+    leaves = placed(case)
+    wanted = case.exact()[2:]
+    dout = distribute_tensor(case.dout, line(), [Zigzag(1)], src_data_rank=None)
+    out = ring_attention(*leaves)
+    changed = out + 1
+    changed.mul_(1)
+    for found, want in zip(torch.autograd.grad(changed, leaves, dout), wanted, strict=True):
+        torch.testing.assert_close(full_tensor(found), want, rtol=0, atol=1e-10)
+    with torch.no_grad():
+        ring_attention(*leaves).mul_(2)
+    out = ring_attention(*leaves)
+    doubled, gone = out * 2, weakref.ref(out)
+    del out
+    assert gone() is None, "what backward compares keeps no result alive"
+    for found, want in zip(torch.autograd.grad(doubled, leaves, dout * 0.5), wanted, strict=True):
+        torch.testing.assert_close(full_tensor(found), want, rtol=0, atol=1e-10)
+
+
+def test_changes_of_other_tensors_change_no_gradient_and_results_end_with_their_last_user(pools):
+    pools.run(2, changes_that_do_no_harm)
