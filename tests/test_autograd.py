@@ -9,6 +9,10 @@ import torch
 from helpers import line, make_case
 
 from dtensor_ring import Zigzag, distribute_tensor, full_tensor, ring_attention
+from dtensor_ring.ops.arguments import Arguments
+from dtensor_ring.ops.operator import attention
+from dtensor_ring.ops.place import place_alone
+from dtensor_ring.ops.prepare import Inputs, prepare
 
 
 def placed(case, requires_grad: bool = True):
@@ -68,3 +72,36 @@ def changes_that_do_no_harm():
 
 def test_changes_of_other_tensors_change_no_gradient_and_results_end_with_their_last_user(pools):
     pools.run(2, changes_that_do_no_harm)
+
+
+def check_second_gradients(leaves, through):
+    """Whatever is differentiated first, and whatever second: raised at once or by backward, never left out."""
+    weights = torch.ones_like(leaves[0], requires_grad=True)  # of out: dout depends on it
+    for first in leaves:
+        (grad,) = torch.autograd.grad(through(leaves), first, torch.ones_like(weights.detach()), create_graph=True)
+        assert grad.requires_grad
+        with pytest.raises(NotImplementedError, match="the gradients of ring_attention have no gradient themselves"):
+            torch.autograd.grad(grad, leaves, torch.ones_like(grad.detach()))
+    (grad,) = torch.autograd.grad(through(leaves), leaves[1], weights, create_graph=True)
+    with pytest.raises(NotImplementedError, match="have no gradient themselves"):
+        torch.autograd.grad(grad, weights, torch.ones_like(grad.detach()))
+
+
+def second_gradients_of_dtensors():
+    check_second_gradients(placed(make_case(12, heads=(2, 2))), lambda leaves: ring_attention(*leaves))
+
+
+def test_gradients_of_gradients_raise_on_dtensors(pools):
+    pools.run(2, second_gradients_of_dtensors)
+
+
+def test_gradients_of_gradients_raise_on_plain_tensors_and_where_the_operator_is_called_itself():
+    case = make_case(6, heads=(2, 2))
+    leaves = [x.clone().requires_grad_() for x in (*case.inputs, torch.zeros(2, dtype=torch.float64))]
+    check_second_gradients(leaves, lambda leaves: ring_attention(*leaves[:3], sinks=leaves[3]))
+    prepared = prepare(Inputs(*leaves), Arguments(), place_alone(*leaves[:3]), "a test")
+    check_second_gradients(leaves, lambda leaves: attention(*leaves, *prepared[1:])[0])
+    loss = ring_attention(*leaves[:3]).sum()
+    (grad,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
+    loss.backward()  # what is differentiated once is, with create_graph too
+    torch.testing.assert_close(leaves[0].grad, grad, rtol=0, atol=0)

@@ -12,17 +12,16 @@ operator on DTensors, and its sharding rule says how the results are placed. Bot
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from dtensor_ring._torch import Version, below_autograd, dtensor_with, local_of, replicated, spec_of
-from dtensor_ring.ops.operator import attention, attention_backward, placed_as
+from dtensor_ring.ops.operator import attention, attention_backward, placed_as, refuse_second_gradient
 from dtensor_ring.ops.prepare import Prepared
 from dtensor_ring.ops.sharding import lse_placements, sink_gradient_placements, sink_placements
 from dtensor_ring.placements import redistribute
@@ -89,7 +88,6 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @override
-    @once_differentiable
     def backward(  # pyrefly: ignore[bad-override]
         ctx: Any, dout: Tensor | None, dlse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -100,17 +98,47 @@ class _Attention(torch.autograd.Function):
         if dout is None:
             return (None,) * 6
         _check_unchanged(ctx.returned)
-        q, k, v, sinks, alibi, out, lse, seed, documents = ctx.saved_tensors
-        if isinstance(dout, DTensor):
-            dout = local_of(placed_as(dout, spec_of(q).placements, documents))
-        with below_autograd():
-            dq, dk, dv, dsinks = attention_backward(dout, *_local((q, k, v, sinks)), alibi, out, lse, seed, documents, *ctx.rest)
-        if isinstance(q, DTensor):
-            dq, dk, dv = _wrapped_as(q, dq), _wrapped_as(k, dk), _wrapped_as(v, dv)
+        q, k, v, sinks, *saved = ctx.saved_tensors
+        inputs = q, k, v, sinks
+        with torch.no_grad():
+            grads = _gradients(dout, inputs, saved, ctx.rest)
+        # Gradients depend on dout and on the inputs, so each of these must lead to the refusal. PyTorch's `once_differentiable`
+        # asks dout alone, and drops the rest without a word.
+        if torch.is_grad_enabled():
+            grads = _DifferentiableOnce.apply(*grads, dout, *inputs)
+        return *grads, None, None
+
+
+def _gradients(
+    dout: Tensor, inputs: Sequence[Tensor | None], saved: Sequence[Tensor], rest: Sequence[Any]
+) -> tuple[Tensor | None, ...]:
+    """dq, dk, dv and dsinks, placed as q, k, v and sinks are; from what `_Attention` saved."""
+    q, k, v, sinks = inputs
+    if isinstance(dout, DTensor):
+        assert isinstance(q, DTensor), "out is placed as q"
+        dout = local_of(placed_as(dout, q.placements, saved[-1]))
+    with below_autograd():
+        dq, dk, dv, dsinks = attention_backward(dout, *_local(inputs), *saved, *rest)
+    if isinstance(q, DTensor) and isinstance(k, DTensor) and isinstance(v, DTensor):
+        dq, dk, dv = _wrapped_as(q, dq), _wrapped_as(k, dk), _wrapped_as(v, dv)
         if isinstance(sinks, DTensor):  # each rank has the part of its own queries
             part = wrap(dsinks, sinks.device_mesh, sink_gradient_placements(q.placements), sinks.shape)
-            return dq, dk, dv, redistribute(part, sinks.placements), None, None
-        return dq, dk, dv, None if sinks is None else dsinks, None, None
+            return dq, dk, dv, redistribute(part, sinks.placements)
+    return dq, dk, dv, None if sinks is None else dsinks
+
+
+class _DifferentiableOnce(torch.autograd.Function):
+    """The gradients dq, dk, dv and dsinks as they are, refusing to be differentiated by what comes after them: dout and inputs."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        return tuple(None if x is None else x.detach() for x in tensors[:4])  # not the inputs: autograd would call view_as
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
+        refuse_second_gradient()
 
 
 def _check_unchanged(returned: Sequence[Version]) -> None:

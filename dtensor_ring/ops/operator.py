@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -142,6 +142,14 @@ def _backward(ctx: Any, dout: Tensor, *_others: Tensor | None) -> tuple[Tensor |
     return dq, dk, dv, None if sinks is None else dsinks, None, None, *(None for _ in ctx.rest)
 
 
+def refuse_second_gradient(*_context: object) -> NoReturn:
+    """The backward of the gradients of attention."""
+    raise NotImplementedError(
+        "the gradients of ring_attention have no gradient themselves: leave create_graph=True out, or keep what is differentiated "
+        "twice away from attention"
+    )
+
+
 def register() -> None:
     """Define both operators, for every backend: the implementation asks the tensors for their device."""
     # `nondeterministic_seeded` keeps compilers from merging or repeating calls with dropout as if they drew the same mask.
@@ -153,6 +161,7 @@ def register() -> None:
     torch.library.register_fake("dtensor_ring::attention_backward", _fake_backward)
     # For compilers, and for direct calls of the operator; `ring_attention` has an autograd function of its own.
     torch.library.register_autograd("dtensor_ring::attention", _backward, setup_context=_setup_context)
+    torch.library.register_autograd("dtensor_ring::attention_backward", refuse_second_gradient)
 
 
 def placed_as(dout: DTensor, placements: tuple[Any, ...], documents: Tensor) -> DTensor:
