@@ -134,7 +134,8 @@ def ring_attention(
         alibi_slopes: (H,) or (B, H), float32: a score loses slope * distance (Press et al., 2022); no gradient.
         documents: bounds of packed documents, a `Documents` or a cu_seqlens; a query sees keys of its own document only.
         deterministic: gradients are bitwise the same from run to run.
-        return_lse: also return lse (B, H, Sq), float32 (float64 for float64), placed as q is; a gradient of it is refused.
+        return_lse: also return lse (B, H, Sq), float32 (float64 for float64), placed as q is; a gradient of it is refused. What
+            torch.compile compiles should return lse.detach(): only the values of its gradient tell there, for which the host waits.
         strategy: "ring" (memory bounded, one rank's keys at a time), "gather" (all keys at once, no merging) or "ulysses" (heads
             instead of tokens on each rank; as many ranks as heads allow); None is "ring", or "gather" for ALiBi where only that
             lets flash kernels measure distances. "local", for plain tensors, says that this rank holds whole sequences; without

@@ -6,9 +6,10 @@ import weakref
 
 import pytest
 import torch
+import torch._dynamo
 from helpers import line, make_case
 
-from dtensor_ring import Zigzag, distribute_tensor, full_tensor, ring_attention
+from dtensor_ring import Zigzag, distribute_tensor, from_local, full_tensor, ring_attention
 from dtensor_ring.ops.arguments import Arguments
 from dtensor_ring.ops.operator import attention
 from dtensor_ring.ops.place import place_alone
@@ -105,3 +106,39 @@ def test_gradients_of_gradients_raise_on_plain_tensors_and_where_the_operator_is
     (grad,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
     loss.backward()  # what is differentiated once is, with create_graph too
     torch.testing.assert_close(leaves[0].grad, grad, rtol=0, atol=0)
+
+
+def attended(x, mesh):
+    """Out and lse of this rank's tokens, which are all there are or a share."""
+    placed = x if mesh is None else from_local(x, mesh, [Zigzag(1)], length=12)
+    out, lse = ring_attention(placed, placed, placed, return_lse=True)
+    return (out, lse) if mesh is None else (out.to_local(), lse.to_local())
+
+
+def compiled_lse(spread: bool):
+    torch._dynamo.reset()
+    mesh = line() if spread else None
+    x = torch.randn(2, 6, 2, 8, requires_grad=True)
+    layer = torch.compile(attended, backend="aot_eager", fullgraph=True)
+    out, lse = layer(x, mesh)
+    (found,) = torch.autograd.grad(out.sum(), x, retain_graph=True)
+    (wanted,) = torch.autograd.grad(attended(x, mesh)[0].sum(), x)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    with pytest.raises(NotImplementedError, match="the lse of ring_attention has no gradient"):
+        torch.autograd.grad(out.sum() + lse.sum(), x)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x, mesh), attended(x, mesh), rtol=0, atol=1e-6)
+    inside = torch.compile(
+        lambda x: torch.stack([part.sum() for part in attended(x, mesh)]).sum(), backend="aot_eager", fullgraph=True
+    )
+    with pytest.raises(NotImplementedError, match="the lse of ring_attention has no gradient"):
+        inside(x).backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # PyTorch's compiler does that itself
+def test_a_gradient_of_lse_is_refused_in_compiled_code_and_one_that_nobody_asks_for_is_not():
+    compiled_lse(spread=False)
+
+
+def test_a_gradient_of_the_lse_of_dtensors_is_refused_in_compiled_code(pools):
+    pools.run(2, compiled_lse, True)

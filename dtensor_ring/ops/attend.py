@@ -21,7 +21,14 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from dtensor_ring._torch import Version, below_autograd, dtensor_with, local_of, replicated, spec_of
-from dtensor_ring.ops.operator import attention, attention_backward, placed_as, refuse_second_gradient
+from dtensor_ring.ops.operator import (
+    NO_GRADIENT_OF_LSE,
+    attention,
+    attention_backward,
+    placed_as,
+    refuse_second_gradient,
+    without_gradient_of_lse,
+)
 from dtensor_ring.ops.prepare import Prepared
 from dtensor_ring.ops.sharding import lse_placements, sink_gradient_placements, sink_placements
 from dtensor_ring.placements import redistribute
@@ -39,7 +46,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared, *, return_lse: b
 def attend(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared, *, return_lse: bool) -> tuple[Tensor, Tensor | None]:
     """Out (B, Sq, H, Dv), placed as q, and where asked lse (B, H, Sq), whose gradient is refused; q, k, v as they were prepared."""
     if torch.compiler.is_compiling():
-        return _traced(q, k, v, prepared)
+        return _traced(q, k, v, prepared, return_lse)
     # Without gradients even an autograd function that records nothing would cost the host time.
     if torch.is_grad_enabled():
         return _Attention.apply(q, k, v, prepared.sinks, prepared, return_lse)
@@ -92,9 +99,7 @@ class _Attention(torch.autograd.Function):
         ctx: Any, dout: Tensor | None, dlse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         if dlse is not None:
-            raise NotImplementedError(
-                "the lse of ring_attention has no gradient: use lse.detach(), or compute the term from scores"
-            )
+            raise NotImplementedError(NO_GRADIENT_OF_LSE)
         if dout is None:
             return (None,) * 6
         _check_unchanged(ctx.returned)
@@ -159,7 +164,7 @@ def _wrapped_as(x: DTensor, local: Tensor) -> DTensor:
     return wrap(local, spec.mesh, spec.placements, x.shape)
 
 
-def _traced(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared) -> tuple[Tensor, Tensor]:
+def _traced(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared, return_lse: bool) -> tuple[Tensor, Tensor | None]:
     """The operator as compilers trace it: on DTensors all tensors are DTensors."""
     sinks, alibi, documents, *rest = prepared
     if isinstance(q, DTensor):
@@ -172,7 +177,25 @@ def _traced(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared) -> tuple[Tensor
         alibi = None if alibi is None else replicated(alibi, q)
         documents = replicated(documents, q)
     out, lse, _ = attention(q, k, v, sinks, alibi, documents, *rest)
-    return out, lse
+    return _RefusedGradient.apply(out, lse) if return_lse else (out, None)
+
+
+class _RefusedGradient(torch.autograd.Function):
+    """Out and lse as they are, in compiled code; a gradient of lse is refused when it is there.
+
+    A graph that returns lse is given a gradient of it even if nothing uses lse: zeros then, so that only the values tell. The
+    operator itself gives lse no gradient, which a graph would take for zeros.
+    """
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:  # pyrefly: ignore[bad-override]
+        return out.detach(), lse.detach()
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor, None]:  # pyrefly: ignore[bad-override]
+        return without_gradient_of_lse(dout, dlse), None
 
 
 class _LocalPart(torch.autograd.Function):

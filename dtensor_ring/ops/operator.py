@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor
 
 from dtensor_ring._torch import local_of, resolve_group
@@ -34,6 +35,7 @@ from dtensor_ring.ops.executors.protocol import AttentionExecutor
 from dtensor_ring.ops.executors.ulysses import UlyssesExecutor
 from dtensor_ring.ops.kernels import Kernel, SoftmaxParams
 from dtensor_ring.placements import SequencePlacement, redistribute
+from dtensor_ring.placements.redistribute import wrap
 from dtensor_ring.planning.documents import Documents, Slices
 from dtensor_ring.planning.problem import AttentionProblem
 from dtensor_ring.planning.schedule import plan
@@ -49,6 +51,7 @@ _BACKWARD = (
     "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? alibi, Tensor out, Tensor lse, Tensor seed, "
     "Tensor documents, SymInt[] lengths, SymInt[] origin, str call, str group) -> (Tensor, Tensor, Tensor, Tensor)"
 )
+NO_GRADIENT_OF_LSE = "the lse of ring_attention has no gradient: use lse.detach(), or compute the term from scores"
 
 
 def attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
@@ -59,6 +62,11 @@ def attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
 def attention_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: ANN401
     """The operator of the gradients: dq, dk, dv and dsinks."""
     return torch.ops.dtensor_ring.attention_backward.default(*arguments)
+
+
+def without_gradient_of_lse(dout: Tensor, dlse: Tensor) -> Tensor:
+    """The operator of compiled code that returns a copy of dout, or raises NotImplementedError if dlse is not zero."""
+    return torch.ops.dtensor_ring.without_gradient_of_lse.default(dout, dlse)
 
 
 def _attention(
@@ -142,6 +150,21 @@ def _backward(ctx: Any, dout: Tensor, *_others: Tensor | None) -> tuple[Tensor |
     return dq, dk, dv, None if sinks is None else dsinks, None, None, *(None for _ in ctx.rest)
 
 
+def _without_gradient_of_lse(dout: Tensor, dlse: Tensor) -> Tensor:
+    if dlse.any():  # the host waits for a GPU here, in compiled code that returns lse without lse.detach()
+        raise NotImplementedError(NO_GRADIENT_OF_LSE)
+    return dout.clone()
+
+
+def _fake_without_gradient_of_lse(dout: Tensor, dlse: Tensor) -> Tensor:
+    return torch.empty_like(dout)
+
+
+def _on_local_tensors(_mode: object, op: OpOverload, _types: object, args: tuple[DTensor, DTensor], _kwargs: object) -> DTensor:
+    dout, dlse = args
+    return wrap(op(local_of(dout), local_of(dlse)), dout.device_mesh, dout.placements, dout.shape)
+
+
 def refuse_second_gradient(*_context: object) -> NoReturn:
     """The backward of the gradients of attention."""
     raise NotImplementedError(
@@ -151,7 +174,7 @@ def refuse_second_gradient(*_context: object) -> NoReturn:
 
 
 def register() -> None:
-    """Define both operators, for every backend: the implementation asks the tensors for their device."""
+    """Define the operators, for every backend: the implementation asks the tensors for their device."""
     # `nondeterministic_seeded` keeps compilers from merging or repeating calls with dropout as if they drew the same mask.
     torch.library.define("dtensor_ring::attention", _FORWARD, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded))
     torch.library.define("dtensor_ring::attention_backward", _BACKWARD, tags=(torch.Tag.pt2_compliant_tag,))
@@ -162,6 +185,11 @@ def register() -> None:
     # For compilers, and for direct calls of the operator; `ring_attention` has an autograd function of its own.
     torch.library.register_autograd("dtensor_ring::attention", _backward, setup_context=_setup_context)
     torch.library.register_autograd("dtensor_ring::attention_backward", refuse_second_gradient)
+    name = "dtensor_ring::without_gradient_of_lse"
+    torch.library.define(name, "(Tensor dout, Tensor dlse) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(name, "CompositeExplicitAutograd", _without_gradient_of_lse)
+    torch.library.register_fake(name, _fake_without_gradient_of_lse)
+    torch.library.register_torch_dispatch(name, DTensor, _on_local_tensors)
 
 
 def placed_as(dout: DTensor, placements: tuple[Any, ...], documents: Tensor) -> DTensor:
