@@ -272,3 +272,20 @@ def balanced():
 
 def test_balanced_packings_and_padding_do_not_warn(pools):
     pools.run(4, balanced)
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, lambda number: torch.tensor([number])], ids=["scalar", "one element"])
+def test_a_number_may_be_a_tensor_whose_value_is_read_at_every_call(kind):
+    x, number = torch.randn(1, 8, 2, 4), kind(0.1)
+    asked = {"scale": number, "softcap": number}
+    assert torch.equal(ring_attention(x, x, x, **asked), ring_attention(x, x, x, scale=0.1, softcap=0.1))
+    number += 1.0
+    asked = {"scale": number, "softcap": number}
+    assert torch.equal(ring_attention(x, x, x, **asked), ring_attention(x, x, x, scale=1.1, softcap=1.1))
+
+
+@pytest.mark.parametrize("name", ["scale", "softcap", "dropout_p"])
+def test_a_number_that_wants_a_gradient_is_refused(name):
+    x = torch.randn(1, 8, 2, 4)
+    with pytest.raises(NotImplementedError, match=f"{name} gets no gradient: pass {name}.item()"):
+        ring_attention(x, x, x, **{name: torch.tensor(0.5, requires_grad=True)})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -79,6 +79,36 @@ class Arguments(NamedTuple):
     strategy: Strategy | None = None
     kernel: KernelName | None = None
     kv_head_group_size: int = 0
+
+
+# What cannot change once a call is remembered by it.
+_PLAIN = (float, int, bool, type(None))
+_NUMBERS: dict[str, type] = {"is_causal": bool, "scale": float, "softcap": float, "dropout_p": float, "deterministic": bool}
+
+_PLACES = tuple(Arguments._fields.index(name) for name in _NUMBERS)
+
+
+def plain_numbers(asked: Arguments) -> Arguments:
+    """The arguments with numbers of Python's own, also where a tensor of one element or another object was given for one.
+
+    Calls are remembered by their arguments, and a tensor is equal to itself after its value has changed.
+
+    Raises:
+        NotImplementedError: a tensor that requires a gradient, which it would not get.
+        TypeError, ValueError: what is no number.
+    """
+    if all(type(asked[i]) in _PLAIN for i in _PLACES):
+        return asked
+    plain = {name: _plain(name, getattr(asked, name), kind) for name, kind in _NUMBERS.items()}
+    return asked._replace(**plain)
+
+
+def _plain(name: str, number: Any, kind: type) -> Any:  # noqa: ANN401
+    if type(number) in _PLAIN:
+        return number
+    if isinstance(number, Tensor) and number.requires_grad:
+        raise NotImplementedError(f"{name} gets no gradient: pass {name}.item(), or multiply q, or out, by what is learned")
+    return kind(number)
 
 
 def check_numbers(asked: Arguments) -> None:

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from dtensor_ring._torch import constant_number, constant_when_compiled, local_of
 from dtensor_ring.cache import Cache
 from dtensor_ring.ops.agree import Facts, check_agreement
-from dtensor_ring.ops.arguments import Arguments, check_extras, check_numbers, choose_strategy, factor_of
+from dtensor_ring.ops.arguments import Arguments, check_extras, check_numbers, choose_strategy, factor_of, plain_numbers
 from dtensor_ring.ops.call import AUTO, AttentionCall
 from dtensor_ring.ops.kernels import check_kernel_name
 from dtensor_ring.ops.place import Place
@@ -87,6 +87,7 @@ def prepare(inputs: Inputs, asked: Arguments, place: Place, name: str, *, traini
         ValueError: window, numbers, documents, sinks or slopes that do not fit; or ranks that do not agree.
         NotImplementedError: no kernel does what is asked; the text has each kernel's reason.
     """
+    asked = plain_numbers(asked)
     check_numbers(asked)
     check_extras(place.q_shape[0], place.q_shape[2], inputs.sinks, inputs.alibi)
     documents = _documents(inputs.documents, place)
