@@ -18,6 +18,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.autograd import forward_ad
 from torch.distributed._functional_collectives import _are_we_tracing
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import GroupName, _get_process_group_store, _resolve_process_group
@@ -41,6 +42,7 @@ __all__ = [
     "complete_cache_keys",
     "dtensor_of",
     "dtensor_with",
+    "has_tangent",
     "install_rule",
     "is_tracing",
     "lasting",
@@ -262,6 +264,16 @@ def below_autograd() -> AbstractContextManager[None]:
     dispatch keys in its forward.
     """
     return torch._C._AutoDispatchBelowAutograd()
+
+
+def has_tangent(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether forward-mode differentiation follows one of the tensors, which nothing below autograd would notice.
+
+    PyTorch says only by asking each tensor; that no level is entered, as nearly always, is one look at a private number.
+    """
+    if forward_ad._current_level < 0:
+        return False
+    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def replicated(tensor: Tensor, like: DTensor) -> DTensor:

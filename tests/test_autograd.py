@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch._dynamo
 from helpers import line, make_case
+from torch.autograd import forward_ad
 
 from dtensor_ring import Zigzag, distribute_tensor, from_local, full_tensor, ring_attention
 from dtensor_ring.ops.arguments import Arguments
@@ -106,6 +107,20 @@ def test_gradients_of_gradients_raise_on_plain_tensors_and_where_the_operator_is
     (grad,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
     loss.backward()  # what is differentiated once is, with create_graph too
     torch.testing.assert_close(leaves[0].grad, grad, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # PyTorch loads such code when a level is entered
+def test_forward_mode_derivatives_raise_with_gradients_and_without():
+    x = torch.randn(1, 4, 2, 8)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            ring_attention(x, dual, x)
+        for inputs in ((dual, x, x), (x, x, dual)):
+            with torch.no_grad(), pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+                ring_attention(*inputs)
+        with torch.no_grad():
+            ring_attention(x, x, x)
 
 
 def attended(x, mesh):

@@ -200,3 +200,12 @@ def test_documents_must_end_at_the_length():
 def test_a_cu_seqlens_is_one_dimensional_integers(value):
     with pytest.raises(TypeError, match="1-D integer tensor"):
         Documents.from_cu_seqlens(value)
+
+
+def test_documents_made_in_inference_mode_can_be_trained_on():
+    x = torch.randn(1, 8, 2, 4, requires_grad=True)
+    with torch.inference_mode():
+        documents = Documents.from_lengths([3, 5])
+    (found,) = torch.autograd.grad(ring_attention(x, x, x, documents=documents).sum(), x)
+    (wanted,) = torch.autograd.grad(ring_attention(x, x, x, documents=[0, 3, 8]).sum(), x)
+    assert torch.equal(found, wanted)

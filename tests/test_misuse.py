@@ -200,6 +200,7 @@ def test_a_plan_that_is_never_applied_or_over_an_axis_of_one_rank_warns(pools):
         ({"softcap": math.inf}, ValueError, "softcap bounds scores and is positive, or 0 for none, found inf"),
         ({"dropout_p": math.nan}, ValueError, "dropout_p is a probability below 1, found nan"),
         ({"window": (2.7, 0)}, TypeError, r"window=\(2\.7, 0\): a side is a whole number of tokens, found float, int"),
+        ({"window": (True, False)}, TypeError, r"window=\(True, False\): a side is a whole number of tokens, found bool, bool"),
         ({"window": (3,)}, ValueError, r"window=\(3,\): needs two numbers of tokens, \(back, ahead\)"),
         ({"window": 5}, ValueError, r"window=5: needs two numbers of tokens"),
         ({"window": "35"}, ValueError, r"window='35': needs two numbers of tokens"),

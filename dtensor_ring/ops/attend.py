@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
-from dtensor_ring._torch import Version, below_autograd, dtensor_with, local_of, replicated, spec_of
+from dtensor_ring._torch import Version, below_autograd, dtensor_with, has_tangent, local_of, replicated, spec_of
 from dtensor_ring.ops.operator import (
     NO_GRADIENT_OF_LSE,
     attention,
@@ -50,6 +50,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared, *, return_lse: b
     # Without gradients even an autograd function that records nothing would cost the host time.
     if torch.is_grad_enabled():
         return _Attention.apply(q, k, v, prepared.sinks, prepared, return_lse)
+    if has_tangent((q, k, v, prepared.sinks)):  # with gradients on, the autograd function refuses it
+        raise NotImplementedError("ring_attention has no forward-mode derivative: use torch.autograd.grad, which goes backward")
     out, lse, _ = _run(_local((q, k, v, prepared.sinks)), prepared)
     return _placed(q, v, out, lse if return_lse else None)
 

@@ -364,7 +364,8 @@ def _tensor(flat: bytes) -> Tensor:
 
     memory = bytearray(8 * _padded(len(flat) // 8))
     memory[: len(flat)] = flat
-    return torch.frombuffer(memory, dtype=torch.int64)
+    with torch.inference_mode(False):  # an inference tensor cannot be saved for backward, and documents outlive the mode
+        return torch.frombuffer(memory, dtype=torch.int64)
 
 
 def _unpacked_bytes(documents: Documents | Slices, encoded: bytes) -> int:

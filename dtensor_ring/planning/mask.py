@@ -70,13 +70,13 @@ def mask_text(is_causal: bool, window: tuple[int, int]) -> str:
     """Writes a mask as the text that `Band.parse` reads. A causal window ends at its query, so R counts as 0.
 
     Raises:
-        TypeError: a side that is no integer.
+        TypeError: a side that is no integer, or a bool.
         ValueError: not two sides, causal with a window that looks ahead, or a side below -1.
     """
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise ValueError(f"window={window!r}: needs two numbers of tokens, (back, ahead), such as (1023, 0); -1 is unbounded")
     left, right = window
-    if not isinstance(left, int) or not isinstance(right, int):
+    if any(not isinstance(side, int) or isinstance(side, bool) for side in window):
         raise TypeError(
             f"window={window!r}: a side is a whole number of tokens, found {type(left).__name__}, {type(right).__name__}"
         )
