@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from dtensor_ring.comm import AloneTransport, LoopbackTransport, Message, Pending, Transport, transport_of
+from dtensor_ring.comm import AloneTransport, LoopbackTransport, Message, Pending, Transport, choose, transport_of
 
 
 def exercise(transport: Transport) -> list[object]:
@@ -112,3 +115,23 @@ def test_messages_must_be_contiguous_and_to_others():
             transport.exchange([Message(transport.rank, torch.empty(4))], [])
 
     LoopbackTransport.run(2, body)
+
+
+def two_threads_ask_first():
+    group, both, stock = dist.new_group(), threading.Barrier(2, timeout=30), choose.choose_transport
+
+    def choose_together(*arguments):
+        both.wait()  # neither is done before both have begun
+        return stock(*arguments)
+
+    choose.choose_transport = choose_together
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            one, other = threads.map(transport_of, [group, group])
+    finally:
+        choose.choose_transport = stock
+    assert one is other is transport_of(group)
+
+
+def test_threads_that_ask_for_a_group_at_once_get_one_transport(pools):
+    pools.run(1, two_threads_ask_first)

@@ -11,6 +11,7 @@ for, and every meeting of `rank_checks` compares the names of the transports.
 
 from __future__ import annotations
 
+from threading import Lock
 from typing import Literal
 from weakref import WeakKeyDictionary
 
@@ -30,6 +31,7 @@ TRANSPORTS: dict[str, type[Transport]] = {
 }
 # By group, and gone with it: a group that is made again, also under the name of one that ended, chooses and compares anew.
 _transports: WeakKeyDictionary[dist.ProcessGroup, Transport] = WeakKeyDictionary()
+_LOCK = Lock()
 
 
 def choose_transport(asked: str | type[Transport] | None, need: TransportRequirements) -> type[Transport]:
@@ -79,7 +81,11 @@ def transport_of(group: dist.ProcessGroup | None, axis: str | None = None) -> Tr
     transport = _transports.get(group)
     if transport is None:
         need = TransportRequirements.of(group)
-        transport = _transports[group] = choose_transport(None, need).connect(need)
+        # Two threads may both come here first. They choose without the lock, since a choice may wait for other ranks; the transport
+        # that is there first counts for both, or each thread would compare and count by itself.
+        chosen = choose_transport(None, need).connect(need)
+        with _LOCK:
+            transport = _transports.setdefault(group, chosen)
     if axis is not None:
         transport.axis = axis
     return transport
