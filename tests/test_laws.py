@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import laws
+import mutants
 import pytest
 
 
@@ -38,3 +39,12 @@ def test_a_loss_is_seen():
     assert lost(law(3)) == ["test_a.py::test_it has 3 cases, had 4"]
     assert lost(law(runs="slow")) == ["test_a.py::test_it has no case left that runs by default"]
     assert lost(law(worlds=(2,))) == ["test_a.py::test_it has no default case left of world sizes [4]"]
+
+
+def test_the_tests_that_found_mutants_are_still_there():
+    """What they found they must find again: `make mutants-again`."""
+    killed = mutants.recorded()
+    assert len({each[:3] for each in killed}) == len(killed) > 0
+    named = laws.named()
+    missing = {each.test for each in killed if ".py::" in each.test and each.test.partition("::")[2].partition("[")[0] not in named}
+    assert not missing

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from helpers import grid, line, make_case
 from models import SIZES
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, placement_types
 from transformers import LlamaConfig, LlamaForQuestionAnswering, LlamaForSequenceClassification
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -67,6 +68,10 @@ def partial_sums():
         with pytest.raises(NotImplementedError, match="reduce the partial sums first"):
             act()
     assert torch.equal(full_tensor(sums + sums), torch.full((3, 4), 4.0))
+    cube = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("sum", "mean", "cp"))
+    mine = torch.full((3, 4), float(dist.get_rank()))
+    both = DTensor.from_local(mine, cube, [Partial(), Partial("avg"), Zigzag(1)], shape=torch.Size((3, 4)), stride=(4, 1))
+    assert torch.equal(full_tensor(both + both), torch.full((3, 4), 6.0)), "twice the mean of 0 + 2 and 1 + 3"
     largest = DTensor.from_local(local, mesh, [Partial("max"), Zigzag(1)], shape=torch.Size((3, 4)), stride=(4, 1))
     with pytest.raises(NotImplementedError, match="reduce the partial sums first"):
         largest + largest
