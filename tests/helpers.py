@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import pytest
 import torch
@@ -21,13 +21,13 @@ from dtensor_ring.ops.kernels import KERNELS, Kernel, SoftmaxParams
 from dtensor_ring.ops.kernels.math import keep_mask
 from dtensor_ring.ops.reference import reference_attention
 from dtensor_ring.planning.documents import Documents
-from dtensor_ring.planning.layout import Layout
+from dtensor_ring.planning.layout import Kind, Layout
 from dtensor_ring.planning.mask import Band, mask_text
 from dtensor_ring.planning.problem import AttentionProblem
 from dtensor_ring.planning.schedule import plan
 
 SEED = 5
-LAYOUTS = ("contiguous", "zigzag", "stripe", "stripe:3")
+LAYOUTS = (*get_args(Kind), "stripe:3")
 MASKS = {"causal": (True, (-1, -1)), "full": (False, (-1, -1)), "window": (True, (5, 0)), "two-sided": (False, (9, 3))}
 PER_DOCUMENT = "zigzag/documents"
 PLACEMENTS = {

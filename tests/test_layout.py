@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -9,10 +10,10 @@ from hypothesis import strategies as st
 
 import dtensor_ring
 from dtensor_ring.planning.documents import Documents
-from dtensor_ring.planning.layout import Layout, PackedLayout, work_balance
+from dtensor_ring.planning.layout import _KINDS, Kind, Layout, PackedLayout, work_balance
 from dtensor_ring.planning.runs import Run, cut
 
-layouts = st.sampled_from([Layout("contiguous"), Layout("zigzag"), Layout("stripe"), Layout("stripe", 2), Layout("stripe", 5)])
+layouts = st.sampled_from([*map(Layout, get_args(Kind)), Layout("stripe", 2), Layout("stripe", 5)])
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,11 @@ def test_divisible_lengths_are_cut_as_the_usual_chunks(chunk, world):
 def test_a_stripe_of_single_tokens_puts_token_t_on_rank_t_mod_world(length, world):
     for rank in range(world):
         assert Layout("stripe").tokens(length, world, rank) == list(range(rank, length, world))
+
+
+def test_every_kind_of_layout_is_dealt_and_read_from_its_name():
+    assert get_args(Kind) == tuple(_KINDS)
+    assert tuple(Layout.parse(kind).kind for kind in _KINDS) == get_args(Kind)
 
 
 @given(layouts)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from typing import get_args
 
 import pytest
 from flash_windows import as_flash_attn_2
@@ -9,7 +10,7 @@ from helpers import examples
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from dtensor_ring.planning.layout import Layout
+from dtensor_ring.planning.layout import Kind, Layout
 from dtensor_ring.planning.mask import Band, Tile, coalesce, joined, mask_text, tiles_between
 from dtensor_ring.planning.runs import Run, cut
 
@@ -162,7 +163,7 @@ def test_the_own_shard_of_a_zigzag_is_one_causal_tile():
     assert coalesce([c, a, b]) == [Tile(0, 8, 0, 8, 0)]
 
 
-layouts = st.sampled_from([Layout("contiguous"), Layout("zigzag"), Layout("stripe"), Layout("stripe", 2), Layout("stripe", 4)])
+layouts = st.sampled_from([*map(Layout, get_args(Kind)), Layout("stripe", 2), Layout("stripe", 4)])
 
 
 @given(layouts, st.integers(1, 50), st.integers(1, 4), bound, bound, st.data())

@@ -10,7 +10,8 @@ import torch.distributed.checkpoint as dcp
 from helpers import grid, line
 from torch.distributed.tensor import Replicate, Shard
 
-from dtensor_ring import Contiguous, Stripe, Zigzag, distribute_tensor, from_local, full_tensor, redistribute
+from dtensor_ring import Contiguous, Stripe, Zigzag, distribute_tensor, from_local, full_tensor, placements, redistribute
+from dtensor_ring.placements import SequencePlacement
 
 ALL = [Contiguous(0), Contiguous(1), Zigzag(1), Zigzag(2), Stripe(1), Stripe(1, block=2), Stripe(2, block=2)]
 
@@ -27,6 +28,16 @@ def test_a_placement_is_a_value(placement):
     assert Shard(placement.dim) != placement
     assert placement.moved_to(3).dim == 3
     assert placement.moved_to(3).layout == placement.layout
+
+
+def test_checkpoints_may_hold_every_placement():
+    public = {value for value in vars(placements).values() if isinstance(value, type) and issubclass(value, SequencePlacement)}
+    assert public - {SequencePlacement} == {type(placement) for placement in ALL}
+    for placement in ALL:
+        file = io.BytesIO()
+        torch.save(placement, file)
+        file.seek(0)
+        assert torch.load(file, weights_only=True) == placement
 
 
 def test_short_names():

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dtensor_ring.planning import totals as module
 from dtensor_ring.planning.documents import Documents, Slices
-from dtensor_ring.planning.layout import Layout
+from dtensor_ring.planning.layout import Kind, Layout
 from dtensor_ring.planning.mask import Band
 from dtensor_ring.planning.problem import AttentionProblem
 from dtensor_ring.planning.schedule import plan
 from dtensor_ring.planning.totals import Totals, fetched_by, totals
 
-LAYOUTS = ["contiguous", "zigzag", "stripe", "stripe:2", "stripe:3", "stripe:8", "zigzag/documents"]
+LAYOUTS = [*get_args(Kind), "stripe:2", "stripe:3", "stripe:8", "zigzag/documents"]
 short = st.integers(0, 12)
 sides = st.one_of(st.none(), st.integers(0, 12))
 

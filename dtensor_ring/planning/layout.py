@@ -231,8 +231,7 @@ _KINDS: dict[Kind, _Kind] = {"contiguous": _Kind(_contiguous, 1), "zigzag": _Kin
 _NAMED = {
     str(layout): layout
     for layout in (
-        Layout("contiguous"),
-        Layout("zigzag"),
+        *(Layout(kind) for kind, dealt in _KINDS.items() if dealt.chunks),
         Layout("zigzag", cut="documents"),
         Layout("contiguous", cut="even"),
         Layout("zigzag", cut="even"),
