@@ -12,12 +12,13 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from typing import get_args
 
 from dtensor_ring.planning.costs import LLAMA_8B, AttentionShape
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band, mask_text
-from dtensor_ring.planning.problem import AttentionProblem
+from dtensor_ring.planning.problem import AttentionProblem, StrategyName
 from dtensor_ring.tools.drawing import draw, summary
 from dtensor_ring.tools.explain import shape_of_heads
 from dtensor_ring.tools.facts import facts
@@ -125,7 +126,7 @@ def _add_plan_arguments(plan: argparse.ArgumentParser) -> None:
     masks.add_argument("--window", type=_side, nargs=2, metavar=("L", "R"), help="keys from L back to R ahead; -1 is unbounded")
     plan.add_argument(
         "--strategy",
-        choices=("ring", "gather", "ulysses"),
+        choices=get_args(StrategyName),
         default="ring",
         help="who gets what: keys step by step, all keys at once, or all tokens of some heads (default: ring)",
     )

@@ -111,9 +111,9 @@ TESTS = {
 # (file, the mutated line without indentation, what the line becomes) -> why no test can tell the two apart.
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
-        "planning/schedule.py",
-        "others = [(rank + index) % problem.world] if ring else [(rank + i) % problem.world for i in range(problem.world)]",
-        "others = [(rank + index) % problem.world] if ring else [(rank - i) % problem.world for i in range(problem.world)]",
+        "planning/steps.py",
+        "return [(rank + i) % problem.world for i in range(problem.world)]",
+        "return [(rank - i) % problem.world for i in range(problem.world)]",
     ): "which rank is served first: every pair exchanges the same rows, and sums of gradients keep an order of their own",
     (
         "comm/collectives.py",

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from typing import get_args
 
 import pytest
 from flash_windows import as_flash_attn_2
@@ -10,12 +12,13 @@ from hypothesis import strategies as st
 
 from dtensor_ring.debug import balance
 from dtensor_ring.planning.documents import Documents
-from dtensor_ring.planning.layout import Layout
+from dtensor_ring.planning.layout import Kind, Layout
 from dtensor_ring.planning.mask import Band
 from dtensor_ring.planning.problem import AttentionProblem
 from dtensor_ring.planning.schedule import plan
+from dtensor_ring.planning.steps import make_step, step_count, takers
 
-LAYOUTS = [Layout("contiguous"), Layout("zigzag"), Layout("stripe"), Layout("stripe", 2), Layout("stripe", 3)]
+LAYOUTS = [*map(Layout, get_args(Kind)), Layout("stripe", 2), Layout("stripe", 3)]
 CAUSAL, FULL = Band(0, None), Band()
 
 
@@ -133,6 +136,28 @@ def test_segments_of_a_call_are_disjoint_and_increasing_in_rows_and_keys(problem
             for call in step.calls:
                 for a, b in zip(call.segments, call.segments[1:], strict=False):
                     assert a.row < b.row or (a.q1 <= b.q0 and a.k1 <= b.k0)
+
+
+@examples(300)
+@given(problems())
+def test_no_rank_but_the_takers_has_keys_of_a_rank_in_a_step(problem):
+    if problem.collective:  # one all-gather, nothing is sent to anybody
+        return
+    for index in range(step_count(problem)):
+        peers = [{keys.peer for keys in make_step(problem, other, index).keys} for other in range(problem.world)]
+        for rank in range(problem.world):
+            served = takers(problem, rank, index)
+            assert len(served) == len(set(served))
+            assert {other for other in range(problem.world) if rank in peers[other]} <= set(served)
+
+
+def test_no_plan_is_made_for_a_strategy_that_has_no_steps():
+    problem = AttentionProblem(Layout("zigzag"), CAUSAL, 16, 16, 4, "ulysses")
+    for unplanned in (problem, replace(problem, strategy="unheard of")):
+        with pytest.raises(AssertionError, match=f"no plan is made for strategy {unplanned.strategy!r}"):
+            plan(unplanned, 0)
+    assert plan(problem.planned, 0).cells == 16 * 17 // 2
+    assert replace(problem, strategy="ring").planned == replace(problem, strategy="ring")
 
 
 @examples(300)

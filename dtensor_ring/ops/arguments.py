@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from dtensor_ring.ops.kernels import KernelName
+from dtensor_ring.planning.problem import StrategyName
 
-Strategy = Literal["ring", "gather", "ulysses", "local"]
+Strategy = Literal[StrategyName, "local"]
 
 
 class Order(NamedTuple):

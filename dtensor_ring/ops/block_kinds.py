@@ -7,8 +7,6 @@ any mask but full, with documents      every kind
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from dtensor_ring.ops.kernels import EVERY_KIND, BlockKind
 from dtensor_ring.planning.kernel_calls import KernelCall
 from dtensor_ring.planning.problem import AttentionProblem
@@ -43,8 +41,7 @@ def block_kinds(problem: AttentionProblem) -> frozenset[BlockKind]:
     many plans for each batch, and a kernel that came and went with the bounds of documents would round one batch so and the next
     one otherwise.
     """
-    if problem.strategy == "ulysses":  # each rank attends as one device does
-        problem = replace(problem, world=1, strategy="ring")
+    problem = problem.planned
     if problem.documents is not None:
         # Without a mask every segment is full. With one a document may be cut anywhere, so nothing can be left out.
         unmasked = problem.band.lo is None and problem.band.hi is None

@@ -148,10 +148,8 @@ class AttentionCall:
 
 def _choose_for_alibi(strategy: str, problem: AttentionProblem) -> tuple[str, Literal["aligned", "shifted"]]:
     """The strategy, and whether blocks are "aligned" so that flash kernels measure ALiBi distances rightly, or "shifted"."""
-    if strategy == "ulysses":
-        problem = replace(problem, world=1)  # each rank attends to whole sequences, of some heads
     # "ring" first: it keeps less memory, and "gather" is worth it only where it saves the flash kernel.
     for candidate in ("ring", "gather") if strategy == AUTO else (strategy,):
-        if ends_together(replace(problem, strategy=candidate)):
+        if ends_together(replace(problem, strategy=candidate).planned):
             return candidate, "aligned"
     return ("ring" if strategy == AUTO else strategy), "shifted"

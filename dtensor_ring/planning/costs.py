@@ -12,7 +12,7 @@ for any number of ranks in a moment. Both equal what the executors count while t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from dtensor_ring.planning.document_sharding import balance_of
@@ -168,7 +168,7 @@ def cost_by_heads(problem: AttentionProblem, rank: int, shape: AttentionShape) -
             (to_tokens_k, (sizes.k, sizes.v)),  # dk and dv
         ]
     )
-    inner = plan(one_device(problem), 0)
+    inner = plan(problem.planned, 0)
     work = inner.cells * _rows_a_score_counts_for(problem, shape) * shape.heads // problem.world
     return RankCost(rank, queries[rank], work, inner.calls, forward, backward)
 
@@ -182,7 +182,7 @@ def costs(problem: AttentionProblem, shape: AttentionShape) -> Costs:
     factor = _rows_a_score_counts_for(problem, shape) * shape.heads
     if problem.strategy == "ulysses":
         _check_heads(problem, shape)
-        (scores,), sizes = totals(one_device(problem)).scores, _HeadBytes.of(problem, shape)
+        (scores,), sizes = totals(problem.planned).scores, _HeadBytes.of(problem, shape)
         queries = tuple(problem.q_local(rank) for rank in range(problem.world))
         keys = [problem.k_local(rank) for rank in range(problem.world)]
         # A rank's own tokens leave for W - 1 ranks, and the tokens of all others come back to them.
@@ -194,12 +194,6 @@ def costs(problem: AttentionProblem, shape: AttentionShape) -> Costs:
     counted = totals(problem)
     numbers = shape.kv_numbers * shape.itemsize
     return Costs(counted.tokens, tuple(n * factor for n in counted.scores), tuple(n * numbers for n in counted.sent), counted)
-
-
-def one_device(problem: AttentionProblem) -> AttentionProblem:
-    """The attention that a rank carries out on its heads within strategy "ulysses"."""
-    # Over one rank every layout is position order, which is also the order that the exchange puts tokens into.
-    return replace(problem, world=1, strategy="ring")
 
 
 class _HeadBytes(NamedTuple):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from dtensor_ring.planning.layout import Layout, PackedLayout
 from dtensor_ring.planning.mask import Band
 from dtensor_ring.planning.runs import Bounds, Piece, Run, document_at
 from dtensor_ring.planning.segmentation import WHOLE, Segmentation
+
+StrategyName = Literal["ring", "gather", "ulysses"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,12 @@ class AttentionProblem:
         lengths = f"{self.q_length}" if self.q_length == self.k_length else f"{self.q_length} queries and {self.k_length} keys"
         documents = "" if self.documents is None else f", {self.documents.described}"
         return f"{self.strategy}, {self.layout}, {self.band}, {lengths} tokens over {self.world} ranks{documents}"
+
+    @property
+    def planned(self) -> AttentionProblem:
+        """The attention that plans are made for: this one, or where heads are shared out, that of one device on each rank."""
+        # Over one rank every layout is position order, which is also the order that the exchange of heads puts tokens into.
+        return replace(self, world=1, strategy="ring") if self.strategy == "ulysses" else self
 
     @property
     def segmentation(self) -> Segmentation:

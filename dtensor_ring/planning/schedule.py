@@ -22,7 +22,7 @@ from typing import NamedTuple
 from dtensor_ring.cache import cached
 from dtensor_ring.planning.kernel_calls import Segment, Step, TokenRange, deepest, unions
 from dtensor_ring.planning.problem import AttentionProblem
-from dtensor_ring.planning.steps import make_step, step_count
+from dtensor_ring.planning.steps import make_step, step_count, takers
 
 
 class KeySend(NamedTuple):
@@ -212,10 +212,7 @@ def _sends(book: _Book, rank: int, index: int) -> Iterable[KeySend]:
     if problem.collective:
         return
     # No rank asks another what it needs: the other's plan is a pure function too, and is read here. So nothing waits for a request.
-    ring = step_count(problem) > 1
-    # In a ring only one rank has this rank's keys in a step, so that no other rank's step need be worked out for it.
-    others = [(rank + index) % problem.world] if ring else [(rank + i) % problem.world for i in range(problem.world)]
-    for other in others:
+    for other in takers(problem, rank, index):
         if other == rank:
             continue
         step = book.need(other, index)

@@ -31,6 +31,8 @@ def make_step(problem: AttentionProblem, rank: int, index: int) -> Step:
         # distance from their owners, and no rank sends to two others at once.
         owner = (rank - index) % problem.world
         return _step_on(problem, rank, [TokenRange.of_owner(owner, 0, problem.k_local(owner))], problem.k_runs(owner))
+    # Under a name that is unknown here ranks would exchange all keys, and whatever counts by plans would count that.
+    assert problem.strategy == "gather", f"no plan is made for strategy {problem.strategy!r}: see AttentionProblem.planned"
     shards = [(r, problem.k_runs(r)) for r in range(problem.world)]
     # A stripe's queries lie a stride apart, and have one band with keys of the same stride only: its keys stay shard by shard.
     if not problem.in_order:
@@ -39,6 +41,14 @@ def make_step(problem: AttentionProblem, rank: int, index: int) -> Step:
     # In position order neighbours of two ranks are one run, so that all keys under a causal mask are one kernel call.
     ordered = sorted((run.start, run.count, keys) for r, runs in shards for run, keys in _stored(r, runs))
     return _step_on(problem, rank, [keys for _, _, keys in ordered], whole_sequence(problem.k_length))
+
+
+def takers(problem: AttentionProblem, rank: int, index: int) -> list[int]:
+    """The ranks whose step `index` may have keys of `rank`, in the order in which they are served; `rank` may be among them."""
+    if step_count(problem) > 1:
+        # In a ring only one rank has a rank's keys in a step, so that no other rank's step need be worked out for it.
+        return [(rank + index) % problem.world]
+    return [(rank + i) % problem.world for i in range(problem.world)]
 
 
 def _stored(rank: int, runs: Sequence[Run]) -> Iterable[tuple[Run, TokenRange]]:

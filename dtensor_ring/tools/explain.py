@@ -18,13 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol, get_args
 
 from dtensor_ring.planning.costs import AttentionShape, Costs, RankCost, cost_of, costs
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band, mask_text
-from dtensor_ring.planning.problem import AttentionProblem
+from dtensor_ring.planning.problem import AttentionProblem, StrategyName
 from dtensor_ring.tools.drawing import draw, summary
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def explain(
     *,
     is_causal: bool = True,
     window: tuple[int, int] = (-1, -1),
-    strategy: Literal["ring", "gather", "ulysses"] = "ring",
+    strategy: StrategyName = "ring",
     heads: int = 32,
     kv_heads: int = 8,
     head_dim: int = 128,
@@ -137,8 +137,8 @@ def explain(
     layout = _layout_of(placement)
     if world < 1 or length < 0:
         raise ValueError(f"need a length of 0 tokens or more and at least one rank, found length={length} and world={world}")
-    if strategy not in ("ring", "gather", "ulysses"):
-        raise ValueError(f"unknown strategy {strategy!r}: use 'ring', 'gather' or 'ulysses'")
+    if strategy not in get_args(StrategyName):
+        raise ValueError(f"unknown strategy {strategy!r}: use one of {', '.join(map(repr, get_args(StrategyName)))}")
     packed = None if documents is None else Documents.of(documents, length)
     # `ring_attention` would refuse it too, but by the time it is called the batch is cut.
     if layout.cut and (packed is None or packed.rows != 1):

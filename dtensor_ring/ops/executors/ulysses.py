@@ -24,7 +24,7 @@ from dtensor_ring.ops.executors.exchange import Activity
 from dtensor_ring.ops.executors.plan_executor import Executor
 from dtensor_ring.ops.executors.protocol import AttentionExecutor, shape_of
 from dtensor_ring.ops.kernels import Kernel, SoftmaxParams
-from dtensor_ring.planning.costs import RankCost, cost_by_heads, one_device
+from dtensor_ring.planning.costs import RankCost, cost_by_heads
 from dtensor_ring.planning.head_sharing import copies_of_key_heads
 from dtensor_ring.planning.problem import AttentionProblem
 from dtensor_ring.planning.schedule import plan
@@ -113,7 +113,7 @@ class UlyssesExecutor(AttentionExecutor):
         sinks = None if self.sinks is None else self.sinks[mine]
         alibi = None if self.alibi is None else self.alibi[..., mine].contiguous()
         # All tokens are here in the order of positions, so the layout plays no part any more and no transport is needed.
-        inner = plan(one_device(self.problem), 0)
+        inner = plan(self.problem.planned, 0)
         return Executor(inner, AloneTransport(), self.kernel, self.softmax, sinks, alibi, (row, head + mine.start))
 
     def _to_heads(self, x_BSHD: Tensor, length: int | None = None) -> Tensor:
