@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 from typing import get_args, get_overloads
@@ -15,6 +17,7 @@ import torch
 
 import dtensor_ring
 from dtensor_ring import from_local, ring_attention, ring_plan
+from dtensor_ring.comm import TRANSPORTS, TransportName
 from dtensor_ring.debug import kernel_table
 from dtensor_ring.ops.arguments import Strategy, choose_strategy
 from dtensor_ring.ops.kernels import KERNELS, KernelName, KernelRequirements
@@ -123,6 +126,15 @@ def test_what_needs_transformers_says_how_to_install_it(without_transformers, ca
     assert text.endswith("pip install 'dtensor-ring[transformers]'")
 
 
+def test_an_extra_that_an_error_names_is_one_of_the_package():
+    root = Path(dtensor_ring.__file__).parents[1]
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    texts = [path.read_text() for path in root.glob("dtensor_ring/**/*.py")]
+    named = [extra for text in texts for extra in re.findall(r'MissingExtraError\.of\("(\w+)"', text)]
+    assert named
+    assert set(named) <= set(extras)
+
+
 def test_a_star_import_without_transformers_has_every_name(without_transformers):
     assert without_transformers["lacking"] == []
 
@@ -157,6 +169,7 @@ def test_overloads_of_ring_attention_have_its_arguments_and_defaults():
 
 def test_literal_types_name_what_the_code_accepts():
     assert get_args(KernelName) == tuple(KERNELS)
+    assert get_args(TransportName) == tuple(TRANSPORTS)
     for strategy in get_args(Strategy):
         assert choose_strategy(strategy) == strategy
     with pytest.raises(ValueError, match=", ".join(repr(strategy) for strategy in get_args(Strategy))):

@@ -24,7 +24,8 @@ from dtensor_ring.ops.kernels.math import MathKernel
 from dtensor_ring.ops.reference import reference_attention
 from dtensor_ring.planning.documents import Documents
 
-CPU_KERNELS = ["math", "torch_cpu"]
+NEED = KernelRequirements("cpu", torch.float32, 64, 64)
+CPU_KERNELS = sorted(name for name, kernel in KERNELS.items() if kernel.unavailable(NEED) is None)
 SOFTMAX = SoftmaxParams(8**-0.5)
 WINDOWS = [(-1, -1), (-1, 0), (5, 0), (4, 3), (-1, 2), (3, -1)]
 
@@ -248,9 +249,6 @@ def test_each_packed_segment_gets_the_positions_and_slopes_of_its_own_rows():
         assert torch.equal(part.k_positions, k_positions[k0 - row * keys : k1 - row * keys])
         assert torch.equal(part.alibi, slopes[row : row + 1])
         assert (part.batch, part.origin, part.seed) == (row, (3, 1), 7)
-
-
-NEED = KernelRequirements("cpu", torch.float32, 64, 64)
 
 
 def test_the_first_kernel_that_does_not_refuse_is_chosen():
