@@ -16,10 +16,20 @@ from helpers import grid, line
 from models import make_batch, make_model
 from pool import Pool
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
-from dtensor_ring import Contiguous, Zigzag, distribute_tensor, from_local, full_tensor, ring_attention, ring_plan, shard_batch
+from dtensor_ring import (
+    Contiguous,
+    Documents,
+    Zigzag,
+    distribute_tensor,
+    from_local,
+    full_tensor,
+    ring_attention,
+    ring_plan,
+    shard_batch,
+)
 from dtensor_ring.comm import ProcessGroupTransport, SilentRankError, transport_along, transport_of
 from dtensor_ring.comm.rank_checks import meet
 from dtensor_ring.debug import traffic
@@ -332,3 +342,25 @@ def unnamed_group():
     group = dist.new_group([0, 1])
     assert transport_of(group).axis == f"process group {group.group_name!r}"
     assert transport_along(DeviceMesh.from_group(group, "cpu")).axis == "mesh axis 0"
+
+
+def ranks_made_anew() -> None:
+    """Process groups end and are made again with ranks swapped, while somebody still has the mesh of before."""
+    rank, x = dist.get_rank(), torch.randn(2, 8, 2, 4, generator=torch.Generator().manual_seed(0))
+    documents = Documents(((0, 3, 8), (0, 5, 8)))
+    wanted, meshes = ring_attention(x, x, x, documents=documents, strategy="local"), []
+    for number, mine in enumerate((rank, 1 - rank)):
+        store = dist.TCPStore("127.0.0.1", 29651 + number, 2, mine == 0, datetime.timedelta(seconds=20))
+        dist.destroy_process_group()
+        dist.init_process_group("gloo", store=store, rank=mine, world_size=2, timeout=datetime.timedelta(seconds=20))
+        meshes.append(grid())
+        placed = [distribute_tensor(x, meshes[-1], [Shard(0), Zigzag(1)], src_data_rank=None) for _ in range(3)]
+        torch.testing.assert_close(full_tensor(ring_attention(*placed, documents=documents)), wanted)
+
+
+def test_a_rank_that_is_another_after_groups_are_made_again_attends_to_its_own_part():
+    pool = Pool(2)
+    try:
+        pool.run(ranks_made_anew, timeout=60)
+    finally:
+        pool.close()

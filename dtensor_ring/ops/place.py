@@ -113,8 +113,9 @@ def _remembered(q: DTensor, k: DTensor, v: DTensor, order: Order) -> _Spread:
     # each time.
     if k.device_mesh is not mesh or v.device_mesh is not mesh:
         return _spread(q, k, v, order)
-    known = _SPREADS.of(mesh)
-    key = q.placements, k.placements, v.placements, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, order
+    known, mine = _SPREADS.of(mesh), mesh.get_coordinate() or ()
+    # Equal meshes share what is known, also one that was made for another rank, before process groups were made again.
+    key = q.placements, k.placements, v.placements, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, order, *mine
     entry = known.find(key)
     if entry is not None:
         return entry[0]  # pyrefly: ignore[bad-return]  # nothing else is kept there
