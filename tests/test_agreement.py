@@ -13,6 +13,7 @@ import torch.distributed as dist
 from helpers import grid
 from pool import Pool
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard
 
 from dtensor_ring import Documents, Zigzag, distribute_tensor, full_tensor, ring_attention
 from dtensor_ring.comm import AloneTransport, rank_checks, transport_of
@@ -188,3 +189,25 @@ def parted_documents():
 
 def test_ranks_that_part_in_documents_or_drop_in_calls_are_found_too(pools):
     pools.run(2, parted_documents, timeout=60)
+
+
+def ranks_made_anew() -> None:
+    """Process groups end and are made again with ranks swapped, while somebody still has the mesh of before."""
+    rank, x = dist.get_rank(), torch.randn(2, 8, 2, 4, generator=torch.Generator().manual_seed(0))
+    documents = Documents(((0, 3, 8), (0, 5, 8)))
+    wanted, meshes = ring_attention(x, x, x, documents=documents, strategy="local"), []
+    for number, mine in enumerate((rank, 1 - rank)):
+        store = dist.TCPStore("127.0.0.1", 29651 + number, 2, mine == 0, datetime.timedelta(seconds=20))
+        dist.destroy_process_group()
+        dist.init_process_group("gloo", store=store, rank=mine, world_size=2, timeout=datetime.timedelta(seconds=20))
+        meshes.append(grid())
+        placed = [distribute_tensor(x, meshes[-1], [Shard(0), Zigzag(1)], src_data_rank=None) for _ in range(3)]
+        torch.testing.assert_close(full_tensor(ring_attention(*placed, documents=documents)), wanted)
+
+
+def test_a_rank_that_is_another_after_groups_are_made_again_attends_to_its_own_part():
+    pool = Pool(2)
+    try:
+        pool.run(ranks_made_anew, timeout=60)
+    finally:
+        pool.close()

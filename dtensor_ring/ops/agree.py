@@ -47,7 +47,7 @@ class Facts:
     """What must be the same on all ranks, documents aside.
 
     Attributes:
-        name: the call, for errors.
+        name: the function. Not the axis: what a rank calls its group in errors may be another name than on other ranks.
         layout: how tokens are spread over the ranks.
         shapes: global shapes (B, S, H, D) of q, k and v, one after the other.
         held: how many tokens of q and of k this rank holds.
@@ -93,25 +93,26 @@ def _compare(transport: Transport, facts: Facts, documents: str) -> None:
     name, layout, shapes, words = facts.name, facts.layout, facts.shapes, (*facts.words, documents)
     # What can be explained in numbers (shapes, tokens) travels as it is; all else as one number, since a record has few places.
     number = number_of("|".join((str(layout), *words)))
+    where = f"{name} over {transport.axis}"
     every = meet(transport, name, [*shapes, *facts.held, number])
     mine = every[transport.rank]
     # All ranks read the same table, so where one of them is wrong every one of them raises.
     for rank, (*its_shapes, q_tokens, k_tokens, its_number) in enumerate(every):
         if its_shapes != mine[:-3]:
             raise ValueError(
-                f"{name}: rank {transport.rank} has q, k, v of global shapes {_three(mine)}, rank {rank} has {_three(its_shapes)}: "
-                "every rank must hold its share of the same tensors"
+                f"{where}: rank {transport.rank} has q, k, v of global shapes {_three(mine)}, rank {rank} has {_three(its_shapes)}"
+                ": every rank must hold its share of the same tensors"
             )
         if its_number != number:
             raise ValueError(
-                f"{name}: rank {rank} calls with another layout, dtype, mask, strategy, kernel, number or documents than rank "
+                f"{where}: rank {rank} calls with another layout, dtype, mask, strategy, kernel, number or documents than rank "
                 f"{transport.rank}, which has {layout}, {', '.join(words)}: every rank must make the same call"
             )
         for tensor, length, held in (("q", shapes[1], q_tokens), ("k", shapes[5], k_tokens)):
             needed = layout.local_length(length, transport.world, rank)
             if held != needed:
                 raise ValueError(
-                    f"{name}: rank {rank} holds {held} tokens of {tensor}, but {layout} of length {length} gives it "
+                    f"{where}: rank {rank} holds {held} tokens of {tensor}, but {layout} of length {length} gives it "
                     f"{needed}: make DTensors with dtensor_ring.from_local(..., length=), not DTensor.from_local"
                 )
 

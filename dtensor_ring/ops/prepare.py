@@ -124,7 +124,7 @@ def _remembered(
     # what a kernel refuses depends on a setting of PyTorch's too
     settings = training, torch.are_deterministic_algorithms_enabled(), name
     # The group is left out, and its transport with it: what is checked does not depend on them, and a cache must not keep a group
-    # alive. Its name in errors is in the key, since the facts repeat it.
+    # alive. What errors call it is in the key, since it tells a rank alone, which may say strategy="local", from a group of one.
     key = asked, kinds, *place[1:7], q.shape, k.shape, v.shape, q.dtype, q.device.type, bounds, *beside, *settings
     try:
         entry = _CALLS.find(key)
@@ -156,7 +156,7 @@ def _check(
         f"{'no ' if inputs.sinks is None else ''}sinks, {'no ' if inputs.alibi is None else ''}ALiBi",
     )
     shapes = *place.q_shape, *place.k_shape, *place.v_shape
-    return _Checked(str(call), Facts(f"{name} over {place.axis}", place.layout, shapes, (q.shape[1], k.shape[1]), words))
+    return _Checked(str(call), Facts(name, place.layout, shapes, (q.shape[1], k.shape[1]), words))
 
 
 def _call(asked: Arguments, layout: Layout, head_dim: int, training: bool) -> AttentionCall:

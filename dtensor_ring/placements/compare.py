@@ -37,11 +37,11 @@ def check_documents(transports: Sequence[Transport], documents: Documents) -> No
 def check_shares(local: Tensor, mesh: DeviceMesh, axis: int, placement: SequencePlacement, length: int) -> None:
     """Raises ValueError on every rank unless each passes the share that its layout gives it, of one tensor."""
     transport = transport_along(mesh, axis)
-    call = f"from_local over {transport.axis}"
+    call = f"from_local over {transport.axis}"  # for errors: what ranks compare has no axis, since they may have named it otherwise
     # Sizes of the other dims must agree, since keys of one rank are received in buffers shaped like another's.
     others = [size for dim, size in enumerate(local.shape) if dim != placement.dim][:8]  # as many as a record has room for
     mine = [local.ndim, length, local.shape[placement.dim], _dtype_number(local.dtype), *others]
-    every = meet(transport, call, (mine + [-1] * 12)[:12])
+    every = meet(transport, "from_local", (mine + [-1] * 12)[:12])
     for rank, (ndim, its_length, tokens, dtype, *its_others) in enumerate(every):
         agree = (ndim, its_length, dtype, its_others[: len(others)]) == (local.ndim, length, _dtype_number(local.dtype), others)
         if not agree:
