@@ -21,7 +21,6 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from dtensor_ring import (
     Contiguous,
-    Documents,
     Zigzag,
     distribute_tensor,
     from_local,
@@ -34,6 +33,7 @@ from dtensor_ring.comm import ProcessGroupTransport, SilentRankError, transport_
 from dtensor_ring.comm.rank_checks import meet
 from dtensor_ring.debug import traffic
 from dtensor_ring.functional import ring_flash_attn_func, zigzag_ring_flash_attn_func, zigzag_ring_flash_attn_qkvpacked_func
+from dtensor_ring.ops import sdpa
 
 SECONDS = 4
 
@@ -344,23 +344,36 @@ def unnamed_group():
     assert transport_along(DeviceMesh.from_group(group, "cpu")).axis == "mesh axis 0"
 
 
-def ranks_made_anew() -> None:
-    """Process groups end and are made again with ranks swapped, while somebody still has the mesh of before."""
-    rank, x = dist.get_rank(), torch.randn(2, 8, 2, 4, generator=torch.Generator().manual_seed(0))
-    documents = Documents(((0, 3, 8), (0, 5, 8)))
-    wanted, meshes = ring_attention(x, x, x, documents=documents, strategy="local"), []
-    for number, mine in enumerate((rank, 1 - rank)):
-        store = dist.TCPStore("127.0.0.1", 29651 + number, 2, mine == 0, datetime.timedelta(seconds=20))
-        dist.destroy_process_group()
-        dist.init_process_group("gloo", store=store, rank=mine, world_size=2, timeout=datetime.timedelta(seconds=20))
-        meshes.append(grid())
-        placed = [distribute_tensor(x, meshes[-1], [Shard(0), Zigzag(1)], src_data_rank=None) for _ in range(3)]
-        torch.testing.assert_close(full_tensor(ring_attention(*placed, documents=documents)), wanted)
+def stock_attention_beside_heads():
+    """One rank refuses PyTorch's attention on (B, H, S, D) where another axis splits heads, in the dim that is ours for tokens."""
+    mesh, wrong = grid("tp", "cp", rows=1), dist.get_rank() == 1
+    x = distribute_tensor(torch.randn(1, 2, 10, 8), mesh, [Shard(1), Zigzag(2)], src_data_rank=None)
+    with pytest.raises(ValueError, match=r"a finite number" if wrong else r"rank 1 of mesh axis 'cp' refuses this call"):
+        F.scaled_dot_product_attention(x, x, x, is_causal=True, scale=float("nan") if wrong else None)
+    failures = []
+    with pytest.MonkeyPatch.context() as patch:  # what a kernel raises is raised, and no meeting is offered
+        patch.setattr(ProcessGroupTransport, "offer_values", lambda *_: failures.append(1))
+        patch.setattr(sdpa, "attention", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            F.scaled_dot_product_attention(x, x, x, is_causal=True)
+    assert not failures
+    F.scaled_dot_product_attention(x, x, x, is_causal=True)
 
 
-def test_a_rank_that_is_another_after_groups_are_made_again_attends_to_its_own_part():
-    pool = Pool(2)
-    try:
-        pool.run(ranks_made_anew, timeout=60)
-    finally:
-        pool.close()
+def test_a_refusal_of_stock_attention_goes_to_the_ranks_that_share_the_sequence(pools):
+    pools.run(2, stock_attention_beside_heads, timeout=60)
+
+
+def names_of_a_group():
+    """One rank alone makes a DTensor over a group, which sends nothing, after all have called a function over it."""
+    group = dist.new_group(timeout=datetime.timedelta(seconds=20))
+    mesh, share = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("cp",)), torch.ones(1, 4, 2, 8)
+    for _ in range(2):
+        ring_flash_attn_func(share, share, share, group=group)
+        if dist.get_rank() == 0:
+            distribute_tensor(torch.ones(1, 8), mesh, [Zigzag(1)], src_data_rank=None)
+    ring_flash_attn_func(share, share, share, group=group, softmax_scale=2.0)  # a call that is new to all, who meet
+
+
+def test_what_a_rank_calls_its_group_in_errors_is_not_compared(pools):
+    pools.run(2, names_of_a_group, timeout=60)

@@ -15,14 +15,15 @@ from torch.distributed.tensor import DTensor, Shard
 from dtensor_ring._torch import is_tracing
 from dtensor_ring.comm import Transport, transport_along, transport_of
 from dtensor_ring.comm.rank_checks import is_agreed, meet, number_of, refused_together, remember
+from dtensor_ring.ops.arguments import BSHD, Order
 from dtensor_ring.placements import SequencePlacement
 from dtensor_ring.planning.layout import Layout
 
 
-def refused_by_all(*tensors: Tensor) -> AbstractContextManager[None]:
-    """A block whose refusals on one rank are raised on all ranks that share the sequence of `tensors`."""
+def refused_by_all(*tensors: Tensor, order: Order = BSHD) -> AbstractContextManager[None]:
+    """A block whose refusals on one rank are raised on all ranks that share the sequence of `tensors`, of dims in `order`."""
     # A compiler traces one rank by itself: other ranks may be anywhere, and a meeting must not become part of the graph.
-    return nullcontext() if torch.compiler.is_compiling() else refused_together(partial(_meeting_places, tensors))
+    return nullcontext() if torch.compiler.is_compiling() else refused_together(partial(_meeting_places, tensors, order))
 
 
 def refused_in_group(group: dist.ProcessGroup) -> AbstractContextManager[None]:
@@ -32,12 +33,12 @@ def refused_in_group(group: dist.ProcessGroup) -> AbstractContextManager[None]:
     return refused_together(lambda: [] if is_tracing() else [transport_of(group)])
 
 
-def _meeting_places(tensors: Sequence[Tensor]) -> list[Transport]:
-    """The mesh axis that holds the sequence of the first DTensor, in dim 1 for `Shard`; tensors may not fit together."""
+def _meeting_places(tensors: Sequence[Tensor], order: Order) -> list[Transport]:
+    """The mesh axis that holds the sequence of the first DTensor that says so; tensors may not fit together."""
     for tensor in () if is_tracing() else tensors:
         if isinstance(tensor, DTensor):
             for axis, placement in enumerate(tensor.placements):
-                if isinstance(placement, SequencePlacement) or placement == Shard(1):
+                if isinstance(placement, SequencePlacement) or placement == Shard(order.sequence):
                     return [transport_along(tensor.device_mesh, axis)]
     return []
 

@@ -51,8 +51,10 @@ def flash_cpu(
     scale: float | None = None,
 ) -> tuple[DTensor, DTensor]:
     """`aten::_scaled_dot_product_flash_attention_for_cpu`: out and lse."""
-    _refuse_extras(attn_mask, dropout_p)
-    return _forward(q, k, v, _Asked(0.0, is_causal, scale))[:2]
+    with _refused_by_all(q, k, v):
+        _refuse_extras(attn_mask, dropout_p)
+        qkv, prepared = _prepared_forward(q, k, v, _Asked(0.0, is_causal, scale))
+    return _forward(qkv, prepared)[:2]
 
 
 def flash_cpu_backward(
@@ -69,8 +71,10 @@ def flash_cpu_backward(
     scale: float | None = None,
 ) -> tuple[DTensor, DTensor, DTensor]:
     """Its backward op: dq, dk, dv."""
-    _refuse_extras(attn_mask, dropout_p)
-    return _backward((q, k, v), dout, out, lse, torch.empty(0, dtype=torch.int64), _Asked(0.0, is_causal, scale))
+    with _refused_by_all(q, k, v):
+        _refuse_extras(attn_mask, dropout_p)
+        prepared = _prepared(q, k, v, _Asked(0.0, is_causal, scale))
+    return _backward((q, k, v), dout, out, lse, torch.empty(0, dtype=torch.int64), prepared)
 
 
 def flash_cuda(
@@ -84,9 +88,11 @@ def flash_cuda(
     scale: float | None = None,
 ) -> tuple[DTensor, DTensor, None, None, int, int, Tensor, Tensor, Tensor]:
     """`aten::_scaled_dot_product_flash_attention`: out, lse, and the seed of dropout in the place of the generator's state."""
-    if return_debug_mask:
-        raise NotImplementedError(f"{_NAME}: return_debug_mask is not supported over a sequence axis")
-    out, lse, seed = _forward(q, k, v, _Asked(dropout_p, is_causal, scale))
+    with _refused_by_all(q, k, v):
+        if return_debug_mask:
+            raise NotImplementedError(f"{_NAME}: return_debug_mask is not supported over a sequence axis")
+        qkv, prepared = _prepared_forward(q, k, v, _Asked(dropout_p, is_causal, scale))
+    out, lse, seed = _forward(qkv, prepared)
     # PyTorch takes the lengths for those of the longest sequences; what follows is only ever handed to the backward below.
     return out, lse, None, None, q.shape[2], k.shape[2], seed, seed.new_empty(0), local_of(out).new_empty(0)
 
@@ -110,16 +116,25 @@ def flash_cuda_backward(
     scale: float | None = None,
 ) -> tuple[DTensor, DTensor, DTensor]:
     """Its backward op: dq, dk, dv. The forward op makes no bounds, and the lengths are those of q and k."""
-    return _backward((q, k, v), dout, out, lse, seed, _Asked(dropout_p, is_causal, scale))
+    with _refused_by_all(q, k, v):
+        prepared = _prepared(q, k, v, _Asked(dropout_p, is_causal, scale))
+    return _backward((q, k, v), dout, out, lse, seed, prepared)
 
 
 def refuse(backend: str, q: Tensor, *rest: Any, **options: Any) -> NoReturn:  # noqa: ANN401
     """The op of a backend that cannot run over a sequence axis."""
-    raise NotImplementedError(
-        f"{_NAME}: PyTorch chose its {backend} backend for q of {q.dtype}, head dim {q.shape[-1]}, but over a sequence axis only "
-        "flash attention runs. Use `with sdpa_kernel(SDPBackend.FLASH_ATTENTION)`, which takes float16 or bfloat16 on GPUs and no "
-        "attn_mask, or call dtensor_ring.ring_attention on (B, S, H, D), which takes any dtype, documents= and window="
-    )
+    with _refused_by_all(q, *rest):
+        raise NotImplementedError(
+            f"{_NAME}: PyTorch chose its {backend} backend for q of {q.dtype}, head dim {q.shape[-1]}, but over a sequence axis "
+            "only flash attention runs. Use `with sdpa_kernel(SDPBackend.FLASH_ATTENTION)`, which takes float16 or bfloat16 on "
+            "GPUs and no attn_mask, or call dtensor_ring.ring_attention on (B, S, H, D), which takes any dtype, documents= and "
+            "window="
+        )
+
+
+# What is wrong is raised on all ranks before any computes. Not what goes wrong in a kernel: its rank would come to a meeting while
+# the others wait for keys.
+_refused_by_all = partial(refused_by_all, order=BHSD)
 
 
 def _refuse_extras(attn_mask: Tensor | None, dropout_p: float) -> None:
@@ -139,8 +154,11 @@ class _Asked(NamedTuple):
     scale: float | None
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, asked: _Asked) -> tuple[DTensor, DTensor, Tensor]:
-    """Out and lse as DTensors, and the seed of dropout."""
+_QKV = tuple[DTensor, DTensor, DTensor]
+
+
+def _prepared_forward(q: Tensor, k: Tensor, v: Tensor, asked: _Asked) -> tuple[_QKV, Prepared]:
+    """q, k and v as they are, checked, and the operator's arguments."""
     if not (isinstance(q, DTensor) and isinstance(k, DTensor) and isinstance(v, DTensor)):
         plain = ", ".join(name for name, x in (("q", q), ("k", k), ("v", v)) if not isinstance(x, DTensor))
         raise TypeError(f"{_NAME}: q, k and v must all be DTensors, plain: {plain}. See dtensor_ring.from_local")
@@ -149,21 +167,26 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, asked: _Asked) -> tuple[DTensor, D
             f"{_NAME}: is_causal with {q.shape[2]} queries and {k.shape[2]} keys is not supported over a sequence axis, as PyTorch "
             "counts queries from the first key: dtensor_ring.ring_attention counts them so that the last query sees the last key"
         )
+    return (q, k, v), _prepared(q, k, v, asked)
+
+
+def _forward(qkv: _QKV, prepared: Prepared) -> tuple[DTensor, DTensor, Tensor]:
+    """Out and lse as DTensors, and the seed of dropout."""
+    q, _, v = qkv
     # PyTorch's order of dims is ours with two swapped, and kernels take any strides but the last: a view does, nothing is copied.
-    prepared = _prepared(q, k, v, asked)
-    out, lse, seed = attention(*_bshd(q, k, v), *prepared)
+    out, lse, seed = attention(*_bshd(*qkv), *prepared)
     wrapped = wrap(out.transpose(1, 2), q.device_mesh, q.placements, (*q.shape[:3], v.shape[3]))
     return wrapped, wrap(lse, q.device_mesh, q.placements, q.shape[:3]), seed
 
 
 def _backward(
-    qkv: tuple[DTensor, DTensor, DTensor], dout: DTensor, out: DTensor, lse: DTensor, seed: Tensor, asked: _Asked
+    qkv: _QKV, dout: DTensor, out: DTensor, lse: DTensor, seed: Tensor, prepared: Prepared
 ) -> tuple[DTensor, DTensor, DTensor]:
     """dq, dk, dv, placed as q, k and v."""
     # Autograd hands over whatever the loss made of out, and the ring reads gradients as it reads queries.
     if dout.placements != out.placements:
         dout = redistribute(dout, out.placements)
-    sinks, alibi, *rest = _prepared(*qkv, asked)
+    sinks, alibi, *rest = prepared
     # The lse is (B, H, S) in either order of dims.
     grads = attention_backward(*_bshd(dout, *qkv), sinks, alibi, *_bshd(out), local_of(lse), seed, *rest)
     dq, dk, dv = (wrap(grad.transpose(1, 2), x.device_mesh, x.placements, x.shape) for grad, x in zip(grads[:3], qkv, strict=True))
@@ -200,8 +223,7 @@ def _register(op: OpOverload, act: Callable[..., object]) -> None:
         # placements is enough to make PyTorch's own rule wrong.
         if not any(holds_sequence(x.placements) for x in tensors):
             return NotImplemented
-        with refused_by_all(*tensors):
-            return act(*args, **kwargs)
+        return act(*args, **kwargs)
 
     torch.library.register_torch_dispatch(op, DTensor, rule)
 
