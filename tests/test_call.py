@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,10 +26,12 @@ from dtensor_ring import (
     full_tensor,
     ring_attention,
 )
+from dtensor_ring.ops import operator as operator_module
 from dtensor_ring.ops import prepare as prepare_module
 from dtensor_ring.ops.arguments import Arguments
 from dtensor_ring.ops.call import AttentionCall
 from dtensor_ring.ops.kernels import KERNELS
+from dtensor_ring.ops.kernels.math import MathKernel
 from dtensor_ring.ops.place import place_alone
 from dtensor_ring.ops.prepare import Inputs, prepare
 from dtensor_ring.planning.layout import Layout
@@ -186,3 +189,64 @@ def graphs_of_calls(change: str) -> int:
 @pytest.mark.parametrize(("change", "most"), [("masks", 4), ("numbers", 4), ("documents", 2)])
 def test_compiled_calls_make_a_bounded_number_of_graphs(pools, change, most):
     assert max(pools.run(2, graphs_of_calls, change, timeout=250)) <= most
+
+
+class Promising(MathKernel):
+    """Keeps its promise of equal gradients only under a setting of PyTorch, as torch_flash does; its dropout masks are its own."""
+
+    name = "promising"
+
+    def lacks(self, need):
+        lacks = need.deterministic and need.training and not torch.are_deterministic_algorithms_enabled()
+        return "the setting is off" if lacks else None
+
+    def forward_dense(self, q, k, v, block):
+        return super().forward_dense(q, k, v, with_other_seed(block))
+
+    def backward_dense(self, saved, dout, block):
+        return super().backward_dense(saved, dout, with_other_seed(block))
+
+
+def with_other_seed(block):
+    return block._replace(positions=replace(block.positions, seed=block.positions.seed + 1))
+
+
+@pytest.fixture
+def promising():
+    """The kernel is the first choice inside; what was chosen is forgotten before and after."""
+    stock, kernel = dict(KERNELS), Promising()
+
+    def forget():
+        prepare_module._CALLS.clear()
+        operator_module._resolved.cache_clear()
+
+    KERNELS.clear()
+    KERNELS.update({kernel.name: kernel, **stock})
+    forget()
+    yield kernel.name
+    KERNELS.clear()
+    KERNELS.update(stock)
+    forget()
+    torch.use_deterministic_algorithms(False)
+
+
+def gradients_under(forward: bool, backward: bool, compiled: bool):
+    """Gradients of a call with dropout whose passes see different settings."""
+    x = torch.randn(1, 8, 2, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    attend = torch.compile(ring_attention, backend="aot_eager", fullgraph=True) if compiled else ring_attention
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(forward)
+    out = attend(x, x, x, deterministic=True, dropout_p=0.4)
+    torch.use_deterministic_algorithms(backward)
+    return torch.autograd.grad(out.sum(), x)[0]
+
+
+def test_backward_runs_the_kernel_of_forward_or_says_why_it_cannot(promising):
+    torch._dynamo.reset()
+    first, other = (gradients_under(setting, setting, compiled=False) for setting in (True, False))
+    assert not torch.equal(first, other), "the two kernels draw other masks"
+    assert torch.equal(gradients_under(False, True, compiled=False), other)
+    with pytest.raises(NotImplementedError, match=f"kernel '{promising}' refuses this attention.*the setting is off"):
+        gradients_under(True, False, compiled=False)
+    for setting, wanted in ((True, first), (False, other)):  # PyTorch itself refuses settings that change in compiled code
+        torch.testing.assert_close(gradients_under(setting, setting, compiled=True), wanted, rtol=0, atol=1e-6)

@@ -83,10 +83,8 @@ class Arguments(NamedTuple):
 
 
 # What cannot change once a call is remembered by it.
-_PLAIN = (float, int, bool, type(None))
+_PLAIN = frozenset((float, int, bool, type(None)))
 _NUMBERS: dict[str, type] = {"is_causal": bool, "scale": float, "softcap": float, "dropout_p": float, "deterministic": bool}
-
-_PLACES = tuple(Arguments._fields.index(name) for name in _NUMBERS)
 
 
 def plain_numbers(asked: Arguments) -> Arguments:
@@ -98,8 +96,9 @@ def plain_numbers(asked: Arguments) -> Arguments:
         NotImplementedError: a tensor that requires a gradient, which it would not get.
         TypeError, ValueError: what is no number.
     """
-    if all(type(asked[i]) in _PLAIN for i in _PLACES):
-        return asked
+    is_causal, _, scale, softcap, dropout_p, deterministic, *_ = asked
+    if _PLAIN.issuperset((type(is_causal), type(scale), type(softcap), type(dropout_p), type(deterministic))):
+        return asked  # as nearly always: every call of attention passes here
     plain = {name: _plain(name, getattr(asked, name), kind) for name, kind in _NUMBERS.items()}
     return asked._replace(**plain)
 

@@ -61,7 +61,7 @@ def _local(inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def _run(local: Sequence[Tensor | None], prepared: Prepared) -> tuple[Tensor, Tensor, Tensor]:
-    """Out, lse and seed, from this rank's q, k, v and sinks."""
+    """Out, lse and replay, from this rank's q, k, v and sinks."""
     with below_autograd():
         return attention(*local, *prepared[1:])
 
@@ -84,11 +84,11 @@ class _Attention(torch.autograd.Function):
     def forward(  # pyrefly: ignore[bad-override]
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, prepared: Prepared, return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
-        out, lse, seed = _run(_local((q, k, v, sinks)), prepared)
+        out, lse, replay = _run(_local((q, k, v, sinks)), prepared)
         _, alibi, documents, *ctx.rest = prepared
         ctx.set_materialize_grads(False)  # a missing gradient of lse must stay None: zeros would look like one that is refused
         # The inputs as they were given: an in-place change of a DTensor counts in its own version, not in that of its local tensor.
-        ctx.save_for_backward(q, k, v, sinks, alibi, out, lse, seed, documents)
+        ctx.save_for_backward(q, k, v, sinks, alibi, out, lse, replay, documents)
         placed = _placed(q, v, out, lse if return_lse else None)
         # Of a DTensor that is returned, backward needs the local tensor alone. Saving the whole would send it through DTensor's
         # dispatch twice, which costs the host a sixth of a call; so what autograd would compare is compared here.

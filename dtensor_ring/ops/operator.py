@@ -6,6 +6,7 @@
     documents   an int64 CPU tensor, `Documents.encoded`; no elements for no documents
     lengths     global tokens of queries and of keys              origin    first batch row and head of this rank's part
     call        the text of an `AttentionCall`                    group     the name of the process group, "" for this rank alone
+    replay      int64 on the CPU, what backward must do as forward did: the number of the kernel, and of dropout masks the seed
 
 Neither DTensor's caches nor compiled graphs depend on the values of `documents`, and `lengths` and `origin` may be symbols. The
 operators take no defaults: DTensor's dispatch drops arguments equal to one. They are defined by schema and implementation, since a
@@ -17,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -24,16 +26,16 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor
 
-from dtensor_ring._torch import local_of, resolve_group
+from dtensor_ring._torch import lasting, local_of, resolve_group
 from dtensor_ring.cache import cached
-from dtensor_ring.comm import transport_of
+from dtensor_ring.comm import Transport, transport_of
 from dtensor_ring.ops.call import AttentionCall
 from dtensor_ring.ops.dtypes import accumulate_dtype
 from dtensor_ring.ops.executors.head_groups import in_groups
 from dtensor_ring.ops.executors.plan_executor import Executor
 from dtensor_ring.ops.executors.protocol import AttentionExecutor
 from dtensor_ring.ops.executors.ulysses import UlyssesExecutor
-from dtensor_ring.ops.kernels import Kernel, SoftmaxParams
+from dtensor_ring.ops.kernels import Kernel, SoftmaxParams, kernel_number, kernel_numbered
 from dtensor_ring.placements import SequencePlacement, redistribute
 from dtensor_ring.placements.redistribute import wrap
 from dtensor_ring.planning.documents import Documents, Slices
@@ -48,14 +50,14 @@ _FORWARD = (
     "str group) -> (Tensor, Tensor, Tensor)"
 )
 _BACKWARD = (
-    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? alibi, Tensor out, Tensor lse, Tensor seed, "
+    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? alibi, Tensor out, Tensor lse, Tensor replay, "
     "Tensor documents, SymInt[] lengths, SymInt[] origin, str call, str group) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 NO_GRADIENT_OF_LSE = "the lse of ring_attention has no gradient: use lse.detach(), or compute the term from scores"
 
 
 def attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
-    """The operator: out, lse and seed of q, k, v and a `Prepared`."""
+    """The operator: out, lse and replay of q, k, v and a `Prepared`."""
     return torch.ops.dtensor_ring.attention.default(*arguments)
 
 
@@ -81,20 +83,19 @@ def _attention(
     call: str,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Out and lse of this rank's queries, and the seed of its dropout masks (1,), on the CPU; empty without dropout."""
-    asked = AttentionCall.parse(call)
-    executor = _executor(call, q, v, (sinks, alibi), documents, lengths, origin, group)
-    # On the CPU, since the host needs its value: read off a GPU it would make the host wait. A tensor, since it is a result of the
-    # operator, and saved as such it gives backward, and a compiled graph, the same masks.
-    seed = torch.randint(1 << 62, (1,)) if asked.dropout_p else torch.empty(0, dtype=torch.int64)
+    """Out and lse of this rank's queries, and what backward must do alike."""
+    transport = transport_of(resolve_group(group) if group else None)
+    resolved = _resolved_call(call, q, v, alibi, documents, lengths, transport.world)
+    executor = _executor(resolved, transport, (sinks, alibi), origin)
+    replay = _replay(AttentionCall.parse(call), resolved.kernel)
     with _without_autocast(q.device.type):
-        return *executor.forward(_inner(q), _inner(k), _inner(v), _value(seed)), seed
+        return *executor.forward(_inner(q), _inner(k), _inner(v), _seed(replay)), replay
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=accumulate_dtype(q.dtype))
-    dropout_p = AttentionCall.parse(rest[5]).dropout_p
-    return q.new_empty((*q.shape[:3], v.shape[3])), lse, torch.empty(int(dropout_p > 0), dtype=torch.int64)
+    replay = torch.empty(_replay_length(AttentionCall.parse(rest[5])), dtype=torch.int64)
+    return q.new_empty((*q.shape[:3], v.shape[3])), lse, replay
 
 
 def _attention_backward(
@@ -106,7 +107,7 @@ def _attention_backward(
     alibi: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    seed: Tensor,
+    replay: Tensor,
     documents: Tensor,
     lengths: Pair,
     origin: Pair,
@@ -114,11 +115,13 @@ def _attention_backward(
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv of this rank's shares, and its part of dsinks, empty without sinks."""
-    executor = _executor(call, q, v, (sinks, alibi), documents, lengths, origin, group)
+    transport = transport_of(resolve_group(group) if group else None)
+    resolved = _resolved_call(call, q, v, alibi, documents, lengths, transport.world, _kernel_name(replay))
+    executor = _executor(resolved, transport, (sinks, alibi), origin)
     # Gradients may be expanded: that of `out.sum()` has stride 0 in every dim, which kernels do not take.
     tensors = dout.contiguous(), _inner(q), _inner(k), _inner(v), out, lse
     with _without_autocast(q.device.type):
-        dq, dk, dv, dsinks = executor.backward(*tensors, _value(seed))
+        dq, dk, dv, dsinks = executor.backward(*tensors, _seed(replay))
     # The schema has four tensors, so no gradient is an empty one.
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
@@ -138,15 +141,15 @@ def _fake_backward(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:  # noqa: ANN401
     q, k, v, sinks, alibi, documents, *ctx.rest = inputs
     ctx.save_for_backward(q, k, v, sinks, alibi, *output, documents)
-    # Neither the lse nor the seed has a gradient here, and none must be asked for.
+    # Neither the lse nor the replay has a gradient here, and none must be asked for.
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx: Any, dout: Tensor, *_others: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-    q, k, v, sinks, alibi, out, lse, seed, documents = ctx.saved_tensors
+    q, k, v, sinks, alibi, out, lse, replay, documents = ctx.saved_tensors
     if isinstance(dout, DTensor):
         dout = placed_as(dout, out.placements, documents)
-    dq, dk, dv, dsinks = attention_backward(dout, q, k, v, sinks, alibi, out, lse, seed, documents, *ctx.rest)
+    dq, dk, dv, dsinks = attention_backward(dout, q, k, v, sinks, alibi, out, lse, replay, documents, *ctx.rest)
     return dq, dk, dv, None if sinks is None else dsinks, None, None, *(None for _ in ctx.rest)
 
 
@@ -207,8 +210,33 @@ def _without_autocast(device: str) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def _value(seed: Tensor) -> int:
-    return int(seed[0]) if seed.numel() else 0
+def _replay(asked: AttentionCall, kernel: Kernel) -> Tensor:
+    # On the CPU, since the host needs its values: read off a GPU they would make the host wait. A tensor, since it is a result of
+    # the operator, and saved as such it gives backward, and a compiled graph, the same kernel and the same masks.
+    number = kernel_number(kernel)
+    if asked.dropout_p:
+        return torch.cat((_noted(number, 1), torch.randint(1 << 62, (1,))))
+    return _noted(number, _replay_length(asked))
+
+
+@cache
+def _noted(number: int, length: int) -> Tensor:
+    """A replay without a seed. Nobody writes into one, so all calls return the same: making it would cost them a microsecond."""
+    with lasting():
+        return torch.full((length,), number)
+
+
+def _replay_length(asked: AttentionCall) -> int:
+    """How many numbers a `replay` has: none where no backward follows, unless masks need a seed."""
+    return 2 if asked.dropout_p else int(asked.training)
+
+
+def _kernel_name(replay: Tensor) -> str | None:
+    return kernel_numbered(replay.tolist()[0]) if replay.numel() else None
+
+
+def _seed(replay: Tensor) -> int:
+    return replay.tolist()[1] if replay.numel() == 2 else 0
 
 
 def _inner(x: Tensor) -> Tensor:
@@ -217,21 +245,8 @@ def _inner(x: Tensor) -> Tensor:
 
 
 def _executor(
-    call: str,
-    q: Tensor,
-    v: Tensor,
-    extras: tuple[Tensor | None, Tensor | None],
-    documents: Tensor,
-    lengths: Pair,
-    origin: Pair,
-    group: str,
+    resolved: _Resolved, transport: Transport, extras: tuple[Tensor | None, Tensor | None], origin: Pair
 ) -> AttentionExecutor:
-    transport = transport_of(resolve_group(group) if group else None)
-    # PyTorch's setting is among the facts, since kernels read it when they refuse: a choice remembered without it would outlive it.
-    facts = q.device.type, q.dtype, q.shape[3], v.shape[3], torch.are_deterministic_algorithms_enabled()
-    q_length, k_length = lengths
-    bounds = Documents.unpack(documents)
-    resolved = _resolved(call, facts, q_length, k_length, transport.world, bounds, extras[1] is not None)
     row, head = origin  # the first batch row and the first head
     rest = resolved.kernel, resolved.softmax, *extras, (row, head)
     # Ulysses exchanges heads, not tokens: each rank then has a whole sequence, and there is no plan to walk.
@@ -257,15 +272,38 @@ def _resolved_bytes(resolved: _Resolved, *_others: object) -> int:
 @cached("calls resolved to kernels", most_bytes=2 << 20, most_entries=64, size=_resolved_bytes)
 def _resolved(
     call: str,
-    facts: tuple[str, torch.dtype, int, int, bool],
-    q_length: int,
-    k_length: int,
+    kind: tuple[str, torch.dtype, int, int],
+    lengths: tuple[int, int],
     world: int,
     documents: Documents | Slices | None,
     has_alibi: bool,
+    _deterministic_algorithms: bool,
 ) -> _Resolved:
-    """What `AttentionCall.choose` decides; `facts` are what kernels are asked of tensors, and a setting they read."""
+    """What `AttentionCall.choose` decides.
+
+    `kind` is what kernels are asked of tensors. The last argument is a setting of PyTorch that kernels read when they refuse: it is
+    here because a choice that is remembered without it would outlive it.
+    """
     asked = AttentionCall.parse(call)
-    problem = asked.problem((q_length, k_length), world, documents)
-    strategy, kernel = asked.choose(asked.need(*facts[:4]), has_alibi, problem)
+    problem = asked.problem(lengths, world, documents)
+    strategy, kernel = asked.choose(asked.need(*kind), has_alibi, problem)
     return _Resolved(replace(problem, strategy=strategy), kernel, asked.softmax, asked.kv_head_group_size)
+
+
+def _resolved_call(
+    call: str, q: Tensor, v: Tensor, alibi: Tensor | None, documents: Tensor, lengths: Pair, world: int, kernel: str | None = None
+) -> _Resolved:
+    """How a call is carried out; in backward by the `kernel` that forward has used.
+
+    Raises:
+        NotImplementedError: the kernel of forward refuses in backward, since a setting that it reads was changed in between.
+    """
+    q_length, k_length = lengths
+    kind = q.device.type, q.dtype, q.shape[3], v.shape[3]
+    bounds, setting = Documents.unpack(documents), torch.are_deterministic_algorithms_enabled()
+    rest = kind, (q_length, k_length), world, bounds, alibi is not None, setting
+    resolved = _resolved(call, *rest)
+    # Another kernel has other dropout masks. Where forward's is no longer the one to choose, it is asked for, and may refuse.
+    if kernel is not None and resolved.kernel.name != kernel:
+        resolved = _resolved(str(replace(AttentionCall.parse(call), kernel=kernel)), *rest)
+    return resolved

@@ -87,14 +87,14 @@ def flash_cuda(
     *,
     scale: float | None = None,
 ) -> tuple[DTensor, DTensor, None, None, int, int, Tensor, Tensor, Tensor]:
-    """`aten::_scaled_dot_product_flash_attention`: out, lse, and the seed of dropout in the place of the generator's state."""
+    """`aten::_scaled_dot_product_flash_attention`: out, lse, and the replay in the place of the generator's state."""
     with _refused_by_all(q, k, v):
         if return_debug_mask:
             raise NotImplementedError(f"{_NAME}: return_debug_mask is not supported over a sequence axis")
         qkv, prepared = _prepared_forward(q, k, v, _Asked(dropout_p, is_causal, scale))
-    out, lse, seed = _forward(qkv, prepared)
+    out, lse, replay = _forward(qkv, prepared)
     # PyTorch takes the lengths for those of the longest sequences; what follows is only ever handed to the backward below.
-    return out, lse, None, None, q.shape[2], k.shape[2], seed, seed.new_empty(0), local_of(out).new_empty(0)
+    return out, lse, None, None, q.shape[2], k.shape[2], replay, replay.new_empty(0), local_of(out).new_empty(0)
 
 
 def flash_cuda_backward(
@@ -110,7 +110,7 @@ def flash_cuda_backward(
     _k_length: int,
     dropout_p: float,
     is_causal: bool,
-    seed: Tensor,
+    replay: Tensor,
     _unused: Tensor,
     *,
     scale: float | None = None,
@@ -118,7 +118,7 @@ def flash_cuda_backward(
     """Its backward op: dq, dk, dv. The forward op makes no bounds, and the lengths are those of q and k."""
     with _refused_by_all(q, k, v):
         prepared = _prepared(q, k, v, _Asked(dropout_p, is_causal, scale))
-    return _backward((q, k, v), dout, out, lse, seed, prepared)
+    return _backward((q, k, v), dout, out, lse, replay, prepared)
 
 
 def refuse(backend: str, q: Tensor, *rest: Any, **options: Any) -> NoReturn:  # noqa: ANN401
@@ -171,16 +171,16 @@ def _prepared_forward(q: Tensor, k: Tensor, v: Tensor, asked: _Asked) -> tuple[_
 
 
 def _forward(qkv: _QKV, prepared: Prepared) -> tuple[DTensor, DTensor, Tensor]:
-    """Out and lse as DTensors, and the seed of dropout."""
+    """Out and lse as DTensors, and the replay."""
     q, _, v = qkv
     # PyTorch's order of dims is ours with two swapped, and kernels take any strides but the last: a view does, nothing is copied.
-    out, lse, seed = attention(*_bshd(*qkv), *prepared)
+    out, lse, replay = attention(*_bshd(*qkv), *prepared)
     wrapped = wrap(out.transpose(1, 2), q.device_mesh, q.placements, (*q.shape[:3], v.shape[3]))
-    return wrapped, wrap(lse, q.device_mesh, q.placements, q.shape[:3]), seed
+    return wrapped, wrap(lse, q.device_mesh, q.placements, q.shape[:3]), replay
 
 
 def _backward(
-    qkv: _QKV, dout: DTensor, out: DTensor, lse: DTensor, seed: Tensor, prepared: Prepared
+    qkv: _QKV, dout: DTensor, out: DTensor, lse: DTensor, replay: Tensor, prepared: Prepared
 ) -> tuple[DTensor, DTensor, DTensor]:
     """dq, dk, dv, placed as q, k and v."""
     # Autograd hands over whatever the loss made of out, and the ring reads gradients as it reads queries.
@@ -188,7 +188,7 @@ def _backward(
         dout = redistribute(dout, out.placements)
     sinks, alibi, *rest = prepared
     # The lse is (B, H, S) in either order of dims.
-    grads = attention_backward(*_bshd(dout, *qkv), sinks, alibi, *_bshd(out), local_of(lse), seed, *rest)
+    grads = attention_backward(*_bshd(dout, *qkv), sinks, alibi, *_bshd(out), local_of(lse), replay, *rest)
     dq, dk, dv = (wrap(grad.transpose(1, 2), x.device_mesh, x.placements, x.shape) for grad, x in zip(grads[:3], qkv, strict=True))
     return dq, dk, dv
 

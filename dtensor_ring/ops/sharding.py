@@ -134,7 +134,7 @@ def _check(schema: OpSchema, q: DTensorSpec, k: DTensorSpec, v: DTensorSpec) -> 
 
 
 def attention_rule(schema: OpSchema) -> OutputSharding:
-    """The sharding rule of `dtensor_ring::attention`: out, lse, and the seed of dropout, each rank's own."""
+    """The sharding rule of `dtensor_ring::attention`: out, lse, and the replay, each rank's own."""
     q, k, v, sinks = schema.args_schema[:4]
     assert isinstance(q, DTensorSpec) and isinstance(k, DTensorSpec) and isinstance(v, DTensorSpec), "q, k, v are DTensors"
     _check(schema, q, k, v)

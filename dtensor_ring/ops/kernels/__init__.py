@@ -88,6 +88,16 @@ def _refuses_blocks(kernel: Kernel, kinds: Callable[[], AbstractSet[BlockKind]])
     return None
 
 
+def kernel_number(kernel: Kernel) -> int:
+    """Give the number of a kernel in `KERNELS`: what `kernel_numbered` takes, where only numbers can be kept."""
+    return list(KERNELS).index(kernel.name)
+
+
+def kernel_numbered(number: int) -> str:
+    """Give the name of a kernel from its number in `KERNELS`."""
+    return list(KERNELS)[number]
+
+
 __all__ = [
     "EVERY_KIND",
     "KERNELS",
@@ -105,4 +115,6 @@ __all__ = [
     "VarlenSegment",
     "check_kernel_name",
     "choose_kernel",
+    "kernel_number",
+    "kernel_numbered",
 ]
