@@ -48,15 +48,10 @@ def _listed(q: Tensor, k: Tensor, v: Tensor) -> str:
     return f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
 
 
-def choose_strategy(strategy: str | None) -> str:
-    """The strategy for None: "ring", whose memory does not grow with the ranks and which hides the first transfer.
-
-    Raises:
-        ValueError: no such strategy.
-    """
+def check_strategy_name(strategy: str | None) -> None:
+    """Raises ValueError unless `strategy` is that of a strategy, or None, which leaves it open."""
     if strategy is not None and strategy not in get_args(Strategy):
         raise ValueError(f"unknown strategy {strategy!r}: use {', '.join(map(repr, get_args(Strategy)))} or None")
-    return strategy or "ring"
 
 
 def factor_of(scale: float | None, head_dim: int) -> float:

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from dtensor_ring._torch import constant_number, constant_when_compiled, local_of
 from dtensor_ring.cache import Cache
 from dtensor_ring.ops.agree import Facts, check_agreement
-from dtensor_ring.ops.arguments import Arguments, check_extras, check_numbers, choose_strategy, factor_of, plain_numbers
+from dtensor_ring.ops.arguments import Arguments, check_extras, check_numbers, check_strategy_name, factor_of, plain_numbers
 from dtensor_ring.ops.call import AUTO, AttentionCall
 from dtensor_ring.ops.kernels import check_kernel_name
 from dtensor_ring.ops.place import Place
@@ -95,8 +95,8 @@ def prepare(inputs: Inputs, asked: Arguments, place: Place, name: str, *, traini
         training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:4])
     if torch.compiler.is_compiling():
         _check_strategy(asked.strategy, inputs, place)
-        facts = inputs.q.device.type, inputs.q.dtype, inputs.q.shape[3], inputs.v.shape[3]
-        call = _constant(_as_constants(asked), str(place.layout), facts, training, inputs.alibi is not None)
+        kind = inputs.q.device.type, inputs.q.dtype, inputs.q.shape[3], inputs.v.shape[3]
+        call = _constant(_as_constants(asked), str(place.layout), kind, training, inputs.alibi is not None)
     else:
         checked = _remembered(inputs, asked, place, documents, name, training)
         call = checked.call
@@ -161,14 +161,14 @@ def _check(
 
 def _call(asked: Arguments, layout: Layout, head_dim: int, training: bool) -> AttentionCall:
     """The call as a value; raises TypeError or ValueError for a mask, scale, strategy or kernel that does not fit."""
-    strategy = choose_strategy(asked.strategy)
+    check_strategy_name(asked.strategy)
     check_kernel_name(asked.kernel)
     return AttentionCall(
         Band.parse(mask_text(asked.is_causal, asked.window)),
         factor_of(asked.scale, head_dim),
         layout,
         # "local" attends on one rank, where there is nothing to choose from; elsewhere it was refused.
-        AUTO if asked.strategy in (None, "local") else strategy,
+        AUTO if asked.strategy in (None, "local") else asked.strategy,
         asked.kernel or AUTO,
         float(asked.softcap),
         float(asked.dropout_p),
@@ -191,18 +191,16 @@ def _as_constants(asked: Arguments) -> tuple[object, ...]:
 
 
 @constant_when_compiled
-def _constant(
-    asked: tuple[Any, ...], layout: str, facts: tuple[str, torch.dtype, int, int], training: bool, has_alibi: bool
-) -> str:
-    """The text of the call; `facts` are what the kernel is asked of tensors.
+def _constant(asked: tuple[Any, ...], layout: str, kind: tuple[str, torch.dtype, int, int], training: bool, has_alibi: bool) -> str:
+    """The text of the call; `kind` is what the kernel is asked of tensors.
 
     The compiler runs this and keeps the text as a constant, so the arguments must be hashable constants themselves: a layout comes
     as its text. What the call leaves open is chosen here once, so that refusals are raised while compiling; with ALiBi the choice
     depends on lengths, symbols here, and is made inside the operator.
     """
-    call = _call(Arguments(*asked), Layout.parse(layout), facts[2], training)
+    call = _call(Arguments(*asked), Layout.parse(layout), kind[2], training)
     if not has_alibi:
-        call.choose(call.need(*facts))
+        call.choose(call.need(*kind))
     return str(call)
 
 

@@ -51,7 +51,7 @@ from dtensor_ring.integrations.transformers.outputs import (
     gather_tokens,
     sum_over_tokens,
 )
-from dtensor_ring.ops.arguments import Strategy, choose_strategy
+from dtensor_ring.ops.arguments import Strategy, check_strategy_name
 from dtensor_ring.ops.kernels import KernelName, check_kernel_name
 from dtensor_ring.placements import SequencePlacement, Zigzag
 from dtensor_ring.planning.documents import Documents
@@ -349,7 +349,7 @@ def ring_plan(
     """
     # All of this raises where the plan is made, in the user's own line, and not in a hook at the first batch.
     check_model(model)
-    choose_strategy(strategy)
+    check_strategy_name(strategy)
     check_kernel_name(kernel)
     placement = Zigzag(1) if placement is None else placement
     check_placement(placement)
