@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -238,3 +239,17 @@ def test_flash_kernels_refuse_what_their_blocks_would_measure_wrongly():
     assert choose_kernel(None, need).name == "math"
     with pytest.raises(NotImplementedError, match="torch_cpu: has no ALiBi"):
         choose_kernel("torch_cpu", need)
+
+
+def test_queries_that_see_no_key_and_no_sink_are_zero_and_give_no_gradient():
+    case = make_case(8, k_length=4, heads=(2, 2))
+    leaves = [x.clone().requires_grad_() for x in (*case.inputs, torch.tensor([-math.inf, 0.5], dtype=torch.float64))]
+    out, lse = ring_attention(*leaves[:3], sinks=leaves[3], return_lse=True)
+    wanted, wanted_lse = ring_attention(*leaves[:3], return_lse=True)  # the last four queries see keys
+    assert not out[:, :4].any()
+    assert (lse[:, 0, :4] == -math.inf).all()
+    torch.testing.assert_close(out[:, :, 0], wanted[:, :, 0], rtol=0, atol=0)
+    torch.testing.assert_close(lse[:, 0], wanted_lse[:, 0], rtol=0, atol=0)
+    grads = torch.autograd.grad(out, leaves, case.dout)
+    assert all(grad.isfinite().all() for grad in grads)
+    assert grads[3][0] == 0

@@ -98,7 +98,8 @@ class OutputSum:
 def with_sinks(out_BSHD: Tensor, lse_BHS: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor]:
     """Out and lse after each query also saw the score of its head's sink (attention sinks as in gpt-oss)."""
     with_sink = torch.logaddexp(lse_BHS, sinks_H.to(lse_BHS.dtype)[:, None])
-    share = torch.exp(lse_BHS - with_sink).transpose(1, 2)[..., None]
+    # Where neither keys nor a sink are seen both are -inf, whose difference is NaN; with 0 for one of them the share is 0.
+    share = torch.exp(lse_BHS - with_sink.nan_to_num(neginf=0.0)).transpose(1, 2)[..., None]
     return out_BSHD.to(share.dtype) * share, with_sink
 
 
@@ -106,7 +107,7 @@ def sink_gradient(dout_BSHD: Tensor, out_BSHD: Tensor, lse_BHS: Tensor, sinks_H:
     """This rank's part of the gradient of the sinks: -sum of exp(sink - lse) * (dout . out) over its queries."""
     # As for a key whose value is 0: its score gets p * (dout . 0 - delta), where p = exp(sink - lse) and lse includes the sink.
     delta_BHS = (dout_BSHD.to(lse_BHS.dtype) * out_BSHD.to(lse_BHS.dtype)).sum(-1).transpose(1, 2)
-    weight = torch.exp(sinks_H.to(lse_BHS.dtype)[:, None] - lse_BHS)
+    weight = torch.exp(sinks_H.to(lse_BHS.dtype)[:, None] - lse_BHS.nan_to_num(neginf=0.0))
     return -(weight * delta_BHS).sum((0, 2)).to(sinks_H.dtype)
 
 
