@@ -65,6 +65,7 @@ def kernel_table() -> str:
         "softcap": replace(base, softcap=30.0),
         "dropout": replace(base, dropout=True),
         "softcap and dropout": replace(base, softcap=30.0, dropout=True),
+        "scale of 0 or less": replace(base, scale=0.0),
         "ALiBi, blocks that end together": replace(base, alibi="aligned"),
         "ALiBi, any blocks": replace(base, alibi="shifted"),
         "deterministic backward": replace(base, deterministic=True),

@@ -17,6 +17,7 @@ from test_gpu import LAYOUTS, note
 
 from dtensor_ring import Documents, functional, ring_attention
 from dtensor_ring.ops.kernels import KERNELS, KernelRequirements, choose_kernel
+from dtensor_ring.ops.reference import reference_attention
 from dtensor_ring.planning.layout import Layout
 
 pytestmark = pytest.mark.gpu
@@ -253,3 +254,13 @@ def test_precision_does_not_depend_on_the_number_of_ranks(kernel, layout):
     note(f"precision {kernel} {layout} W=2,4,8", ratios)
     for name, (mean, _) in ratios[8].items():
         assert mean <= 1.1 * ratios[2][name][0], f"{name}: {mean:.2f} at W=8, {ratios[2][name][0]:.2f} at W=2"
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+@pytest.mark.parametrize("mask", ["causal", "full", "window"])
+def test_a_scale_of_zero_or_less_is_exact_on_gpus(scale, mask):
+    case = gpu_case(mask, packed=False)
+    options = {"is_causal": case.is_causal, "window": case.window, "scale": scale}
+    out = ring_attention(*case.inputs, strategy="local", **options)
+    exact, _ = reference_attention(*case.inputs, **options)
+    assert (out.float() - exact).norm() / exact.norm() < 1e-2

@@ -7,6 +7,7 @@ import torch
 from helpers import make_case
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dtensor_ring import ring_attention
 from dtensor_ring.ops.kernels import (
     KERNELS,
     Block,
@@ -305,3 +306,21 @@ def test_looking_for_a_package_compiles(module, needs):
 
     wanted = scaled(torch.ones(2))
     assert torch.equal(torch.compile(scaled, backend="eager", fullgraph=True)(torch.ones(2)), wanted)
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+@pytest.mark.parametrize("mask", ["causal", "window", "full"])
+def test_a_scale_of_zero_or_less_is_exact_by_the_kernels_that_take_it(scale, mask):
+    case = make_case(9, mask=mask)
+    leaves = [x.clone().requires_grad_() for x in case.inputs]
+    options = {"is_causal": case.is_causal, "window": case.window, "scale": scale}
+    out, lse = ring_attention(*leaves, **options, return_lse=True)
+    exact, exact_lse = reference_attention(*leaves, **options)
+    torch.testing.assert_close((out, lse), (exact, exact_lse), rtol=0, atol=1e-10)
+    for found, wanted in zip(
+        torch.autograd.grad(out, leaves, case.dout), torch.autograd.grad(exact, leaves, case.dout), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+    for kernel in KERNELS.values():
+        need = KernelRequirements("cpu", torch.bfloat16, 64, 64, scale=scale)
+        assert kernel.lacks(need) == (None if kernel.name == "math" else "has no scale of 0 or less")

@@ -118,6 +118,7 @@ class AttentionCall:
             softcap=self.softcap,
             deterministic=self.deterministic,
             dropout=self.dropout_p > 0,
+            scale=self.scale,
         )
 
     def choose(self, need: KernelRequirements, has_alibi: bool = False, problem: AttentionProblem | None = None) -> Choice:

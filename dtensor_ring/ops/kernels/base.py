@@ -19,7 +19,7 @@ from typing_extensions import override
 from dtensor_ring.ops.dtypes import accumulate_dtype
 from dtensor_ring.ops.kernels.block import Block, BlockKind, Gradients, Result, Saved
 
-Feature = Literal["softcap", "dropout", "ALiBi"]
+Feature = Literal["softcap", "dropout", "ALiBi", "scale of 0 or less"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,7 @@ class KernelRequirements:
         softcap: the bound of scores, 0 for none.
         deterministic: whether gradients must be bitwise the same in every run.
         dropout: whether weights are dropped.
+        scale: multiplies q.k.
         alibi: "aligned" where queries and keys of every block end at one position, "shifted" where they may not.
     """
 
@@ -46,6 +47,7 @@ class KernelRequirements:
     softcap: float = 0.0
     deterministic: bool = False
     dropout: bool = False
+    scale: float = 1.0
     alibi: Literal["no", "aligned", "shifted"] = "no"
 
 
@@ -151,7 +153,12 @@ def _dense_blocks(block: Block) -> Iterator[tuple[slice, slice, Block]]:
 
 def has_no(need: KernelRequirements, *features: Feature) -> str | None:
     """The first of some features that is needed, as the reason of a kernel that has none of them; None if none is needed."""
-    needed = {"softcap": bool(need.softcap), "dropout": need.dropout, "ALiBi": need.alibi != "no"}
+    needed: dict[Feature, bool] = {
+        "softcap": bool(need.softcap),
+        "dropout": need.dropout,
+        "ALiBi": need.alibi != "no",
+        "scale of 0 or less": need.scale <= 0,
+    }
     return next((f"has no {feature}" for feature in features if needed[feature]), None)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dtensor_ring._torch import constant_when_compiled
-from dtensor_ring.ops.kernels.base import Kernel, KernelRequirements
+from dtensor_ring.ops.kernels.base import Kernel, KernelRequirements, has_no
 from dtensor_ring.ops.kernels.block import Block, Gradients, Result, Saved
 
 
@@ -76,14 +76,15 @@ def _capability(device: int) -> tuple[int, int]:
 
 
 def lacks_tensors(need: KernelRequirements, largest_head_dim: int = 256) -> str | None:
-    """Why flash kernels cannot take tensors of this dtype and head dim, or None."""
+    """Why flash kernels cannot take tensors of this dtype and head dim, or their scale, or None."""
     if need.dtype not in (torch.bfloat16, torch.float16):
         return f"needs bfloat16 or float16, found {need.dtype}"
     if need.head_dim % 8 or need.head_dim > largest_head_dim:
         return f"needs a head dim that is a multiple of 8 up to {largest_head_dim}, found {need.head_dim}"
     if need.head_dim != need.v_head_dim:
         return f"needs one head dim for q, k and v, found {need.head_dim} and {need.v_head_dim}"
-    return None
+    # They mask by -inf and find the largest score before they scale: both are right only where scaling keeps the order.
+    return has_no(need, "scale of 0 or less")
 
 
 @constant_when_compiled

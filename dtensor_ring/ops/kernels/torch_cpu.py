@@ -32,12 +32,13 @@ class TorchCpuKernel(DenseKernel):
 
     @override
     def lacks(self, need: KernelRequirements) -> str | None:
-        """It needs q and v of one head dim, and has no softcap, dropout or ALiBi."""
+        """It needs q and v of one head dim and a scale above 0, and has no softcap, dropout or ALiBi."""
         if need.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             return f"needs float64, float32, bfloat16 or float16, found {need.dtype}"
         if need.head_dim != need.v_head_dim:
             return f"needs one head dim for q, k and v, found {need.head_dim} and {need.v_head_dim}"
-        return has_no(need, "softcap", "dropout", "ALiBi")
+        # It scales scores that are masked already: -inf times 0 is NaN, and times less than 0 it is +inf, which hides all the rest.
+        return has_no(need, "softcap", "dropout", "ALiBi", "scale of 0 or less")
 
     @override
     def forward_dense(self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, block: Block) -> Result:
