@@ -324,3 +324,13 @@ def test_a_scale_of_zero_or_less_is_exact_by_the_kernels_that_take_it(scale, mas
     for kernel in KERNELS.values():
         need = KernelRequirements("cpu", torch.bfloat16, 64, 64, scale=scale)
         assert kernel.lacks(need) == (None if kernel.name == "math" else "has no scale of 0 or less")
+
+
+def test_queries_of_head_dim_zero_weigh_all_keys_alike_in_math_and_are_refused_by_name():
+    q, k, v = torch.zeros(1, 3, 2, 0), torch.zeros(1, 3, 2, 0), torch.randn(1, 3, 2, 4)
+    out, lse = KERNELS["math"].forward(q, k, v, Block((-1, 0), SoftmaxParams(1.0)))
+    torch.testing.assert_close(out, v.cumsum(1) / torch.arange(1.0, 4).view(3, 1, 1))
+    torch.testing.assert_close(lse, torch.arange(1.0, 4).log().expand(1, 2, 3))
+    for scale in (1.0, None):
+        with pytest.raises(ValueError, match="q and k have head dim 0"):
+            ring_attention(q, k, v, scale=scale)

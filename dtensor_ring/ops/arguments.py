@@ -55,7 +55,9 @@ def check_strategy_name(strategy: str | None) -> None:
 
 
 def factor_of(scale: float | None, head_dim: int) -> float:
-    """What multiplies q.k: the scale, or D ** -0.5 for None. Raises ValueError unless it is finite."""
+    """What multiplies q.k: the scale, or D ** -0.5 for None. Raises ValueError unless it is finite and D is above 0."""
+    if head_dim == 0:
+        raise ValueError("q and k have head dim 0: attention compares queries and keys by at least one number")
     # A NaN or infinite scale would go through every rank and come out as NaN, far from where it was given.
     factor = head_dim**-0.5 if scale is None else float(scale)
     if not math.isfinite(factor):

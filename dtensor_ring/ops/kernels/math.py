@@ -113,7 +113,7 @@ def _scored(q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, block: Block) -> Ite
     work = accumulate_dtype(q_BSHD.dtype)
     batch, q_length, heads, _ = q_BSHD.shape
     k_length, kv_heads = k_BSHD.shape[1:3]
-    if not q_BSHD.numel():
+    if not q_BSHD.shape[:3].numel():  # not of all four dims: queries of head dim 0 have scores, all of them 0
         return
     height = max(1, _SCORES_AT_ONCE // max(1, batch * heads * k_length))
     for strip in strips((q_length, k_length), block.window, height):
