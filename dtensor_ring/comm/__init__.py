@@ -13,7 +13,7 @@ from dtensor_ring.comm.choose import (
 )
 from dtensor_ring.comm.loopback import LoopbackTransport
 from dtensor_ring.comm.process_group import ProcessGroupTransport, axis_name, several_ranks
-from dtensor_ring.comm.transport import Message, Pending, SilentRankError, Traffic, Transport, TransportRequirements
+from dtensor_ring.comm.transport import Message, Pending, SilentRankError, Traffic, Transfers, Transport, TransportRequirements
 
 __all__ = [
     "TRANSPORTS",
@@ -24,6 +24,7 @@ __all__ = [
     "ProcessGroupTransport",
     "SilentRankError",
     "Traffic",
+    "Transfers",
     "Transport",
     "TransportName",
     "TransportRequirements",

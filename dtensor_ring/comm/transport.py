@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import ClassVar, Generic, NamedTuple, TypeVar
+from types import TracebackType
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -71,6 +72,37 @@ class Pending(Generic[T]):
         finish, self._finish = self._finish, None
         assert finish is not None, "a pending transfer is redeemed once"
         return finish()
+
+    def settle(self) -> None:
+        """Wait for a transfer whose result nobody will use, unless it was redeemed; how it ends does not matter any more."""
+        if self._finish is not None:
+            with suppress(RuntimeError):
+                self.wait()
+
+
+class Transfers(AbstractContextManager["Transfers"]):
+    """The transfers that a block starts one ahead of its work, each redeemed also where the work ends in an error.
+
+    Messages between two ranks meet by their order: one that nobody waited for would meet what the next call sends, and on gloo
+    the group would be broken. Where all ranks end in the same error, as of a kernel that refuses, they can go on together.
+    """
+
+    __slots__ = ("_started",)
+
+    def __init__(self) -> None:
+        self._started: list[Pending[Any]] = []
+
+    def add(self, pending: Pending[T]) -> Pending[T]:
+        """Take note of a transfer, and give it back. One that was redeemed keeps no memory here."""
+        self._started.append(pending)
+        return pending
+
+    @override
+    def __exit__(self, kind: type[BaseException] | None, failure: BaseException | None, trace: TracebackType | None) -> None:
+        # Where a rank waited in vain the rest would be waited for in vain too: the group is broken already.
+        if isinstance(failure, Exception) and not isinstance(failure, SilentRankError):
+            for pending in self._started:
+                pending.settle()
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 from typing_extensions import override
 
-from dtensor_ring.comm import Message, Pending, Transport
+from dtensor_ring.comm import Message, Pending, Transfers, Transport
 from dtensor_ring.ops.executors.merge import GradSum, accumulate_dtype
 from dtensor_ring.ops.executors.relays import add_returned, own_sends, with_passed_on, with_return_buffers
 from dtensor_ring.ops.executors.routes import Route, Slot, routes
@@ -242,8 +242,8 @@ class Returns:
     plans wait until all steps are computed, and go back in the opposite order. That keeps the gradients of all steps at a time.
     """
 
-    def __init__(self, exchange: Exchange, own: tuple[GradSum, GradSum]) -> None:
-        self._exchange, self._own = exchange, own
+    def __init__(self, exchange: Exchange, own: tuple[GradSum, GradSum], transfers: Transfers) -> None:
+        self._exchange, self._own, self._transfers = exchange, own, transfers
         self._returning: Pending[None] | None = None
         self._waiting: dict[int, Pair] = {}
 
@@ -257,7 +257,7 @@ class Returns:
         # One return at a time is under way: its buffers, a step's keys in float32, are the most that a backward pass adds.
         if self._returning is not None:
             self._returning.wait()
-        self._returning = self._exchange.give_back(index, grads, self._own)
+        self._returning = self._transfers.add(self._exchange.give_back(index, grads, self._own))
 
     def finish(self) -> None:
         """Return what still waits, and wait until this rank's keys have all of their gradients."""

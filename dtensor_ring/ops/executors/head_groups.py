@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from dtensor_ring.comm import Pending
+from dtensor_ring.comm import Pending, Transfers
 from dtensor_ring.ops.executors.exchange import Direction, Pair
 from dtensor_ring.ops.executors.plan_executor import Executor
 from dtensor_ring.ops.executors.protocol import AttentionExecutor
@@ -47,8 +47,9 @@ class HeadGroupsExecutor(AttentionExecutor):
         # One group of all heads is the attention itself, without slices and a copy of the results.
         if self.kv_heads == k_BSHD.shape[2]:
             return self.executor.forward(q_BSHD, k_BSHD, v_BSHD, seed)
-        visits = self._visits(q_BSHD, k_BSHD, v_BSHD, "forward")
-        parts = [part.forward(q_BSHD[:, :, heads], k, v, seed, coming) for part, heads, k, v, coming in visits]
+        with Transfers() as transfers:
+            visits = self._visits(transfers, (q_BSHD, k_BSHD, v_BSHD), "forward")
+            parts = [part.forward(q_BSHD[:, :, heads], k, v, seed, coming) for part, heads, k, v, coming in visits]
         return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 1)
 
     @override
@@ -66,9 +67,10 @@ class HeadGroupsExecutor(AttentionExecutor):
         if self.kv_heads == k_BSHD.shape[2]:
             return self.executor.backward(dout_BSHD, q_BSHD, k_BSHD, v_BSHD, out_BSHD, lse_BHS, seed)
         parts: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
-        for part, h, k, v, coming in self._visits(q_BSHD, k_BSHD, v_BSHD, "backward"):
-            blocks = dout_BSHD[:, :, h], q_BSHD[:, :, h], k, v, out_BSHD[:, :, h], lse_BHS[:, h]
-            parts.append(part.backward(*blocks, seed, coming))
+        with Transfers() as transfers:
+            for part, h, k, v, coming in self._visits(transfers, (q_BSHD, k_BSHD, v_BSHD), "backward"):
+                blocks = dout_BSHD[:, :, h], q_BSHD[:, :, h], k, v, out_BSHD[:, :, h], lse_BHS[:, h]
+                parts.append(part.backward(*blocks, seed, coming))
         dq, dk, dv = (torch.cat(grads, 2) for grads in zip(*(part[:3] for part in parts), strict=True))
         dsinks = [part[3] for part in parts if part[3] is not None]
         return dq, dk, dv, torch.cat(dsinks) if dsinks else None
@@ -100,16 +102,16 @@ class HeadGroupsExecutor(AttentionExecutor):
             groups.append((part, heads, k[:, :, kv_heads], v[:, :, kv_heads]))
         return groups
 
-    def _visits(self, q: Tensor, k: Tensor, v: Tensor, direction: Direction) -> Iterator[_Visit]:
+    def _visits(self, transfers: Transfers, qkv: tuple[Tensor, Tensor, Tensor], direction: Direction) -> Iterator[_Visit]:
         """Walk through the groups; when one is given, the first transfer of the next is already under way."""
         order = self.executor.forward_order if direction == "forward" else self.executor.backward_order
-        groups = self._groups(q, k, v)
+        groups = self._groups(*qkv)
 
         def begin(i: int) -> Pending[Pair] | None:
             if i == len(groups) or not order:
                 return None
             part, _, k, v = groups[i]
-            return part.exchange.fetch(order[0], (k, v), direction)
+            return transfers.add(part.exchange.fetch(order[0], (k, v), direction))
 
         # One transfer ahead, as the executor itself is between steps, so the keys of two groups exist at a time. All ranks start
         # their transfers in this order: messages between two of them meet by it.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dtensor_ring.cache import cached
-from dtensor_ring.comm import Pending, Transport
+from dtensor_ring.comm import Pending, Transfers, Transport
 from dtensor_ring.comm.rank_checks import number_of
 from dtensor_ring.ops.block_kinds import is_varlen
 from dtensor_ring.ops.executors.exchange import Direction, Exchange, Pair, Returns
@@ -102,10 +102,11 @@ class Executor(AttentionExecutor):
             return out.to(q_BSHD.dtype).contiguous(), lse.contiguous()
         total = OutputSum(q_BSHD, v_BSHD.shape[-1], self.plan.q_parts, self.sinks)
         block_of = self._blocks(q_BSHD, seed)
-        for index, keys in self._visits(self.exchange, (k_BSHD, v_BSHD), "forward", coming):
-            for number, call in enumerate(self.plan.steps[index].calls):
-                start, stop, result = self._forward_call(q_BSHD, *keys, call, block_of(index, number))
-                total.add(start, stop, result.out, result.lse)
+        with Transfers() as transfers:
+            for index, keys in self._visits(transfers, (k_BSHD, v_BSHD), "forward", coming):
+                for number, call in enumerate(self.plan.steps[index].calls):
+                    start, stop, result = self._forward_call(q_BSHD, *keys, call, block_of(index, number))
+                    total.add(start, stop, result.out, result.lse)
         return total.result()
 
     def backward(
@@ -135,20 +136,21 @@ class Executor(AttentionExecutor):
         q, own_k, own_v, out, lse = saved
         dq = GradSum(q, self.plan.q_parts)
         own = GradSum(own_k, self.plan.k_parts), GradSum(own_v, self.plan.k_parts)
-        block_of, exchange = self._blocks(q, seed), self.exchange
-        returns = Returns(exchange, own)
-        for index, (k, v) in self._visits(exchange, (own_k, own_v), "backward", coming):
-            step, of_step = self.plan.steps[index], Saved(q, k, v, out, lse)
-            # Where `sums` says that some key of this step gets several gradients, three parts are announced, which makes the sum
-            # keep float32: what leaves here is added to other ranks' parts, and is rounded only once, by the owner.
-            dk, dv = GradSum(k, 1 + 2 * step.sums), GradSum(v, 1 + 2 * step.sums)
-            for number, call in enumerate(step.calls):
-                q_start, k_start, grads = self._backward_call(of_step, dout, call, block_of(index, number))
-                dq.add(q_start, grads[0])
-                dk.add(k_start, grads[1])
-                dv.add(k_start, grads[2])
-            returns.add(index, (dk.result(), dv.result()))
-        returns.finish()
+        block_of = self._blocks(q, seed)
+        with Transfers() as transfers:
+            returns = Returns(self.exchange, own, transfers)
+            for index, (k, v) in self._visits(transfers, (own_k, own_v), "backward", coming):
+                step, of_step = self.plan.steps[index], Saved(q, k, v, out, lse)
+                # Where `sums` says that some key of this step gets several gradients, three parts are announced, which makes the
+                # sum keep float32: what leaves here is added to other ranks' parts, and is rounded only once, by the owner.
+                dk, dv = GradSum(k, 1 + 2 * step.sums), GradSum(v, 1 + 2 * step.sums)
+                for number, call in enumerate(step.calls):
+                    q_start, k_start, grads = self._backward_call(of_step, dout, call, block_of(index, number))
+                    dq.add(q_start, grads[0])
+                    dk.add(k_start, grads[1])
+                    dv.add(k_start, grads[2])
+                returns.add(index, (dk.result(), dv.result()))
+            returns.finish()
         return dq.result(q.dtype), own[0].result(own_k.dtype), own[1].result(own_v.dtype)
 
     def _backward_alone(
@@ -267,13 +269,13 @@ class Executor(AttentionExecutor):
         return 0, 0, (dq, dk, dv)
 
     def _visits(
-        self, exchange: Exchange, kv: Pair, direction: Direction, coming: Pending[Pair] | None
+        self, transfers: Transfers, kv: Pair, direction: Direction, coming: Pending[Pair] | None
     ) -> Iterator[tuple[int, Pair]]:
         """Each step's keys in the order of the pass, the next step's transfer already under way."""
-        order = self.forward_order if direction == "forward" else self.backward_order
+        exchange, order = self.exchange, self.forward_order if direction == "forward" else self.backward_order
         # Every rank walks the same steps in the same order, also those in which it sends and needs nothing: messages between two
         # ranks meet by their order, so a step left out on one of them would mix up all that follow.
-        pending = exchange.fetch(order[0], kv, direction) if order and coming is None else coming
+        pending = transfers.add(exchange.fetch(order[0], kv, direction)) if order and coming is None else coming
         arrived: dict[int, Pair] = {}
         for place, index in enumerate(order):
             assert pending is not None, "every step but the first is fetched one step ahead"
@@ -281,7 +283,8 @@ class Executor(AttentionExecutor):
                 arrived[index] = pending.wait()
                 pending = Pending.ready(arrived[index])
             # Started before this step's keys are waited for: the transfer runs beside the kernels that the caller launches next.
-            ahead = exchange.fetch(order[place + 1], kv, direction, arrived) if place + 1 < len(order) else None
+            is_last = place + 1 == len(order)
+            ahead = None if is_last else transfers.add(exchange.fetch(order[place + 1], kv, direction, arrived))
             yield index, pending.wait()
             pending = ahead
 
