@@ -288,7 +288,8 @@ def test_the_bytes_of_documents_and_of_their_shares_are_estimated_honestly(numbe
     assert 0.7 < documents.nbytes / (size + documents.encoded.nbytes) < 1.5  # tensors are not traced
     (bounds,), totals = documents.bounds, (documents.length // 2, documents.length - documents.length // 2)
     shared, size = measured(lambda: share_documents.__wrapped__(bounds, totals))
-    assert 0.7 < (share_documents._size(shared, bounds, totals) - 40 * len(bounds)) / size < 1.5
+    # 3 : 2 where no other test has asked before, and every number of `bounds` is shared
+    assert 0.7 < (share_documents._size(shared, bounds, totals) - 40 * len(bounds)) / size < 1.55
 
 
 def packings(number: int) -> Iterator[Documents]:
