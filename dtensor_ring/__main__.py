@@ -19,6 +19,7 @@ from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band, mask_text
 from dtensor_ring.planning.problem import AttentionProblem, StrategyName
+from dtensor_ring.planning.stages import BUFFERED_TOKENS
 from dtensor_ring.tools.drawing import draw, summary
 from dtensor_ring.tools.explain import shape_of_heads
 from dtensor_ring.tools.facts import facts
@@ -130,6 +131,12 @@ def _add_plan_arguments(plan: argparse.ArgumentParser) -> None:
         default="ring",
         help="who gets what: keys step by step, all keys at once, or all tokens of some heads (default: ring)",
     )
+    plan.add_argument(
+        "--stages",
+        type=int,
+        metavar="N",
+        help="transfers of ring, up to one for each other rank (default: as few as ring_attention takes)",
+    )
     sizes = LLAMA_8B
     plan.add_argument("--heads", type=int, default=sizes.heads, help=f"query heads (default: {sizes.heads})")
     plan.add_argument(
@@ -189,7 +196,9 @@ def _problem(options: argparse.Namespace) -> AttentionProblem:
     # A window says both of its sides, so it is not causal beside: a side ahead would be refused.
     is_causal = not options.full and options.window is None
     band = Band.parse(mask_text(is_causal, window))
-    return AttentionProblem(layout, band, length, length, options.world, options.strategy, documents)
+    return AttentionProblem(layout, band, length, length, options.world, options.strategy, documents).staged(
+        options.stages or 0, BUFFERED_TOKENS
+    )
 
 
 def _shape(options: argparse.Namespace) -> AttentionShape:

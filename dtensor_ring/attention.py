@@ -42,6 +42,8 @@ def ring_attention(
     return_lse: Literal[False] = False,
     strategy: Strategy | None = None,
     kernel: KernelName | None = None,
+    stages: int | None = None,
+    memory: int | None = None,
 ) -> T: ...
 
 
@@ -63,6 +65,8 @@ def ring_attention(
     return_lse: Literal[True],
     strategy: Strategy | None = None,
     kernel: KernelName | None = None,
+    stages: int | None = None,
+    memory: int | None = None,
 ) -> tuple[T, T]: ...
 
 
@@ -84,6 +88,8 @@ def ring_attention(
     return_lse: bool,
     strategy: Strategy | None = None,
     kernel: KernelName | None = None,
+    stages: int | None = None,
+    memory: int | None = None,
 ) -> T | tuple[T, T]: ...
 
 
@@ -104,6 +110,8 @@ def ring_attention(
     return_lse: bool = False,
     strategy: Strategy | None = None,
     kernel: KernelName | None = None,
+    stages: int | None = None,
+    memory: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scaled dot-product attention of a sequence spread over the ranks of a mesh axis; CAUSAL unless you say is_causal=False.
 
@@ -136,11 +144,16 @@ def ring_attention(
         deterministic: gradients are bitwise the same from run to run.
         return_lse: also return lse (B, H, Sq), float32 (float64 for float64), placed as q is; a gradient of it is refused. What
             torch.compile compiles should return lse.detach(): only the values of its gradient tell there, for which the host waits.
-        strategy: "ring" (memory bounded, one rank's keys at a time), "gather" (all keys at once, no merging) or "ulysses" (heads
+        strategy: "ring" (memory bounded, some ranks' keys at a time), "gather" (all keys at once, no merging) or "ulysses" (heads
             instead of tokens on each rank; as many ranks as heads allow); None is "ring", or "gather" for ALiBi where only that
             lets flash kernels measure distances. "local", for plain tensors, says that this rank holds whole sequences; without
             it they warn where a process group of several ranks is up.
         kernel: a name in `dtensor_ring.ops.kernels.KERNELS`; None is the first that does not refuse.
+        stages: transfers in which "ring" fetches the other ranks' keys, from 1 to W - 1, which each more of is taken for. One
+            transfer is hidden behind the rank's own keys and needs the fewest merges; W - 1 need the least memory.
+        memory: bytes that the buffers of stages may take in a backward pass; the fewest stages that stay within are chosen, or
+            W - 1. None is the keys and values of 512k tokens: 2 GiB for 8 key heads of 128 in bfloat16. Never read off the device,
+            since ranks must choose alike. Pass one of `stages` and `memory`.
 
     Returns:
         out, or (out, lse) with `return_lse`.
@@ -154,7 +167,7 @@ def ring_attention(
     """
     # What is refused up to the comparison of ranks is told to all of them. After it they are in transfers, where nobody listens.
     inputs = Inputs(q, k, v, sinks, alibi_slopes, documents)
-    asked = Arguments(is_causal, window, scale, softcap, dropout_p, deterministic, strategy, kernel)
+    asked = Arguments(is_causal, window, scale, softcap, dropout_p, deterministic, strategy, kernel, 0, stages, memory)
     with refused_by_all(q, k, v):
         prepared = prepare(inputs, asked, _place(q, k, v, strategy), "ring_attention")
     out, lse = attend(q, k, v, prepared, return_lse=return_lse)

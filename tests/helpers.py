@@ -125,9 +125,9 @@ class Case:
         mask = keep_mask(self.seed, range(batch), range(heads), q_positions, torch.arange(self.k.shape[1]), self.dropout_p)
         return mask.double() / (1 - self.dropout_p)
 
-    def problem(self, layout: str, world: int, strategy: str) -> AttentionProblem:
-        band = Band.parse(mask_text(self.is_causal, self.window))
-        return AttentionProblem(Layout.parse(layout), band, self.q.shape[1], self.k.shape[1], world, strategy, self.documents)
+    def problem(self, layout: str, world: int, strategy: str, stages: int = 0) -> AttentionProblem:
+        band, lengths = Band.parse(mask_text(self.is_causal, self.window)), (self.q.shape[1], self.k.shape[1])
+        return AttentionProblem(Layout.parse(layout), band, *lengths, world, strategy, self.documents, stages)
 
 
 def make_case(
@@ -204,10 +204,10 @@ def over_ranks(case: Case, layout: str, *, sinks: Tensor | None = None, **option
 
 
 def run_loopback(
-    case: Case, layout: str, world: int, strategy: str, kernel: str | Kernel
+    case: Case, layout: str, world: int, strategy: str, kernel: str | Kernel, stages: int = 0
 ) -> tuple[tuple[Tensor, ...], list[tuple[int, int]]]:
     """out, lse, dq, dk, dv put together from ranks run as threads, and what each sent: (forward, whole) bytes."""
-    problem = case.problem(layout, world, strategy)
+    problem = case.problem(layout, world, strategy, stages)
     softmax = SoftmaxParams(case.q.shape[-1] ** -0.5, case.softcap, dropout_p=case.dropout_p)
 
     def rank_body(transport: LoopbackTransport):

@@ -34,7 +34,7 @@ ROOT = Path(dtensor_ring.__file__).parents[1]
 
 
 def test_plan_draws_who_does_what(capsys):
-    assert main(["plan", "--layout", "zigzag", "--world", "4", "--length", "64"]) == 0
+    assert main(["plan", "--layout", "zigzag", "--world", "4", "--length", "64", "--stages", "3"]) == 0
     text = capsys.readouterr().out
     assert "rank 1: 8..15 | 48..55" in text
     assert "step 0: own keys [0, 16)" in text
@@ -51,6 +51,7 @@ def test_plan_draws_who_does_what(capsys):
         (["--window", "3", "0", "--length", "64"], "halo: the keys around each chunk"),
         (["--documents", "10,20,34"], "Documents(3 in 1 row of 64 tokens"),
         (["--strategy", "gather"], "its keys to every rank"),
+        (["--stages", "2", "--world", "4"], "over 4 ranks, ring in 2 stages"),
         (["--length", "0"], "sends 0 key tokens"),
         (["--world", "1"], "sends nothing"),
         (["--length", "100000", "--world", "8"], "balance"),
@@ -186,7 +187,7 @@ def test_every_command_of_the_readme_runs_in_80_columns(capsys):
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "stripe", "stripe:4"])
 def test_many_ranks_are_drawn_as_an_excerpt(capsys, layout):
     """Lines: holdings, steps of at most four lines each, and totals, of the first ranks and the most loaded one."""
-    lines = lines_of(capsys, "plan", "--world", "64", "--length", "1000000", "--layout", layout)
+    lines = lines_of(capsys, "plan", "--world", "64", "--length", "1000000", "--layout", layout, "--stages", "63")
     ranks = RANKS_OF_EXCERPT + 1
     assert len(lines) <= 3 + (ranks + 3) + ranks * (3 + 4 * STEPS_SHOWN) + (2 * ranks + 7)
     problem = AttentionProblem(Layout.parse(layout), Band(0, None), 10**6, 10**6, 64)
@@ -208,7 +209,7 @@ def test_steps_that_take_minutes_to_plan_are_left_out_and_said_so(capsys, monkey
 
 
 def test_ranks_asked_for_are_drawn_in_full(capsys):
-    lines = lines_of(capsys, "plan", "--world", "20", "--length", "1k", "--rank", "3,17", "--rank", "5")
+    lines = lines_of(capsys, "plan", "--world", "20", "--length", "1k", "--rank", "3,17", "--rank", "5", "--stages", "19")
     assert [line for line in lines if re.fullmatch(r"rank \d+", line)] == ["rank 3", "rank 5", "rank 17"]
     assert sum(line.startswith("  step ") for line in lines) == 3 * 20
 
@@ -220,7 +221,7 @@ def test_a_summary_has_the_totals_of_the_plans(capsys):
     cells, fetched = [each.cells for each in plans], [fetched_by(each) for each in plans]
     text = "\n".join(lines)
     assert len(lines) == 9
-    assert "zigzag, causal, 100 tokens over 3 ranks, ring" in lines
+    assert "zigzag, causal, 100 tokens over 3 ranks, ring in 1 stage" in lines
     assert "tokens a rank:             33 to 34" in text
     assert f"scores a rank:             mean {sum(cells) / 3:.1f}, most {max(cells)} (rank {cells.index(max(cells))})" in text
     assert f"key tokens fetched a rank: mean {sum(fetched) / 3:.1f}, most {max(fetched)}" in text
@@ -242,9 +243,10 @@ def test_json_has_the_same_facts(capsys, arguments):
     assert main(["plan", "--json", *arguments]) == 0
     entries = json.loads(capsys.readouterr().out)
     problem = command_line._problem(argparse_of(arguments))
-    keys = {"layout", "mask", "length", "world", "strategy", "halo", "documents", "shape", "ranks", "totals"}
+    keys = {"layout", "mask", "length", "world", "strategy", "stages", "halo", "documents", "shape", "ranks", "totals"}
     assert set(entries) == keys
     assert (entries["length"], entries["world"], entries["strategy"]) == (64, problem.world, problem.strategy)
+    assert entries["stages"] == (1 if "--strategy" not in arguments else None)
     assert Band.parse(entries["mask"]) == problem.band
     assert entries["documents"] == (3 if "--documents" in arguments else None)
     counted, shape = totals(problem), AttentionShape(**entries["shape"])
@@ -375,7 +377,8 @@ def test_a_closed_pipe_ends_quietly(arguments, unbuffered):
 
 
 def test_a_reader_of_one_line_gets_it(tmp_path):
-    command = f"{shlex.quote(sys.executable)} -m dtensor_ring plan --world 1024 --length 1M --summary 2>{tmp_path}/errors | head -1"
+    plan = "plan --world 1024 --length 1M --stages 1023 --summary"
+    command = f"{shlex.quote(sys.executable)} -m dtensor_ring {plan} 2>{tmp_path}/errors | head -1"
     ended = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
     assert ended.stdout == "zigzag, causal, 1000000 tokens over 1024 ranks, ring\n"
     assert (tmp_path / "errors").read_text() == ""

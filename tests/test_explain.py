@@ -12,6 +12,7 @@ from dtensor_ring.planning.costs import AttentionShape, cost_of
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
 from dtensor_ring.planning.problem import AttentionProblem
+from dtensor_ring.planning.stages import BUFFERED_TOKENS
 from dtensor_ring.tools import explain as module
 
 DOCUMENTS = Documents.from_lengths([10, 20, 34])
@@ -21,7 +22,7 @@ DOCUMENTS = Documents.from_lengths([10, 20, 34])
 @pytest.mark.parametrize("placement", [Contiguous(1), Zigzag(1), Stripe(1, block=2), Zigzag(1, per_document=True)])
 def test_it_has_the_numbers_of_every_rank(placement, strategy):
     explained = explain(placement, 64, 4, DOCUMENTS, strategy=strategy, heads=8, kv_heads=4, head_dim=16, v_head_dim=8, batch=3)
-    problem = AttentionProblem(placement.layout, Band(0, None), 64, 64, 4, strategy, DOCUMENTS)
+    problem = AttentionProblem(placement.layout, Band(0, None), 64, 64, 4, strategy, DOCUMENTS).staged(0, BUFFERED_TOKENS)
     wanted = [cost_of(problem, rank, AttentionShape(8, 4, 16, 8, 3)) for rank in range(4)]
     assert [explained.rank(rank) for rank in range(4)] == wanted
     assert explained.work == tuple(cost.work for cost in wanted)
@@ -34,7 +35,8 @@ def test_it_has_the_numbers_of_every_rank(placement, strategy):
 def test_it_prints_a_summary_and_plots_the_ranks_asked_for(strategy):
     explained = explain(Zigzag(1), 64, 4, strategy=strategy)
     text, plot, one = str(explained), explained.plot(), explained.plot([2])
-    assert text.startswith(f"zigzag, causal, 64 tokens over 4 ranks, {strategy}\n")
+    exchange = "ring in 1 stage" if strategy == "ring" else strategy
+    assert text.startswith(f"zigzag, causal, 64 tokens over 4 ranks, {exchange}\n")
     assert f"bytes sent a rank:         mean {sum(explained.bytes) / 4:.1f}, most {max(explained.bytes)}" in text
     assert [f"\nrank {rank}\n" in plot for rank in range(4)] == [True] * 4
     assert [f"\nrank {rank}\n" in one for rank in range(4)] == [False, False, True, False]

@@ -147,8 +147,8 @@ def test_no_rank_but_the_takers_has_keys_of_a_rank_in_a_step(problem):
         peers = [{keys.peer for keys in make_step(problem, other, index).keys} for other in range(problem.world)]
         for rank in range(problem.world):
             served = takers(problem, rank, index)
-            assert len(served) == len(set(served))
-            assert {other for other in range(problem.world) if rank in peers[other]} <= set(served)
+            assert len(served) == len({*served, rank}) - 1
+            assert {other for other in range(problem.world) if other != rank and rank in peers[other]} <= set(served)
 
 
 def test_no_plan_is_made_for_a_strategy_that_has_no_steps():

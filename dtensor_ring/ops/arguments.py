@@ -77,6 +77,8 @@ class Arguments(NamedTuple):
     strategy: Strategy | None = None
     kernel: KernelName | None = None
     kv_head_group_size: int = 0
+    stages: int | None = None
+    memory: int | None = None
 
 
 # What cannot change once a call is remembered by it.
@@ -114,6 +116,24 @@ def check_numbers(asked: Arguments) -> None:
         raise ValueError(f"dropout_p is a probability below 1, found {asked.dropout_p}")
     if not 0 <= asked.softcap < math.inf:
         raise ValueError(f"softcap bounds scores and is positive, or 0 for none, found {asked.softcap}")
+
+
+def check_stages(asked: Arguments) -> None:
+    """Raises TypeError or ValueError unless stages and memory are whole numbers from 1 up, of the strategy that has stages."""
+    for name, unit in (("stages", "transfers"), ("memory", "bytes")):
+        number = getattr(asked, name)
+        if number is None:
+            continue
+        if type(number) is not int:
+            raise TypeError(f"{name} is a whole number of {unit}, found {number!r}")
+        if number < 1:
+            raise ValueError(f"{name} is a number of {unit} from 1 up, found {number}: leave it out for the default")
+        if asked.strategy not in (None, "ring"):
+            raise ValueError(f"{name}={number} is for strategy='ring', found strategy={asked.strategy!r}: leave one of them out")
+    if asked.stages is not None and asked.memory is not None:
+        raise ValueError(
+            f"memory={asked.memory} chooses the stages, and stages={asked.stages} are chosen already: pass one of them"
+        )
 
 
 def check_extras(batch: int, heads: int, sinks: Tensor | None, alibi_slopes: Tensor | None) -> None:

@@ -25,6 +25,7 @@ from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
 from dtensor_ring.planning.problem import AttentionProblem
 from dtensor_ring.planning.schedule import ends_together
+from dtensor_ring.planning.stages import BUFFERED_TOKENS
 
 AUTO = "auto"
 
@@ -51,6 +52,8 @@ class AttentionCall:
         deterministic: gradients are bitwise the same from run to run.
         training: a backward pass may follow.
         kv_head_group_size: key heads whose keys travel at a time, 0 for all.
+        stages: transfers of "ring", 0 for as few as `memory` allows.
+        memory: bytes that the buffers of stages may take, 0 for the default.
     """
 
     band: Band
@@ -63,6 +66,8 @@ class AttentionCall:
     deterministic: bool = False
     training: bool = False
     kv_head_group_size: int = 0
+    stages: int = 0
+    memory: int = 0
 
     def __str__(self) -> str:
         """The text that `parse` reads: no float is rounded."""
@@ -70,7 +75,8 @@ class AttentionCall:
         return (
             f"mask={self.band.text} layout={self.layout} strategy={self.strategy} kernel={self.kernel} scale={self.scale!r} "
             f"softcap={self.softcap!r} dropout_p={self.dropout_p!r} deterministic={int(self.deterministic)} "
-            f"training={int(self.training)} kv_head_group_size={self.kv_head_group_size}"
+            f"training={int(self.training)} kv_head_group_size={self.kv_head_group_size} "
+            f"stages={self.stages} memory={self.memory}"
         )
 
     # The operators parse their text in every call, forward and backward, and a run has a handful of texts.
@@ -90,6 +96,8 @@ class AttentionCall:
             words["deterministic"] == "1",
             words["training"] == "1",
             int(words["kv_head_group_size"]),
+            int(words["stages"]),
+            int(words["memory"]),
         )
 
     @property
@@ -102,10 +110,17 @@ class AttentionCall:
         """What every block of this attention is given."""
         return SoftmaxParams(self.scale, self.softcap, self.deterministic, self.dropout_p)
 
-    def problem(self, lengths: Sequence[int], world: int, documents: Documents | Slices | None) -> AttentionProblem:
-        """What is planned for: this call on tensors of some lengths (of queries, of keys); "auto" is planned as "ring"."""
+    def problem(
+        self, lengths: Sequence[int], world: int, documents: Documents | Slices | None, token_bytes: int = 0
+    ) -> AttentionProblem:
+        """What is planned for: this call on tensors of some lengths (of queries, of keys); "auto" is planned as "ring".
+
+        `token_bytes` are those of the key and value of one token, in all of this rank's batch and heads: what `memory` is counted
+        in, the same on all ranks that share a sequence.
+        """
         q_length, k_length = lengths
-        return AttentionProblem(self.layout, self.band, q_length, k_length, world, self.default_strategy, documents)
+        problem = AttentionProblem(self.layout, self.band, q_length, k_length, world, self.default_strategy, documents)
+        return problem.staged(self.stages, self.memory // token_bytes if self.memory and token_bytes else BUFFERED_TOKENS)
 
     def need(self, device: str, dtype: torch.dtype, head_dim: int, v_head_dim: int) -> KernelRequirements:
         """What is asked of a kernel for tensors of a device type and dtype, ALiBi aside."""

@@ -273,19 +273,20 @@ def _resolved_bytes(resolved: _Resolved, *_others: object) -> int:
 def _resolved(
     call: str,
     kind: tuple[str, torch.dtype, int, int],
-    lengths: tuple[int, int],
-    world: int,
+    sizes: tuple[int, int, int],
+    token_bytes: int,
     documents: Documents | Slices | None,
     has_alibi: bool,
     _deterministic_algorithms: bool,
 ) -> _Resolved:
     """What `AttentionCall.choose` decides.
 
-    `kind` is what kernels are asked of tensors. The last argument is a setting of PyTorch that kernels read when they refuse: it is
-    here because a choice that is remembered without it would outlive it.
+    `kind` is what kernels are asked of tensors, `sizes` the lengths of queries and of keys, and the world. The last argument is a
+    setting of PyTorch that kernels read when they refuse: a choice that is remembered without it would outlive it.
     """
     asked = AttentionCall.parse(call)
-    problem = asked.problem(lengths, world, documents)
+    *lengths, world = sizes
+    problem = asked.problem(lengths, world, documents, token_bytes)
     strategy, kernel = asked.choose(asked.need(*kind), has_alibi, problem)
     return _Resolved(replace(problem, strategy=strategy), kernel, asked.softmax, asked.kv_head_group_size)
 
@@ -301,7 +302,8 @@ def _resolved_call(
     q_length, k_length = lengths
     kind = q.device.type, q.dtype, q.shape[3], v.shape[3]
     bounds, setting = Documents.unpack(documents), torch.are_deterministic_algorithms_enabled()
-    rest = kind, (q_length, k_length), world, bounds, alibi is not None, setting
+    token_bytes = v.shape[0] * v.shape[2] * (q.shape[3] + v.shape[3]) * q.dtype.itemsize
+    rest = kind, (q_length, k_length, world), token_bytes, bounds, alibi is not None, setting
     resolved = _resolved(call, *rest)
     # Another kernel has other dropout masks. Where forward's is no longer the one to choose, it is asked for, and may refuse.
     if kernel is not None and resolved.kernel.name != kernel:

@@ -13,6 +13,7 @@ while a compiler traces, where lengths are symbols.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,15 @@ from torch.distributed.tensor import DTensor
 from dtensor_ring._torch import constant_number, constant_when_compiled, local_of
 from dtensor_ring.cache import Cache
 from dtensor_ring.ops.agree import Facts, check_agreement
-from dtensor_ring.ops.arguments import Arguments, check_extras, check_numbers, check_strategy_name, factor_of, plain_numbers
+from dtensor_ring.ops.arguments import (
+    Arguments,
+    check_extras,
+    check_numbers,
+    check_stages,
+    check_strategy_name,
+    factor_of,
+    plain_numbers,
+)
 from dtensor_ring.ops.call import AUTO, AttentionCall
 from dtensor_ring.ops.kernels import check_kernel_name
 from dtensor_ring.ops.place import Place
@@ -89,6 +98,7 @@ def prepare(inputs: Inputs, asked: Arguments, place: Place, name: str, *, traini
     """
     asked = plain_numbers(asked)
     check_numbers(asked)
+    check_stages(asked)
     check_extras(place.q_shape[0], place.q_shape[2], inputs.sinks, inputs.alibi)
     documents = _documents(inputs.documents, place)
     if training is None:
@@ -143,14 +153,15 @@ def _check(
     _check_strategy(asked.strategy, inputs, place)
     q, k, v = (local_of(x) for x in inputs[:3])
     call = _call(asked, place.layout, q.shape[3], training)
-    problem = call.problem((place.q_shape[1], place.k_shape[1]), place.world, documents)
+    token_bytes = k.shape[0] * k.shape[2] * (q.shape[3] + v.shape[3]) * q.dtype.itemsize
+    problem = call.problem((place.q_shape[1], place.k_shape[1]), place.world, documents, token_bytes)
     need = call.need(q.device.type, q.dtype, q.shape[3], v.shape[3])
     # Chosen here only to be compared: ranks may have other packages, and so another kernel for "auto". The operator chooses again.
     strategy, kernel = call.choose(need, inputs.alibi is not None, problem)
     words = (
         str(q.dtype),
         f"mask {call.band.text}",
-        strategy,
+        replace(problem, strategy=strategy).exchange,
         kernel.name,
         f"scale {call.scale}, softcap {call.softcap}, dropout_p {call.dropout_p}, deterministic {call.deterministic}",
         f"{'no ' if inputs.sinks is None else ''}sinks, {'no ' if inputs.alibi is None else ''}ALiBi",
@@ -175,6 +186,8 @@ def _call(asked: Arguments, layout: Layout, head_dim: int, training: bool) -> At
         bool(asked.deterministic),
         training,
         asked.kv_head_group_size,
+        asked.stages or 0,
+        asked.memory or 0,
     )
 
 

@@ -9,6 +9,7 @@ from dtensor_ring.planning.layout import Layout, PackedLayout
 from dtensor_ring.planning.mask import Band
 from dtensor_ring.planning.runs import Bounds, Piece, Run, document_at
 from dtensor_ring.planning.segmentation import WHOLE, Segmentation
+from dtensor_ring.planning.stages import fewest_stages, stage_sizes
 
 StrategyName = Literal["ring", "gather", "ulysses"]
 
@@ -24,13 +25,50 @@ class AttentionProblem:
     world: int
     strategy: str = "ring"
     documents: Segmentation | None = None
+    stages: int = 0  # of "ring"; 0 is one for each other rank
     _halo_tokens: int | None = field(init=False, repr=False, compare=False, default=None)  # worked out when first asked for
 
     def __str__(self) -> str:
         """The problem in one line, for errors; the text is the same on every rank."""
         lengths = f"{self.q_length}" if self.q_length == self.k_length else f"{self.q_length} queries and {self.k_length} keys"
         documents = "" if self.documents is None else f", {self.documents.described}"
-        return f"{self.strategy}, {self.layout}, {self.band}, {lengths} tokens over {self.world} ranks{documents}"
+        return f"{self.exchange}, {self.layout}, {self.band}, {lengths} tokens over {self.world} ranks{documents}"
+
+    @property
+    def exchange(self) -> str:
+        """The strategy, with the number of its stages where they are fewer than the other ranks."""
+        if self.strategy != "ring" or self.transfers == self.world - 1:
+            return self.strategy
+        return f"ring in {self.transfers} {'stage' if self.transfers == 1 else 'stages'}"
+
+    def staged(self, stages: int, most_tokens: int) -> AttentionProblem:
+        """The problem with as many stages, or for 0 with as few as keep their buffers within the keys of `most_tokens`.
+
+        Stripes of several ranks make no larger tiles together, and halo and gather have one transfer in any case: left open, these
+        keep the buffers of a ring, the smallest.
+        """
+        if self.strategy != "ring" or self.world == 1:
+            return self
+        if not stages and self.in_order:
+            stages = fewest_stages(self.world - 1, -(-self.k_length // self.world), most_tokens)
+        return replace(self, stages=min(stages, self.world - 1))
+
+    @property
+    def transfers(self) -> int:
+        """Transfers in which "ring" fetches the other ranks' keys: as many as stages, but none that would fetch nothing."""
+        others = self.world - 1
+        return min(self.stages, others) if self.stages else others
+
+    def distances(self, stage: int) -> range:
+        """How far away the ranks are whose keys stage 1, 2, ... of "ring" fetches: rank - distance, modulo the world.
+
+        The distances are the same for all ranks: so in each stage every rank sends to as many ranks as it receives from.
+        """
+        if self.transfers == self.world - 1:
+            return range(stage, stage + 1)
+        sizes = stage_sizes(self.world - 1, self.transfers)
+        first = 1 + sum(sizes[: stage - 1])
+        return range(first, first + sizes[stage - 1])
 
     @property
     def planned(self) -> AttentionProblem:

@@ -213,8 +213,6 @@ def _sends(book: _Book, rank: int, index: int) -> Iterable[KeySend]:
         return
     # No rank asks another what it needs: the other's plan is a pure function too, and is read here. So nothing waits for a request.
     for other in takers(problem, rank, index):
-        if other == rank:
-            continue
         step = book.need(other, index)
         ranges = tuple(keys for keys in step.keys if keys.peer == rank)
         if ranges:

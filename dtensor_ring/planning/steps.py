@@ -2,6 +2,7 @@
 
 zigzag, causal, 4 ranks, 16 tokens; rank 1 holds 2 3 | 12 13
 ring      step s has the keys of rank 1 - s, as they are stored there       2 3 12 13, then 0 1, then 6 7 8 9, then 4 5 10 11
+  stages  own keys, then those of several ranks at once, in position order  2 3 12 13, then 0 1 4 .. 11 (1 stage)
 gather    one step has all keys in position order                           0 .. 15
 halo      one step has the keys that a window sees, run by run              window (1, 0): 1 2 3 | 11 12 13
 """
@@ -12,43 +13,64 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 
 from dtensor_ring.planning.kernel_calls import Step, TokenRange, document_tiles, keep_needed, step_of
-from dtensor_ring.planning.mask import Tile, whole_sequence
+from dtensor_ring.planning.mask import Tile
 from dtensor_ring.planning.problem import AttentionProblem
 from dtensor_ring.planning.runs import Piece, Run, cut
 
 
 def step_count(problem: AttentionProblem) -> int:
     """How many steps a plan has."""
-    return problem.world if problem.strategy == "ring" and not problem.is_halo else 1
+    return 1 + problem.transfers if problem.strategy == "ring" and not problem.is_halo else 1
+
+
+def takers(problem: AttentionProblem, rank: int, index: int) -> list[int]:
+    """The other ranks whose step `index` may have keys of `rank`: no other rank's step need be worked out for what it sends."""
+    return [(rank + distance) % problem.world for distance in _distances(problem, index)]
+
+
+def _owners(problem: AttentionProblem, rank: int, index: int) -> list[int]:
+    """The ranks whose keys step `index` of a rank may have."""
+    others = [(rank - distance) % problem.world for distance in _distances(problem, index)]
+    if problem.strategy == "gather":
+        return sorted([rank, *others])
+    # A ring's step 0 has the rank's own keys alone, so that it computes while the first foreign keys travel.
+    return others if index else [rank]
+
+
+def _distances(problem: AttentionProblem, index: int) -> range:
+    """How far apart a rank is, modulo the world, from those whose keys it may have in a step."""
+    if step_count(problem) > 1:
+        return problem.distances(index) if index else range(0)
+    return range(1, problem.world)
 
 
 def make_step(problem: AttentionProblem, rank: int, index: int) -> Step:
     """Makes step `index` of a rank's plan."""
     if problem.is_halo:
         return _halo_step(problem, rank)
-    if problem.strategy == "ring":
-        # Step 0 has the rank's own keys, so it computes while the first foreign keys travel. From there on all ranks are the same
-        # distance from their owners, and no rank sends to two others at once.
-        owner = (rank - index) % problem.world
-        return _step_on(problem, rank, [TokenRange.of_owner(owner, 0, problem.k_local(owner))], problem.k_runs(owner))
     # Under a name that is unknown here ranks would exchange all keys, and whatever counts by plans would count that.
-    assert problem.strategy == "gather", f"no plan is made for strategy {problem.strategy!r}: see AttentionProblem.planned"
-    shards = [(r, problem.k_runs(r)) for r in range(problem.world)]
-    # A stripe's queries lie a stride apart, and have one band with keys of the same stride only: its keys stay shard by shard.
-    if not problem.in_order:
-        keys = [TokenRange.of_owner(r, 0, problem.k_local(r)) for r, _ in shards]
-        return _step_on(problem, rank, keys, *(runs for _, runs in shards))
-    # In position order neighbours of two ranks are one run, so that all keys under a causal mask are one kernel call.
-    ordered = sorted((run.start, run.count, keys) for r, runs in shards for run, keys in _stored(r, runs))
-    return _step_on(problem, rank, [keys for _, _, keys in ordered], whole_sequence(problem.k_length))
+    known = problem.strategy in ("ring", "gather")
+    assert known, f"no plan is made for strategy {problem.strategy!r}: see AttentionProblem.planned"
+    owners = _owners(problem, rank, index)
+    # A stripe's queries lie a stride apart and have one band with keys of the same stride only: its keys stay shard by shard.
+    if len(owners) == 1 or not problem.in_order:
+        keys = [TokenRange.of_owner(owner, 0, problem.k_local(owner)) for owner in owners]
+        return _step_on(problem, rank, keys, *(problem.k_runs(owner) for owner in owners))
+    # In position order neighbours of two ranks are one run, so that keys of many ranks make few tiles: all keys under a causal
+    # mask are one kernel call.
+    ordered = sorted((run.start, run.count, keys) for owner in owners for run, keys in _stored(owner, problem.k_runs(owner)))
+    return _step_on(problem, rank, [keys for _, _, keys in ordered], _joined([(start, count) for start, count, _ in ordered]))
 
 
-def takers(problem: AttentionProblem, rank: int, index: int) -> list[int]:
-    """The ranks whose step `index` may have keys of `rank`, in the order in which they are served; `rank` may be among them."""
-    if step_count(problem) > 1:
-        # In a ring only one rank has a rank's keys in a step, so that no other rank's step need be worked out for it.
-        return [(rank + index) % problem.world]
-    return [(rank + i) % problem.world for i in range(problem.world)]
+def _joined(ordered: Iterable[tuple[int, int]]) -> tuple[Run, ...]:
+    """Runs of neighbouring tokens, given as (start, count) in position order, joined where one begins at the end of another."""
+    runs: list[Run] = []
+    for start, count in ordered:
+        if runs and runs[-1].start + runs[-1].count == start:
+            runs[-1] = Run(runs[-1].start, runs[-1].count + count)
+        else:
+            runs.append(Run(start, count))
+    return tuple(runs)
 
 
 def _stored(rank: int, runs: Sequence[Run]) -> Iterable[tuple[Run, TokenRange]]:

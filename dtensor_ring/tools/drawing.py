@@ -75,7 +75,7 @@ def _excerpt(spent: Costs) -> list[int]:
 
 
 def _title(problem: AttentionProblem) -> str:
-    exchange = "halo: the keys around each chunk" if problem.is_halo else problem.strategy
+    exchange = "halo: the keys around each chunk" if problem.is_halo else problem.exchange
     ranks = "1 rank" if problem.world == 1 else f"{problem.world} ranks"
     facts = [str(problem.layout), str(problem.band), f"{problem.q_length} tokens over {ranks}", exchange]
     if problem.documents is not None:

@@ -1,7 +1,7 @@
 """`explain`: what an attention costs each rank, before any tensor exists.
 
     >>> print(explain("zigzag", 16, 4))
-    zigzag, causal, 16 tokens over 4 ranks, ring
+    zigzag, causal, 16 tokens over 4 ranks, ring in 1 stage
 
     per forward pass, bytes for 32 query and 8 key heads of 128, 2 bytes a number
       tokens a rank:             4
@@ -25,6 +25,7 @@ from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band, mask_text
 from dtensor_ring.planning.problem import AttentionProblem, StrategyName
+from dtensor_ring.planning.stages import BUFFERED_TOKENS
 from dtensor_ring.tools.drawing import draw, summary
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def explain(
     is_causal: bool = True,
     window: tuple[int, int] = (-1, -1),
     strategy: StrategyName = "ring",
+    stages: int | None = None,
     heads: int = 32,
     kv_heads: int = 8,
     head_dim: int = 128,
@@ -123,6 +125,7 @@ def explain(
         is_causal: as for `ring_attention`, and by the same default.
         window: as for `ring_attention`.
         strategy: as for `ring_attention`.
+        stages: as for `ring_attention`: None is what it takes by default.
         heads: query heads.
         kv_heads: key heads, which divide the query heads.
         head_dim: numbers in a query or key.
@@ -144,7 +147,9 @@ def explain(
     if layout.cut and (packed is None or packed.rows != 1):
         raise ValueError(f"{layout} is cut document by document: pass documents=, one row for the whole batch, found {packed}")
     band = Band.parse(mask_text(is_causal, window))
-    problem = AttentionProblem(layout, band, length, length, world, strategy, packed)
+    if stages is not None and (stages < 1 or strategy != "ring"):
+        raise ValueError(f"stages are from 1 up and of strategy 'ring', found stages={stages} and strategy={strategy!r}")
+    problem = AttentionProblem(layout, band, length, length, world, strategy, packed).staged(stages or 0, BUFFERED_TOKENS)
     shape = shape_of_heads(heads, kv_heads, head_dim, v_head_dim, batch, itemsize)
     return Explanation(problem, shape, costs(problem, shape))
 

@@ -47,6 +47,7 @@ def facts(
         "length": problem.q_length,
         "world": problem.world,
         "strategy": problem.strategy,
+        "stages": problem.transfers if problem.strategy == "ring" and not problem.is_halo else None,
         "halo": problem.is_halo,
         "shape": shape._asdict(),
         "documents": None if problem.documents is None else problem.documents.parts,

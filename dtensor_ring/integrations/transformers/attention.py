@@ -18,9 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from dtensor_ring.integrations.transformers.layer_call import read_layer_call
 from dtensor_ring.ops.agree import refused_in_group
-from dtensor_ring.ops.arguments import Arguments, Strategy
+from dtensor_ring.ops.arguments import Arguments
 from dtensor_ring.ops.attend import attend
-from dtensor_ring.ops.kernels import KernelName
 from dtensor_ring.ops.place import place_in_group
 from dtensor_ring.ops.prepare import Inputs, prepare
 from dtensor_ring.planning.documents import Documents
@@ -55,8 +54,7 @@ class AttentionState:
 
     mesh: DeviceMesh
     layout: Layout
-    strategy: Strategy | None
-    kernel: KernelName | None
+    asked: Arguments
 
 
 def register() -> None:
@@ -95,14 +93,8 @@ def ring_attention_forward(
     # The empty mask is the one that `_enter` passed. Any other was made inside the model, of this rank's tokens alone.
     if layer.mask is not None and layer.mask.numel():
         raise NotImplementedError("attention masks are not supported: pack rows without padding and pass documents")
-    asked = Arguments(
-        layer.is_causal,
-        layer.window,
-        layer.scale,
-        layer.softcap,
-        layer.dropout_p,
-        strategy=state.strategy,
-        kernel=state.kernel,
+    asked = state.asked._replace(
+        is_causal=layer.is_causal, window=layer.window, scale=layer.scale, softcap=layer.softcap, dropout_p=layer.dropout_p
     )
     q, k, v = layer.q, layer.k, layer.v
     # The length comes with the batch: shares of ranks differ by a token where the ranks do not divide it.

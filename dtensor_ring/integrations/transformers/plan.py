@@ -51,7 +51,7 @@ from dtensor_ring.integrations.transformers.outputs import (
     gather_tokens,
     sum_over_tokens,
 )
-from dtensor_ring.ops.arguments import Strategy, check_strategy_name
+from dtensor_ring.ops.arguments import Arguments, Strategy, check_stages, check_strategy_name
 from dtensor_ring.ops.kernels import KernelName, check_kernel_name
 from dtensor_ring.placements import SequencePlacement, Zigzag
 from dtensor_ring.planning.documents import Documents
@@ -66,10 +66,8 @@ class RingPlan(dict[str, ParallelStyle]):
     Made by `ring_plan`, for one model, applied once.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, placement: SequencePlacement, strategy: Strategy | None, kernel: KernelName | None
-    ) -> None:
-        self._model, self._placement, self._strategy, self._kernel = model, placement, strategy, kernel
+    def __init__(self, model: PreTrainedModel, placement: SequencePlacement, asked: Arguments) -> None:
+        self._model, self._placement, self._asked = model, placement, asked
         self._mesh: DeviceMesh | None = None
         # Asked now too, for the warning of a plan that was never applied: when it ends the process group may have ended before it.
         self._was_applied, self._begun_among_ranks = False, several_ranks()
@@ -156,8 +154,9 @@ class RingPlan(dict[str, ParallelStyle]):
             [
                 f"{type(self._model).__name__}: sequence parallel as {self._placement!r}, {where}",
                 f"  attention: {len(attention)} modules, {attention[0]} to {attention[-1]}",
-                f"  strategy:  {self._strategy or 'ring (chosen: memory does not grow with the ranks)'}",
-                f"  kernel:    {self._kernel or 'the first that does not refuse'}",
+                f"  strategy:  {self._asked.strategy or 'ring (chosen: memory does not grow with the ranks)'}",
+                f"  stages:    {self._asked.stages or self._stages()}",
+                f"  kernel:    {self._asked.kernel or 'the first that does not refuse'}",
                 f"  transport: {transport}",
                 "  batch:     input_ids, inputs_embeds, position_ids and labels are cut; labels are shifted first",
                 "  loss:      mean over the whole batch; with num_items_in_batch this rank's sum / num_items_in_batch",
@@ -165,6 +164,10 @@ class RingPlan(dict[str, ParallelStyle]):
                 f"  balance:   {self._balance()}",
             ]
         )
+
+    def _stages(self) -> str:
+        bound = "512k tokens' keys and values" if self._asked.memory is None else f"{self._asked.memory} bytes"
+        return f"as few as keep their buffers within {bound}"
 
     @property
     def _reach(self) -> int | None:
@@ -256,7 +259,7 @@ class RingPlan(dict[str, ParallelStyle]):
         ]
 
     def _apply_attention(self, module: nn.Module, mesh: DeviceMesh) -> None:
-        setattr(module, STATE, AttentionState(mesh, self._placement.layout, self._strategy, self._kernel))
+        setattr(module, STATE, AttentionState(mesh, self._placement.layout, self._asked))
         self._marked.append(module)
 
     # Not compiled: it reads values of the batch and compares ranks on the host. The model behind it is.
@@ -318,6 +321,9 @@ def ring_plan(
     placement: SequencePlacement | None = None,
     strategy: Strategy | None = None,
     kernel: KernelName | None = None,
+    *,
+    stages: int | None = None,
+    memory: int | None = None,
 ) -> RingPlan:
     """A plan that makes a Hugging Face model sequence-parallel over one mesh axis.
 
@@ -338,13 +344,15 @@ def ring_plan(
         placement: how sequences are cut; `Zigzag(1)` by default.
         strategy: as in `ring_attention`.
         kernel: as in `ring_attention`.
+        stages: as in `ring_attention`.
+        memory: as in `ring_attention`.
 
     Returns:
         A dict for `parallelize_module`, with `gather`, `describe` and `undo`.
 
     Raises:
-        TypeError: not a transformers model.
-        ValueError: the placement does not cut dim 1, or there is no such strategy or kernel.
+        TypeError: not a transformers model, or stages or memory that are no whole number.
+        ValueError: the placement does not cut dim 1, there is no such strategy or kernel, or stages and memory do not fit it.
         NotImplementedError: the model has something that would be silently wrong on a part of a sequence.
     """
     # All of this raises where the plan is made, in the user's own line, and not in a hook at the first batch.
@@ -353,7 +361,9 @@ def ring_plan(
     check_kernel_name(kernel)
     placement = Zigzag(1) if placement is None else placement
     check_placement(placement)
-    return RingPlan(model, placement, strategy, kernel)
+    asked = Arguments(strategy=strategy, kernel=kernel, stages=stages, memory=memory)
+    check_stages(asked)
+    return RingPlan(model, placement, asked)
 
 
 class _RootStyle(ParallelStyle):
