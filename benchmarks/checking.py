@@ -1,0 +1,71 @@
+"""Whether a case computes attention, before it is timed: its plans over threads, with few tokens, against float64 on one device.
+
+The error of every rank together is compared with that of the same kernel on one device: at most 1.3 times as large for out, 1.5 for
+gradients, in root mean squares.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Case
+from benchmarks.problems import problem_of
+from dtensor_ring.comm import LoopbackTransport
+from dtensor_ring.ops.executors.plan_executor import Executor
+from dtensor_ring.ops.kernels import KERNELS, Kernel, SoftmaxParams
+from dtensor_ring.planning.problem import AttentionProblem
+from dtensor_ring.planning.schedule import plan
+
+_ALLOWED = {"out": 1.3, "dq": 1.5, "dk": 1.5, "dv": 1.5}
+
+
+def small(case: Case, tokens: int, most_ranks: int = 8) -> Case:
+    """The case with fewer tokens and ranks: documents shrink in proportion, none to nothing."""
+    world = min(case.world, most_ranks)
+    if not case.lengths:
+        return replace(case, world=world, tokens=min(tokens, case.tokens))
+    shrink = max(1, case.length // (world * tokens))
+    lengths = tuple(max(1, length // shrink) for length in case.lengths)
+    lengths = (*lengths, -sum(lengths) % world) if sum(lengths) % world else lengths
+    return replace(case, world=world, tokens=sum(lengths) // world, lengths=lengths)
+
+
+def wrong_numbers(case: Case, kernel: Kernel, device: torch.device, dtype: torch.dtype, tokens: int = 256) -> str:
+    """What is wrong with the case's plans on this kernel; empty if nothing is."""
+    problem = problem_of(small(case, tokens))
+    shapes = [(1, problem.q_length, heads, case.head_dim) for heads in (case.heads, case.kv_heads, case.kv_heads, case.heads)]
+    whole = [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
+    softmax = SoftmaxParams(case.head_dim**-0.5)
+    alone = replace(problem, world=1, strategy="ring")
+    exact = _attention(alone, KERNELS["math"], softmax, [x.double() for x in whole])
+    single = _attention(alone, kernel, softmax, whole)
+    ours = _attention(problem, kernel, softmax, whole)
+    faults = []
+    for name, right, one, mine in zip(_ALLOWED, exact, single, ours, strict=True):
+        unavoidable, error = ((x.double() - right).square().mean().sqrt().item() for x in (one, mine))
+        if not error <= _ALLOWED[name] * max(unavoidable, 1e-7):
+            faults.append(f"{name} {error / max(unavoidable, 1e-7):.2f} x the kernel's own error")
+    return ", ".join(faults)
+
+
+def _attention(problem: AttentionProblem, kernel: Kernel, softmax: SoftmaxParams, whole: list[Tensor]) -> list[Tensor]:
+    """Out, dq, dk, dv of the whole sequence, computed by all ranks of a problem."""
+    tokens = [torch.tensor(problem.q_tokens(rank), device=whole[0].device) for rank in range(problem.world)]
+
+    def one_rank(transport: LoopbackTransport) -> list[Tensor]:
+        executor = Executor(plan(problem, transport.rank), transport, kernel, softmax)
+        q, k, v, dout = (x[:, tokens[transport.rank]].contiguous() for x in whole)
+        out, lse = executor.forward(q, k, v)
+        return [out, *executor.backward(dout, q, k, v, out, lse)[:3]]
+
+    shares = LoopbackTransport.run(problem.world, one_rank)
+    results = []
+    for parts in zip(*shares, strict=True):
+        result = torch.empty((1, problem.q_length, *parts[0].shape[2:]), device=parts[0].device, dtype=parts[0].dtype)
+        for index, part in zip(tokens, parts, strict=True):
+            result[:, index] = part
+        results.append(result)
+    return results

@@ -1,0 +1,56 @@
+"""From a case to the problem that is planned, and the ranks worth measuring."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from benchmarks.cases import Case
+from dtensor_ring.planning.documents import Documents
+from dtensor_ring.planning.kernel_calls import KernelCall
+from dtensor_ring.planning.layout import Layout
+from dtensor_ring.planning.mask import Band
+from dtensor_ring.planning.problem import AttentionProblem
+from dtensor_ring.planning.schedule import Plan, plan
+from dtensor_ring.planning.stages import fewest_stages
+
+BLOCK = 128  # queries and keys of the blocks that flash kernels compute
+
+
+def problem_of(case: Case) -> AttentionProblem:
+    """The attention of a case."""
+    layout, band = Layout.parse(case.layout), Band.parse(case.mask)
+    documents = Documents.from_lengths(list(case.lengths)) if case.lengths else None
+    problem = AttentionProblem(layout, band, case.length, case.length, case.world, case.strategy or "ring", documents)
+    stages = case.stages or fewest_stages(case.world - 1, max(problem.k_local(rank) for rank in range(case.world)))
+    return replace(problem, stages=stages if problem.strategy == "ring" else 0)
+
+
+def predicted_blocks(todo: Plan) -> int:
+    """Blocks of 128 x 128 scores that a kernel computes for all calls of a plan; one with a single needed score counts whole."""
+    return sum(_blocks(call) for step in todo.steps for call in step.calls)
+
+
+def _blocks(call: KernelCall) -> int:
+    left, right = call.window
+    total = 0
+    for segment in call.segments:
+        queries, keys = segment.q1 - segment.q0, segment.k1 - segment.k0
+        for first in range(0, queries, BLOCK):
+            last = min(first + BLOCK, queries) - 1
+            low = 0 if left < 0 else max(0, first + keys - queries - left)
+            high = keys - 1 if right < 0 else min(keys - 1, last + keys - queries + right)
+            total += high // BLOCK - low // BLOCK + 1
+    return total
+
+
+def ranks_to_measure(case: Case, most: int = 8) -> list[int]:
+    """All ranks of a small world; of a large one those with the most blocks, and those that fetch the most keys."""
+    problem = problem_of(case)
+    if case.world <= most:
+        return list(range(case.world))
+    if not case.lengths:
+        return sorted({0, case.world // 2, case.world - 1})  # without documents ranks differ in where their keys come from only
+    plans = [plan(problem, rank) for rank in range(case.world)]
+    by_work = sorted(range(case.world), key=lambda rank: -predicted_blocks(plans[rank]))
+    by_keys = sorted(range(case.world), key=lambda rank: -sum(step.key_count for step in plans[rank].steps))
+    return sorted({*by_work[:3], *by_keys[:1]})
