@@ -195,9 +195,9 @@ def test_sizes_that_part_after_both_calls_are_known_raise_and_kill_no_rank(pools
 
 def left_alone(strategy: str, direction: str, how: str) -> tuple[str, float]:
     """Rank 2 is killed, or late, before one pass: what the others raise, and how soon."""
-    mesh = axis()
+    mesh, options = axis(), {"stages": 2} if strategy == "ring" else {}
     x = placed(mesh, 24, requires_grad=True)
-    out = ring_attention(x, x, x, strategy=strategy)
+    out = ring_attention(x, x, x, strategy=strategy, **options)
     dist.barrier()
     start = time.monotonic()
     if dist.get_rank() == 2:
@@ -206,7 +206,7 @@ def left_alone(strategy: str, direction: str, how: str) -> tuple[str, float]:
         time.sleep(SECONDS + 5)
         return "", 0.0
     with pytest.raises(SilentRankError) as failure:
-        ring_attention(x, x, x, strategy=strategy) if direction == "forward" else out.to_local().sum().backward()
+        ring_attention(x, x, x, strategy=strategy, **options) if direction == "forward" else out.to_local().sum().backward()
     return str(failure.value), time.monotonic() - start
 
 
