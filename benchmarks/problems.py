@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from benchmarks.cases import Case
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.kernel_calls import KernelCall
@@ -11,7 +9,6 @@ from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
 from dtensor_ring.planning.problem import AttentionProblem
 from dtensor_ring.planning.schedule import Plan, plan
-from dtensor_ring.planning.stages import fewest_stages
 
 BLOCK = 128  # queries and keys of the blocks that flash kernels compute
 
@@ -21,8 +18,7 @@ def problem_of(case: Case) -> AttentionProblem:
     layout, band = Layout.parse(case.layout), Band.parse(case.mask)
     documents = Documents.from_lengths(list(case.lengths)) if case.lengths else None
     problem = AttentionProblem(layout, band, case.length, case.length, case.world, case.strategy or "ring", documents)
-    stages = case.stages or fewest_stages(case.world - 1, max(problem.k_local(rank) for rank in range(case.world)))
-    return replace(problem, stages=stages if problem.strategy == "ring" else 0)
+    return problem.staged(case.stages or 0)
 
 
 def predicted_blocks(todo: Plan) -> int:

@@ -19,7 +19,6 @@ from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band, mask_text
 from dtensor_ring.planning.problem import AttentionProblem, StrategyName
-from dtensor_ring.planning.stages import BUFFERED_TOKENS
 from dtensor_ring.tools.drawing import draw, summary
 from dtensor_ring.tools.explain import shape_of_heads
 from dtensor_ring.tools.facts import facts
@@ -196,9 +195,7 @@ def _problem(options: argparse.Namespace) -> AttentionProblem:
     # A window says both of its sides, so it is not causal beside: a side ahead would be refused.
     is_causal = not options.full and options.window is None
     band = Band.parse(mask_text(is_causal, window))
-    return AttentionProblem(layout, band, length, length, options.world, options.strategy, documents).staged(
-        options.stages or 0, BUFFERED_TOKENS
-    )
+    return AttentionProblem(layout, band, length, length, options.world, options.strategy, documents).staged(options.stages or 0)
 
 
 def _shape(options: argparse.Namespace) -> AttentionShape:

@@ -149,7 +149,7 @@ def ring_attention(
             lets flash kernels measure distances. "local", for plain tensors, says that this rank holds whole sequences; without
             it they warn where a process group of several ranks is up.
         kernel: a name in `dtensor_ring.ops.kernels.KERNELS`; None is the first that does not refuse.
-        stages: transfers in which "ring" fetches the other ranks' keys, from 1 to W - 1, which each more of is taken for. One
+        stages: transfers in which "ring" fetches the other ranks' keys, from 1 on; more than W - 1 are W - 1. One
             transfer is hidden behind the rank's own keys and needs the fewest merges; W - 1 need the least memory.
         memory: bytes that the buffers of stages may take in a backward pass; the fewest stages that stay within are chosen, or
             W - 1. None is the keys and values of 512k tokens: 2 GiB for 8 key heads of 128 in bfloat16. Never read off the device,

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from dtensor_ring.planning.runs import Piece, Run
+from dtensor_ring.planning.runs import Piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,8 +344,3 @@ def _corner_tiles(q: Piece, k: Piece, side: _Side, floor: int | None, ceiling: i
             tile = Tile.trimmed(i, i + block, j, j + block, i - j + least, i - j + most)
             tiles += [] if tile is None else [tile]
     return tiles
-
-
-def whole_sequence(length: int) -> tuple[Run, ...]:
-    """The runs of all keys, where they lie in position order."""
-    return (Run(0, length),) if length else ()

@@ -9,7 +9,7 @@ from dtensor_ring.planning.layout import Layout, PackedLayout
 from dtensor_ring.planning.mask import Band
 from dtensor_ring.planning.runs import Bounds, Piece, Run, document_at
 from dtensor_ring.planning.segmentation import WHOLE, Segmentation
-from dtensor_ring.planning.stages import fewest_stages, stage_sizes
+from dtensor_ring.planning.stages import BUFFERED_TOKENS, fewest_stages, stage_sizes
 
 StrategyName = Literal["ring", "gather", "ulysses"]
 
@@ -41,7 +41,7 @@ class AttentionProblem:
             return self.strategy
         return f"ring in {self.transfers} {'stage' if self.transfers == 1 else 'stages'}"
 
-    def staged(self, stages: int, most_tokens: int) -> AttentionProblem:
+    def staged(self, stages: int = 0, most_tokens: int = BUFFERED_TOKENS) -> AttentionProblem:
         """The problem with as many stages, or for 0 with as few as keep their buffers within the keys of `most_tokens`.
 
         Stripes of several ranks make no larger tiles together, and halo and gather have one transfer in any case: left open, these

@@ -25,7 +25,6 @@ from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band, mask_text
 from dtensor_ring.planning.problem import AttentionProblem, StrategyName
-from dtensor_ring.planning.stages import BUFFERED_TOKENS
 from dtensor_ring.tools.drawing import draw, summary
 
 if TYPE_CHECKING:
@@ -149,7 +148,7 @@ def explain(
     band = Band.parse(mask_text(is_causal, window))
     if stages is not None and (stages < 1 or strategy != "ring"):
         raise ValueError(f"stages are from 1 up and of strategy 'ring', found stages={stages} and strategy={strategy!r}")
-    problem = AttentionProblem(layout, band, length, length, world, strategy, packed).staged(stages or 0, BUFFERED_TOKENS)
+    problem = AttentionProblem(layout, band, length, length, world, strategy, packed).staged(stages or 0)
     shape = shape_of_heads(heads, kv_heads, head_dim, v_head_dim, batch, itemsize)
     return Explanation(problem, shape, costs(problem, shape))
 
