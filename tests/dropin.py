@@ -71,10 +71,10 @@ def family_case(family: str, world: int, length: int = 32, **options) -> Case:
     return make_case(length, batch=2 if family in BATCH else 1, documents=documents, **options)
 
 
-def reference_case(family: str, device: str = "cpu") -> Case:
-    """The shapes that ring-flash-attn tests itself on."""
+def reference_case(family: str, device: str = "cpu", heads: int = 5) -> Case:
+    """The shapes that ring-flash-attn tests itself on, which have five heads."""
     if family in BATCH:
-        return make_case(3816, heads=(5, 5), dim=128, batch=1, dtype=torch.bfloat16, device=device)
+        return make_case(3816, heads=(heads, heads), dim=128, batch=1, dtype=torch.bfloat16, device=device)
     bounds = (0, 128, 1248, 4240) if family.startswith("zigzag") else (0, 120, 1248, 4232)
     documents = Documents((bounds,))
-    return make_case(bounds[-1], heads=(5, 5), dim=128, batch=1, dtype=torch.bfloat16, documents=documents, device=device)
+    return make_case(bounds[-1], heads=(heads, heads), dim=128, batch=1, dtype=torch.bfloat16, documents=documents, device=device)

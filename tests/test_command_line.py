@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import some_or_every
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -135,9 +136,10 @@ COMMON = list(
 )
 
 
+@some_or_every
 @pytest.mark.parametrize(("layout", "mask", "strategy"), COMMON)
-def test_every_line_has_at_most_80_columns(capsys, layout, mask, strategy):
-    for world, length in itertools.product((1, 3, 4, 64), ("0", "1", "23", "2k", "1M")):
+def test_every_line_has_at_most_80_columns(capsys, layout, mask, strategy, every):
+    for world, length in list(itertools.product((64, 4, 3, 1), ("1M", "2k", "23", "1", "0")))[:: 1 if every else 3]:
         arguments = ("--layout", layout, *mask, "--strategy", strategy, "--world", str(world), "--length", length, "--heads", "192")
         arguments = (*arguments, "--kv-heads", "192")
         assert_narrow(lines_of(capsys, "plan", *arguments))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from contextlib import nullcontext
 from itertools import pairwise
@@ -143,9 +144,12 @@ def train_step(family: str, packed: bool, every: bool):
         assert_same_gradients(model, grads, 1 if items else 1 / world)
 
 
-@pytest.mark.parametrize(("world", "every"), [(2, False), (4, False), slow(2, True), slow(4, True)])
+BY_DEFAULT = [(2, False, False), (4, True, False)]
+CELLS = [cell if cell in BY_DEFAULT else slow(*cell) for cell in itertools.product((2, 4), (False, True), (False, True))]
+
+
+@pytest.mark.parametrize(("world", "packed", "every"), CELLS)
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
 def test_logits_and_every_gradient_are_those_of_one_process(pools, world, family, packed, every):
     pools.run(world, train_step, family, packed, every)
 

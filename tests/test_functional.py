@@ -100,16 +100,17 @@ def test_sixteen_bits_stay_what_they_are_and_err_like_one_device(pools, family, 
     pools.run(4, sixteen_bits, family, dtype)
 
 
-def own_test_shapes(family: str):
-    case = reference_case(family)
+def own_test_shapes(family: str, heads: int):
+    case = reference_case(family, heads=heads)
     assert_like_kernel(on_ranks(family, "qkvpacked", case), *once(lambda: (single_device(case, "torch_cpu"), case.exact())))
 
 
-@pytest.mark.parametrize(
-    "family", [slow("zigzag_ring_flash_attn"), "zigzag_ring_flash_attn_varlen", slow("llama3_flash_attn_varlen")]
-)
-def test_the_reference_s_own_shapes(pools, family):
-    pools.run(2, own_test_shapes, family, timeout=200)
+OWN_SHAPES = ["zigzag_ring_flash_attn", "zigzag_ring_flash_attn_varlen", "llama3_flash_attn_varlen"]
+
+
+@pytest.mark.parametrize(("family", "heads"), [(OWN_SHAPES[1], 1), *(slow(family, 5) for family in OWN_SHAPES)])
+def test_the_reference_s_own_shapes(pools, family, heads):
+    pools.run(2, own_test_shapes, family, heads, timeout=200)
 
 
 def extras(family: str):

@@ -6,6 +6,7 @@ import operator
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import kept_mesh, slow
 from torch.distributed.tensor import DTensor
 
@@ -18,10 +19,6 @@ DTYPES = [torch.float64, torch.int64, torch.bool]
 
 def _place(x):
     return distribute_tensor(x.clone(), kept_mesh(), [Zigzag(0)], src_data_rank=None).detach()
-
-
-def _value(x):
-    return full_tensor(x) if isinstance(x, DTensor) else x
 
 
 def _pointwise_ops():
@@ -92,20 +89,21 @@ def _differences(ours, plain, what):
         if not isinstance(wanted, torch.Tensor):
             same = mine == wanted if wanted is not None else mine is None
         else:
-            value = _value(mine) if mine is not None else None
             same = (
                 isinstance(mine, DTensor)
                 and mine.dtype == wanted.dtype == mine._spec.tensor_meta.dtype
-                and value.shape == wanted.shape
-                and torch.allclose(value, wanted, rtol=1e-12, atol=1e-13, equal_nan=True)
+                and mine.placements == (Zigzag(0),)
+                and mine.shape == wanted.shape
+                and torch.allclose(mine.to_local(), _place(wanted).to_local(), rtol=1e-12, atol=1e-13, equal_nan=True)
             )
         if not same:
             yield f"{what} {index}"
 
 
 def sweep(dtype, grad: bool, inference: bool):
+    """Each op on one of the ranks: it must not wait for another, so that no rank waits for ever."""
     right, raised, wrong = [], {}, []
-    for op in _pointwise_ops():
+    for op in list(_pointwise_ops())[dist.get_rank() :: dist.get_world_size()]:
         arguments = _arguments(op, dtype)
         if not any(isinstance(arg, torch.Tensor) for arg in arguments[0]):
             continue
@@ -145,7 +143,7 @@ def test_every_pointwise_op_is_right_or_raises(pools, dtype, inference):
     for right, raised, wrong in pools.run(2, sweep, dtype, False, inference):
         assert not wrong
         assert not _unexpected(raised)
-        assert len(right) > 200
+        assert len(right) > 100
 
 
 def test_the_gradient_of_every_pointwise_op_is_right_or_raises(pools):
@@ -153,7 +151,7 @@ def test_the_gradient_of_every_pointwise_op_is_right_or_raises(pools):
         # autograd makes the zero gradient of sgn as a plain tensor, whatever the placements; sgn stays for the gradient of abs
         assert wrong in ([], ["aten.sgn.default ['gradient 0']"])
         assert not _unexpected(raised, WITHOUT_GRADIENT)
-        assert len(right) > 200
+        assert len(right) > 100
 
 
 OPERATORS = ["and_", "or_", "xor", "lshift", "rshift", "add", "sub", "mul", "floordiv", "mod", "pow", "eq", "lt", "ge"]
