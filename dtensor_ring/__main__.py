@@ -19,6 +19,7 @@ from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band, mask_text
 from dtensor_ring.planning.problem import AttentionProblem, StrategyName
+from dtensor_ring.planning.stages import asked_stages
 from dtensor_ring.tools.drawing import draw, summary
 from dtensor_ring.tools.explain import shape_of_heads
 from dtensor_ring.tools.facts import facts
@@ -195,7 +196,8 @@ def _problem(options: argparse.Namespace) -> AttentionProblem:
     # A window says both of its sides, so it is not causal beside: a side ahead would be refused.
     is_causal = not options.full and options.window is None
     band = Band.parse(mask_text(is_causal, window))
-    return AttentionProblem(layout, band, length, length, options.world, options.strategy, documents).staged(options.stages or 0)
+    stages = asked_stages(options.stages, options.strategy)
+    return AttentionProblem(layout, band, length, length, options.world, options.strategy, documents).staged(stages)
 
 
 def _shape(options: argparse.Namespace) -> AttentionShape:

@@ -70,6 +70,9 @@ def test_every_option_of_plan(capsys, arguments, text):
         (["--layout", "snake"], "unknown layout 'snake'"),
         (["--world", "0"], "at least one rank"),
         (["--window", "-5", "0"], "a side is a number of tokens"),
+        (["--stages", "0"], "stages are from 1 up and of strategy 'ring', found stages=0 and strategy='ring'"),
+        (["--stages", "-2"], "found stages=-2"),
+        (["--stages", "2", "--strategy", "gather"], "found stages=2 and strategy='gather'"),
     ],
 )
 def test_plan_says_what_is_wrong(capsys, arguments, text):

@@ -18,6 +18,17 @@ from itertools import pairwise
 BUFFERED_TOKENS = 512 * 1024
 
 
+def asked_stages(stages: int | None, strategy: str) -> int:
+    """The number of stages that somebody asked for, 0 where it is left open.
+
+    Raises:
+        ValueError: less than one, or of a strategy that has none.
+    """
+    if stages is not None and (stages < 1 or strategy != "ring"):
+        raise ValueError(f"stages are from 1 up and of strategy 'ring', found stages={stages} and strategy={strategy!r}")
+    return stages or 0
+
+
 def stage_sizes(others: int, stages: int) -> tuple[int, ...]:
     """Ranks fetched in each stage, from the first: `stages` of them, never falling, none empty, `others` in all.
 

@@ -25,6 +25,7 @@ from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band, mask_text
 from dtensor_ring.planning.problem import AttentionProblem, StrategyName
+from dtensor_ring.planning.stages import asked_stages
 from dtensor_ring.tools.drawing import draw, summary
 
 if TYPE_CHECKING:
@@ -146,9 +147,7 @@ def explain(
     if layout.cut and (packed is None or packed.rows != 1):
         raise ValueError(f"{layout} is cut document by document: pass documents=, one row for the whole batch, found {packed}")
     band = Band.parse(mask_text(is_causal, window))
-    if stages is not None and (stages < 1 or strategy != "ring"):
-        raise ValueError(f"stages are from 1 up and of strategy 'ring', found stages={stages} and strategy={strategy!r}")
-    problem = AttentionProblem(layout, band, length, length, world, strategy, packed).staged(stages or 0)
+    problem = AttentionProblem(layout, band, length, length, world, strategy, packed).staged(asked_stages(stages, strategy))
     shape = shape_of_heads(heads, kv_heads, head_dim, v_head_dim, batch, itemsize)
     return Explanation(problem, shape, costs(problem, shape))
 
