@@ -55,6 +55,22 @@ def slow(*values: object):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
+def blocks_touched(bounds: Sequence[int], chunks: Sequence[tuple[int, int]]) -> float:
+    """Blocks of 128 x 128 causal scores of chunks (start, count) of packed documents, counted row by row.
+
+    The last block of a row counts half, and so does the start of a segment.
+    """
+    blocks = 0.0
+    for start, count in chunks:
+        while count:
+            first = max(bound for bound in bounds if bound <= start)
+            size = min(count, min(bound for bound in bounds if bound > start) - start)
+            ends = range(start - first, start - first + size, 128)
+            blocks += 0.5 + sum(-(-min(row + 128, start - first + size) // 128) - 0.5 for row in ends)
+            start, count = start + size, count - size
+    return blocks
+
+
 def line(device: str = "cpu") -> DeviceMesh:
     """All ranks on one mesh axis, "cp"."""
     return init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("cp",))

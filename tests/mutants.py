@@ -57,7 +57,13 @@ GENERIC = [
 ]
 TESTS = {
     "planning/layout.py": ["test_layout", "test_schedule", "test_packing -k known"],
-    "planning/document_sharding.py": ["test_layout", "test_packing -k 'known or random or without_tokens or exact'"],
+    "planning/document_sharding.py": [
+        "test_dealing",
+        "test_layout",
+        "test_packing -k 'known or random or without_tokens or exact'",
+    ],
+    "planning/deck.py": ["test_dealing", "test_packing -k 'known or random'"],
+    "planning/blocks.py": ["test_dealing", "test_layout"],
     "planning/documents.py": [
         "test_documents",
         "test_layout",

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import assert_exact, line, make_case, run_loopback, some_or_every
+from helpers import assert_exact, blocks_touched, line, make_case, run_loopback, some_or_every
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 
@@ -48,25 +48,37 @@ def long_tailed(generator: random.Random, length: int) -> tuple[int, ...]:
     return tuple(bounds)
 
 
-def is_balanced(bounds: tuple[int, ...], world: int) -> bool:
-    plans = plans_of(bounds, PER_DOCUMENT, world)
-    work, tokens = [each.cells for each in plans], [each.problem.q_local(each.rank) for each in plans]
-    return sum(work) / world >= 0.97 * max(work) and max(tokens) <= 1.02 * sum(tokens) / world
+def work_of(bounds: tuple[int, ...], world: int) -> tuple[float, float]:
+    """Blocks of the most loaded rank, and of the documents uncut, a rank; tokens are as even as they can be."""
+    runs = [Layout.parse(PER_DOCUMENT).runs(bounds[-1], world, rank, bounds) for rank in range(world)]
+    tokens = [sum(run.count for run in each) for each in runs]
+    assert sum(tokens) == bounds[-1]
+    assert max(tokens) - min(tokens) <= 1
+    work = [blocks_touched(bounds, [(run.start, run.count) for run in each]) for each in runs]
+    return max(work), blocks_touched(bounds, [(0, bounds[-1])]) / world
 
 
 @pytest.mark.parametrize("world", [2, 4, 8])
 @pytest.mark.parametrize("bounds", LISTS)
 def test_work_and_tokens_are_balanced_on_the_known_lists(bounds, world):
-    assert is_balanced(tuple(world * bound for bound in bounds), world)
+    most, share = work_of(tuple(world * bound for bound in bounds), world)
+    assert most <= 1.015 * share
 
 
 @some_or_every
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_work_and_tokens_are_balanced_on_random_packings(world, every):
+    # A rank here has 1,024 to 4,096 tokens: 8 to 32 rows of blocks. A row of the longest document may be a third of all its work,
+    # and is the least that can be moved, so that one rank or the other has half of one too much or too little.
     generator = random.Random(world)
+    over = []
     for _ in range(334 if every else 80):
         bounds = long_tailed(generator, generator.randint(1024, 4096) * world)
-        assert is_balanced(bounds, world), bounds
+        most, share = work_of(bounds, world)
+        assert most <= 1.05 * share + 0.75 * (max(b - a for a, b in itertools.pairwise(bounds)) / 128 + 1), bounds
+        over.append(most / share)
+    assert sum(over) / len(over) <= 1.08
+    assert sorted(over)[len(over) * 19 // 20] <= 1.15
 
 
 @pytest.mark.parametrize("strategy", ["ring", "gather"])

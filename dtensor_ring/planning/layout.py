@@ -6,7 +6,7 @@
     rank 2:  8  9 10 11                  4  5 | 10 11            2  6 10 14             4  5 | 12 13
     rank 3: 12 13 14 15                  6  7 |  8  9            3  7 11 15             6  7 | 14 15
 
-    zigzag of each document, packed documents of 12, 3 and 1 tokens over 2 ranks: see `dtensor_ring.planning.document_sharding`
+    zigzag of each document: see `dtensor_ring.planning.document_sharding`
 
 A layout is a pure map from integers to integers: `Layout.runs(length, world, rank)` lists a rank's tokens in storage order
 as arithmetic runs. It is defined for every length from 0 up and every world size; rank totals differ by at most one token,
@@ -21,6 +21,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
+from dtensor_ring.planning.blocks import half_blocks
 from dtensor_ring.planning.document_sharding import balance_of, share_documents
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.runs import Bounds, Run, cut
@@ -38,7 +39,7 @@ class Layout:
         kind: "contiguous" (one chunk a rank), "zigzag" (chunks r and 2W-1-r of 2W) or "stripe" (blocks dealt out in turn).
         block: tokens dealt at a time; only stripes have more than 1.
         cut: what is spread. "": the whole row. "even": every document by itself, in equal parts, which its length must allow.
-            "documents": every document by itself, short ones whole, so that work and tokens are balanced.
+            "documents": documents are dealt out, short ones whole, so that tokens are even and work, in blocks, nearly so.
     """
 
     kind: Kind
@@ -154,7 +155,10 @@ class PackedLayout:
 
 
 def work_balance(layout: Layout, documents: Documents, world: int, reach: int | None = None) -> float:
-    """Mean causal work (scores) of the ranks over the most loaded rank's: 1 is perfect.
+    """Mean causal work of the ranks over the most loaded rank's, as near to time as integers tell: 1 is perfect.
+
+    Work is blocks of 128 x 128 scores where ranks hold chunks, as kernels spend it: texts shorter than a block cost a whole one.
+    Of stripes, whose blocks hold tokens that lie far apart, it is scores.
 
     Args:
         layout: how the rows are spread.
@@ -166,8 +170,11 @@ def work_balance(layout: Layout, documents: Documents, world: int, reach: int | 
     for bounds in documents.bounds:
         for rank in range(world):
             for piece in cut(layout.runs(documents.length, world, rank, bounds), bounds):
-                shift = 1 - bounds[piece.document]
-                work[rank] += piece.run.excess(shift) - (0 if reach is None else piece.run.excess(shift - reach))
+                run, start = piece.run, bounds[piece.document]
+                if layout.in_order:
+                    work[rank] += half_blocks(run.start - start, run.count, reach)
+                else:
+                    work[rank] += run.excess(1 - start) - (0 if reach is None else run.excess(1 - start - reach))
     return balance_of(work)
 
 
