@@ -106,8 +106,8 @@ def report(documents: Documents, alone: list[float], found: dict[int, list[float
             cells += f"{losses[i]:>12.6f}{gap:>11.1e}"
         print(f"{length:>8}{alone[i]:>12.6f}{cells}")
     for ranks in found:
-        balance = explain(Zigzag(1, per_document=True), documents.length, ranks, documents).balance
-        print(f"balance over {ranks} ranks (mean work / most loaded rank): {balance:.3f}")
+        balance = explain(Zigzag(1, per_document=True), documents.length, ranks, documents).block_balance
+        print(f"balance over {ranks} ranks (mean blocks of scores / most loaded rank): {balance:.3f}")
     print("all within 1e-5" if worst <= ALLOWED else "OUT OF TOLERANCE")
     return int(worst > ALLOWED)
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers import blocks_touched
 
 from dtensor_ring import Contiguous, Documents, Stripe, Zigzag, explain
 from dtensor_ring.planning.costs import AttentionShape, cost_of
@@ -29,6 +30,22 @@ def test_it_has_the_numbers_of_every_rank(placement, strategy):
     assert explained.bytes == tuple(cost.forward.bytes for cost in wanted)
     assert explained.tokens == tuple(cost.tokens for cost in wanted)
     assert explained.balance == sum(explained.work) / 4 / max(explained.work)
+
+
+def test_its_block_balance_counts_the_blocks_that_kernels_compute():
+    texts = Documents.from_lengths([3000, *[10] * 100])
+    explained = explain(Zigzag(1, per_document=True), 4000, 4, texts)
+    bounds = texts.bounds[0]
+    held = [explained.problem.q_runs(rank) for rank in range(4)]
+    blocks = [blocks_touched(bounds, [(run.start, run.count) for run in runs]) for runs in held]
+    assert explained.block_balance == pytest.approx(sum(blocks) / 4 / max(blocks))
+    assert explained.balance < 0.75 < 0.95 < explained.block_balance, "a text of 10 tokens takes a block, and hardly any scores"
+    # Rank r's eight rows have 8 r + 1 to 8 r + 8 blocks, each one half a block less, and there is half a block for the segment.
+    halves = [2 * sum(range(8 * rank + 1, 8 * rank + 9)) - 8 + 1 for rank in range(4)]
+    assert explain(Contiguous(1), 4096, 4).block_balance == pytest.approx(sum(halves) / 4 / max(halves))
+    assert explain(Contiguous(1), 4096, 4, window=(127, 0)).block_balance > 0.9
+    assert explain(Zigzag(1), 4096, 4, is_causal=False).block_balance is None
+    assert explain(Contiguous(1), 4096, 4, strategy="ulysses").block_balance == 1.0
 
 
 @pytest.mark.parametrize("strategy", ["ring", "gather", "ulysses"])

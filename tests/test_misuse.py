@@ -245,6 +245,8 @@ def unbalanced():
     parallelize_module(model, line(), plan)
     assert "ask again after one" in plan.describe()
     model(input_ids=ids, documents=LONG_AND_SHORT)
+    # The proposal is the same on every rank, and stays one: the layout is what it was.
+    assert "sequence parallel as Zigzag(1), over 4 ranks" in plan.describe()
     assert f"balance:   {share:.2f} (mean work / most loaded rank) on the last batch" in plan.describe()
     assert f"Zigzag(1, per_document=True) would reach {better:.0%}" in plan.describe()
     model(input_ids=ids)

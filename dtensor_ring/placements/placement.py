@@ -174,8 +174,9 @@ class Contiguous(SequencePlacement):
 class Zigzag(SequencePlacement):
     """Chunks r and 2W-1-r of 2W on rank r: causal attention is the same work on every rank.
 
-    With `per_document=True` every packed document is cut so by itself, and short ones stay whole, shared out by work: work is
-    balanced where documents end anywhere. Then everything that maps tokens takes `documents=`, one row for the whole batch,
+    With `per_document=True` packed documents are dealt out, so that work is balanced where documents end anywhere: long ones in
+    nested pairs of chunks over neighbouring ranks, short ones whole (`dtensor_ring.planning.document_sharding` has a picture).
+    Every rank has as many tokens as without. Then everything that maps tokens takes `documents=`, one row for the whole batch,
     always the same: neither placement nor tensor remembers them.
 
     Raises:

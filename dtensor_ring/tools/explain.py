@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Protocol, get_args
 
 from dtensor_ring.planning.costs import AttentionShape, Costs, RankCost, cost_of, costs
 from dtensor_ring.planning.documents import Documents
-from dtensor_ring.planning.layout import Layout
+from dtensor_ring.planning.layout import Layout, work_balance
 from dtensor_ring.planning.mask import Band, mask_text
 from dtensor_ring.planning.problem import AttentionProblem, StrategyName
 from dtensor_ring.planning.stages import asked_stages
@@ -58,8 +58,23 @@ class Explanation:
 
     @property
     def balance(self) -> float:
-        """Mean work over the most loaded rank's: 1 is perfect."""
+        """Mean work, in scores, over the most loaded rank's: 1 is perfect."""
         return self.costs.balance
+
+    @property
+    def block_balance(self) -> float | None:
+        """As `balance`, of what kernels compute: blocks of 128 x 128 scores, where ranks hold chunks of causal attention.
+
+        It is nearer to time where documents are short: a text of 10 tokens takes a block, as one of 128 does. This is what
+        `Zigzag(dim, per_document=True)` balances. None where queries see keys ahead of them.
+        """
+        problem, band = self.problem, self.problem.band
+        if problem.strategy == "ulysses":  # all ranks compute the same tokens, of as many heads each
+            return 1.0
+        if band.lo != 0:
+            return None
+        documents = problem.documents if isinstance(problem.documents, Documents) else Documents.from_lengths([problem.q_length])
+        return work_balance(problem.layout, documents, problem.world, None if band.hi is None else band.hi + 1)
 
     @property
     def work(self) -> tuple[int, ...]:

@@ -341,7 +341,9 @@ def ring_plan(
 
     Args:
         model: a transformers model of a supported type (`dtensor_ring.integrations.transformers.checks.MODEL_TYPES`).
-        placement: how sequences are cut; `Zigzag(1)` by default.
+        placement: how sequences are cut; `Zigzag(1)` by default, whatever the batches. Where it balances packed documents badly, a
+            warning and `describe()` propose `Zigzag(1, per_document=True)`: it cannot be the default, since it needs the documents
+            wherever tokens are gathered, in one row for the whole batch. All ranks must pass the same.
         strategy: as in `ring_attention`.
         kernel: as in `ring_attention`.
         stages: as in `ring_attention`.
