@@ -1,0 +1,255 @@
+"""What it costs the host to plan a new batch: CPU time of one rank, whatever the kernels and the link.
+
+    python -m benchmarks.planning                                        all rows, worlds of 8, 64 and 256
+    python -m benchmarks.planning --worlds 8 64 256 1024 --json FILE
+    python -m benchmarks.planning --layouts zigzag --documents 1000 --masks causal --parts plans
+
+A million tokens, in long-tailed documents drawn from a seed; 1 document is the whole sequence, without documents where the layout
+needs none. A figure is the CPU time, in milliseconds, of a rank that has planned nothing yet: caches are empty before, and of the
+ranks 0, W/2 and W-1 the slowest counts. Other programs only ever add, so it is the least of some repetitions.
+
+    plans       `plan` of a problem whose stages are left open ("ring"), or as many as ranks ("ring, W-1"), or "gather"
+    totals      `totals` of all ranks, which costs and the warning of imbalance count by
+    dealing     `share_documents` alone, for all ranks: in rows of "zigzag/documents" it was done before
+    batch       what else is worked out once a batch: documents read off position ids, index tensors of shards and of transfers
+
+A row whose plan does not fetch what other ranks send it, or computes another number of scores than `totals` says, prints so, and
+the exit status is 1. A figure that takes more than `--most` seconds is given up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from dtensor_ring.cache import _CACHES, Cache
+from dtensor_ring.comm.collectives import take_shard
+from dtensor_ring.ops.executors.routes import routes
+from dtensor_ring.planning.document_sharding import share_documents
+from dtensor_ring.planning.documents import Documents
+from dtensor_ring.planning.layout import Layout
+from dtensor_ring.planning.mask import Band
+from dtensor_ring.planning.problem import AttentionProblem
+from dtensor_ring.planning.schedule import plan
+from dtensor_ring.planning.totals import fetched_by, totals
+
+TOKENS = 1 << 20
+LAYOUTS = ("contiguous", "zigzag", "zigzag/documents")
+MASKS = ("causal", "window:4095,0")
+STRATEGIES = ("ring", "ring, W-1", "gather")
+PARTS = ("plans", "totals", "dealing", "batch")
+DEALT = ("documents shared out",)
+SHORTEST = 0.06  # seconds
+CHECKED = 64  # ranks up to which every other rank's plan is made, to compare what it sends
+
+
+class GivenUpError(Exception):
+    """A figure takes longer than it may."""
+
+
+@dataclass
+class Row:
+    """One line of the table: milliseconds for each world, None where it was given up."""
+
+    part: str
+    case: str
+    documents: int
+    ms: dict[int, float | None] = field(default_factory=dict)
+    wrong: str = ""
+
+
+def main() -> None:
+    """Print the table, and write it where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worlds", type=int, nargs="+", default=[8, 64, 256])
+    parser.add_argument("--documents", type=int, nargs="+", default=[1, 100, 1000, 10000])
+    parser.add_argument("--layouts", nargs="+", default=LAYOUTS, help="stripes too: stripe:1, stripe:16")
+    parser.add_argument("--masks", nargs="+", default=MASKS)
+    parser.add_argument("--strategies", nargs="+", default=STRATEGIES, choices=STRATEGIES)
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--repeat", type=int, default=2, help="repetitions, whose least counts")
+    parser.add_argument("--most", type=float, default=20.0, help="seconds of CPU time after which a figure is given up")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    packed = {number: documents_of(number, options.seed) for number in options.documents}
+    print(f"{'milliseconds of CPU time':58}" + "".join(f"{f'W={world}':>10}" for world in options.worlds))
+    rows = []
+    for part in options.parts:
+        for row, measures in {"plans": plans, "totals": all_totals, "dealing": dealing, "batch": once_a_batch}[part](
+            options, packed
+        ):
+            for world, measure in measures:
+                try:
+                    with no_longer_than(options.most):
+                        row.ms[world] = min(measure() for _ in range(options.repeat)) * 1e3
+                except GivenUpError:
+                    row.ms[world] = None
+                except AssertionError as error:
+                    row.wrong = f"W={world}: {error}"
+            print(line(row, options.worlds, options.most), flush=True)
+            rows.append(row)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    sys.exit(any(row.wrong for row in rows))
+
+
+Measures = Iterable[tuple[int, Callable[[], float]]]
+
+
+def plans(options: argparse.Namespace, packed: dict[int, Documents]) -> Iterator[tuple[Row, Measures]]:
+    """Plans of one rank."""
+    for layout in options.layouts:
+        for mask in options.masks:
+            for strategy in options.strategies:
+                for number, documents in packed.items():
+                    problems = [(world, problem_of(layout, mask, strategy, documents, world)) for world in options.worlds]
+                    measures = [(world, partial(seconds_of_plan, make)) for world, make in problems]
+                    yield Row("plan", f"{layout}, {mask}, {strategy}", number), measures
+
+
+def all_totals(options: argparse.Namespace, packed: dict[int, Documents]) -> Iterator[tuple[Row, Measures]]:
+    """Totals of all ranks."""
+    for layout in options.layouts:
+        for mask in options.masks:
+            for number, documents in packed.items():
+                problems = [(world, problem_of(layout, mask, "ring", documents, world)) for world in options.worlds]
+                measures = [(world, lambda make=make: seconds(lambda: totals(make()), DEALT)) for world, make in problems]
+                yield Row("totals", f"{layout}, {mask}", number), measures
+
+
+def dealing(options: argparse.Namespace, packed: dict[int, Documents]) -> Iterator[tuple[Row, Measures]]:
+    """Documents shared out over the ranks."""
+    for number, documents in packed.items():
+        even = [(world, tuple(TOKENS // world + (rank < TOKENS % world) for rank in range(world))) for world in options.worlds]
+        measures = [(world, partial(seconds, partial(share_documents, documents.bounds[0], tokens))) for world, tokens in even]
+        yield Row("dealing", "share_documents", number), measures
+
+
+def once_a_batch(options: argparse.Namespace, packed: dict[int, Documents]) -> Iterator[tuple[Row, Measures]]:
+    """What else is worked out of a batch once."""
+    row_of_ids = torch.arange(TOKENS)[None]
+    cpu = torch.device("cpu")
+    for number, documents in packed.items():
+        positions = documents.position_ids()
+        lengths = [b - a for a, b in zip(documents.bounds[0], documents.bounds[0][1:], strict=False)]
+        for case, work in {
+            "Documents.from_position_ids": lambda positions=positions: Documents.from_position_ids(positions),
+            "Documents.from_lengths": lambda lengths=lengths: Documents.from_lengths(lengths),
+            "position ids of documents": documents.position_ids,
+        }.items():
+            yield Row("batch", case, number), [(world, partial(seconds, work)) for world in options.worlds]
+        for layout in options.layouts:
+            problems = [(world, problem_of(layout, "causal", "ring", documents, world)()) for world in options.worlds]
+            yield (
+                Row("batch", f"{layout}, a shard's index tensor", number),
+                [
+                    (p.world, lambda p=p: seconds(lambda: take_shard(row_of_ids, 1, p.split, p.world, 0), DEALT))
+                    for _, p in problems
+                ],
+            )
+            yield (
+                Row("batch", f"{layout}, index tensors of transfers", number),
+                [(p.world, lambda p=p: seconds(lambda: routes(p, 0, 1, cpu), (*DEALT, "plans"))) for _, p in problems],
+            )
+
+
+def problem_of(layout: str, mask: str, strategy: str, documents: Documents, world: int) -> Callable[[], AttentionProblem]:
+    """What makes the problem anew, as a call on a new batch does: a problem keeps what it has worked out of itself."""
+    spread, band = Layout.parse(layout), Band.parse(mask)
+    kept = documents if spread.cut or documents.parts > 1 else None
+    name, _, every = strategy.partition(", ")
+    return lambda: AttentionProblem(spread, band, TOKENS, TOKENS, world, name, kept).staged(world - 1 if every else 0)
+
+
+def seconds_of_plan(make: Callable[[], AttentionProblem]) -> float:
+    """CPU time of the slowest of three ranks, each planning a problem of which nothing is known; the plans are checked."""
+    problem = make()
+    slowest, ranks = 0.0, sorted({0, problem.world // 2, problem.world - 1})
+    for rank in ranks:
+        slowest = max(slowest, seconds(lambda rank=rank: plan(make(), rank), DEALT))
+    check(problem, ranks[len(ranks) // 2])
+    return slowest
+
+
+def check(problem: AttentionProblem, rank: int) -> None:
+    """Compare a plan with the totals, and where ranks are few what it fetches with what the other ranks' plans send to it."""
+    each, counted = plan(problem, rank), totals(problem)
+    expected = counted.scores[rank], counted.fetched[rank], counted.sent[rank]
+    found = each.cells, fetched_by(each), each.key_tokens_sent
+    assert found == expected, f"(scores, fetched, sent) of rank {rank} are {found}, totals say {expected}"
+    if problem.collective or problem.world > CHECKED:
+        return
+    others = [other for other in range(problem.world) if other != rank]
+    for index, step in enumerate(each.steps):
+        for other in {keys.owner for keys in step.keys} & set(others):
+            sent = [send.ranges for send in plan(problem, other).sends[index] if send.rank == rank]
+            fetched = tuple(keys for keys in step.keys if keys.owner == other)
+            assert sent == [fetched], f"rank {rank} fetches {fetched} of rank {other} in step {index}, which sends {sent}"
+
+
+def seconds(work: Callable[[], object], kept: tuple[str, ...] = ()) -> float:
+    """CPU time of some work where all caches are empty but those of some names."""
+    work()  # fills the caches that are kept
+    runs, begin = 0, time.process_time()
+    # The CPU's clock may tick every few milliseconds: short work is done again until that does not matter.
+    while not runs or time.process_time() - begin < SHORTEST:
+        forget(kept)
+        work()
+        runs += 1
+    return (time.process_time() - begin) / runs
+
+
+def forget(kept: tuple[str, ...]) -> None:
+    """Empty every cache of the process but those of some names."""
+    for name, cache in list(_CACHES.items()):
+        if isinstance(cache, Cache) and name not in kept:  # the others belong to meshes, of which there is none here
+            cache.clear()
+
+
+@contextmanager
+def no_longer_than(limit: float) -> Iterator[None]:
+    """Raise `GivenUpError` in the block once it has used so much CPU time."""
+
+    def give_up(_number: int, _frame: FrameType | None) -> None:
+        raise GivenUpError
+
+    before = signal.signal(signal.SIGPROF, give_up)
+    signal.setitimer(signal.ITIMER_PROF, limit)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
+def documents_of(number: int, seed: int) -> Documents:
+    """So many long-tailed documents that fill the sequence."""
+    drawn = random.Random(seed)
+    weights = [drawn.lognormvariate(0.0, 1.3) for _ in range(number)]
+    lengths = [1 + int((TOKENS - number) * weight / sum(weights)) for weight in weights]
+    lengths[lengths.index(max(lengths))] += TOKENS - sum(lengths)
+    return Documents.from_lengths(lengths)
+
+
+def line(row: Row, worlds: Sequence[int], most: float) -> str:
+    """A row of the table."""
+    figures = "".join(f"{'-' if row.ms.get(world) is None else f'{row.ms[world]:.1f}':>10}" for world in worlds)
+    return f"{row.part:8}{row.case:44}{row.documents:6}{figures}" + (f"  WRONG {row.wrong}" if row.wrong else "")
+
+
+if __name__ == "__main__":
+    main()
