@@ -35,6 +35,7 @@ NAMES = {
     "documents of operators",
     "documents of varlen functions",
     "documents shared out",
+    "holders of tokens",
     "index tensors of moves",
     "placements of from_local",
     "places of attention",

@@ -16,7 +16,7 @@ from dtensor_ring.planning.layout import Kind, Layout
 from dtensor_ring.planning.mask import Band
 from dtensor_ring.planning.problem import AttentionProblem
 from dtensor_ring.planning.schedule import plan
-from dtensor_ring.planning.steps import make_step, step_count, takers
+from dtensor_ring.planning.steps import Steps
 
 LAYOUTS = [*map(Layout, get_args(Kind)), Layout("stripe", 2), Layout("stripe", 3)]
 CAUSAL, FULL = Band(0, None), Band()
@@ -143,10 +143,11 @@ def test_segments_of_a_call_are_disjoint_and_increasing_in_rows_and_keys(problem
 def test_no_rank_but_the_takers_has_keys_of_a_rank_in_a_step(problem):
     if problem.collective:  # one all-gather, nothing is sent to anybody
         return
-    for index in range(step_count(problem)):
-        peers = [{keys.peer for keys in make_step(problem, other, index).keys} for other in range(problem.world)]
+    steps = Steps(problem)
+    for index in range(steps.count):
+        peers = [{keys.peer for keys in steps.make(other, index).keys} for other in range(problem.world)]
         for rank in range(problem.world):
-            served = takers(problem, rank, index)
+            served = steps.takers(rank, index)
             assert len(served) == len({*served, rank}) - 1
             assert {other for other in range(problem.world) if other != rank and rank in peers[other]} <= set(served)
 

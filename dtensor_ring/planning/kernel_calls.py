@@ -14,7 +14,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from dtensor_ring.planning.mask import Band, Tile, coalesce, tiles_between
-from dtensor_ring.planning.runs import Piece
+from dtensor_ring.planning.runs import Piece, unions
 
 
 class TokenRange(NamedTuple):
@@ -84,17 +84,25 @@ def document_tiles(queries: Sequence[Piece], keys: Sequence[Piece], band: Band) 
     Neighbours are joined, and tiles whose windows kernels would misread are cut.
     """
     # Sorted by document first: all pairs of pieces would be quadratic in documents, and pieces of two documents share no score.
-    of_document: dict[int, list[Piece]] = {}
-    for key in keys:
-        of_document.setdefault(key.document, []).append(key)
-    by_document: dict[int, list[Piece]] = {}
-    for query in queries:
-        by_document.setdefault(query.document, []).append(query)
+    of_document = by_document(keys)
     tiles: list[Tile] = []
-    for document, q_pieces in by_document.items():
-        # Joined before they are cut for the kernel: half of a cut tile would not join with its neighbour any more.
-        k_pieces = of_document.get(document, [])
-        tiles += coalesce([tile for q in q_pieces for k in k_pieces for tile in tiles_between(q, k, band)])
+    for document, q_pieces in by_document(queries).items():
+        tiles += tiles_of_document(q_pieces, of_document.get(document, []), band)
+    return tiles
+
+
+def by_document(pieces: Iterable[Piece]) -> dict[int, list[Piece]]:
+    """Pieces by their document."""
+    sorted_by: dict[int, list[Piece]] = {}
+    for piece in pieces:
+        sorted_by.setdefault(piece.document, []).append(piece)
+    return sorted_by
+
+
+def tiles_of_document(queries: Sequence[Piece], keys: Sequence[Piece], band: Band) -> list[Tile]:
+    """The tiles of queries and keys of one document, as `document_tiles`."""
+    # Joined before they are cut for the kernel: half of a cut tile would not join with its neighbour any more.
+    tiles = coalesce([tile for q in queries for k in keys for tile in tiles_between(q, k, band)])
     return [part for tile in tiles for part in tile.split_misread()]
 
 
@@ -127,9 +135,13 @@ def keep_needed(keys: Sequence[TokenRange], tiles: list[tuple[int, Tile]]) -> tu
 
 def step_of(keys: tuple[TokenRange, ...], tiles: list[tuple[int, Tile]]) -> Step:
     """The step that computes tiles, given as (batch row, tile), on a buffer of keys."""
+    return Step(keys, _group(tiles), sum(tile.cells for _, tile in tiles), are_summed(tiles))
+
+
+def are_summed(tiles: list[tuple[int, Tile]]) -> bool:
+    """Whether some key is in several of a step's tiles, given as (batch row, tile): its gradient is then summed from several."""
     # Counted by batch row: calls on two rows read the same places of the buffer, but other keys.
-    sums = any(deepest([(t.k0, t.k1) for r, t in tiles if r == row]) > 1 for row in {row for row, _ in tiles})
-    return Step(keys, _group(tiles), sum(tile.cells for _, tile in tiles), sums)
+    return any(deepest([(t.k0, t.k1) for r, t in tiles if r == row]) > 1 for row in {row for row, _ in tiles})
 
 
 def _group(tiles: list[tuple[int, Tile]]) -> tuple[KernelCall, ...]:
@@ -149,17 +161,6 @@ def _group(tiles: list[tuple[int, Tile]]) -> tuple[KernelCall, ...]:
         else:
             open_calls.append((tile.window, [segment]))
     return tuple(KernelCall(window, tuple(segments)) for window, segments in open_calls)
-
-
-def unions(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Joins ranges that overlap or touch, and returns them in order."""
-    joint: list[tuple[int, int]] = []
-    for low, high in sorted(ranges):
-        if joint and low <= joint[-1][1]:
-            joint[-1] = (joint[-1][0], max(joint[-1][1], high))
-        else:
-            joint.append((low, high))
-    return joint
 
 
 def deepest(ranges: list[tuple[int, int]]) -> int:

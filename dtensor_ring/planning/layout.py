@@ -15,7 +15,7 @@ so with fewer tokens than ranks some ranks hold none.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -84,26 +84,33 @@ class Layout:
         Raises:
             ValueError: a layout that cuts documents is not given any, or cuts evenly what does not divide.
         """
-        # One rank holds everything in order, whatever the layout, and needs no documents to be cut by.
-        if world == 1:
-            runs: tuple[Run, ...] = (Run(0, length),)
-        elif self.cut == "documents" and bounds is None:
-            raise ValueError(
-                "zigzag of each document needs the documents: use dtensor_ring.full_tensor, redistribute, ... with documents="
-            )
-        elif self.cut:
-            runs = self._document_runs(bounds or (0, length), world, rank)
+        if self.cut == "documents" and world > 1:
+            runs = self._shares(world, bounds)[rank]
         else:
-            runs = _KINDS[self.kind].deal(length, world, rank, self.block)
+            runs = self._runs(length, world, rank, bounds)
         return tuple(run for run in runs if run.count)
 
-    def _document_runs(self, bounds: tuple[int, ...], world: int, rank: int) -> tuple[Run, ...]:
-        # Totals follow from the length alone, not from the documents, so that a shard's shape is known without them.
-        if self.cut == "documents":
-            totals = tuple(_share(bounds[-1], world, r) for r in range(world))
-            return tuple(Run(start, count) for start, count in share_documents(bounds, totals)[rank])
+    def deal(self, length: int, world: int, bounds: Bounds = None) -> tuple[tuple[Run, ...], ...]:
+        """The tokens of every rank, as `runs` gives those of one.
+
+        Raises:
+            ValueError: as `runs`.
+        """
+        # Asked for one rank after another, documents that were shared out would be looked up as often as there are ranks.
+        if self.cut == "documents" and world > 1:
+            shares = self._shares(world, bounds)
+        else:
+            shares = tuple(self._runs(length, world, rank, bounds) for rank in range(world))
+        return tuple(tuple(run for run in runs if run.count) for runs in shares)
+
+    def _runs(self, length: int, world: int, rank: int, bounds: Bounds) -> tuple[Run, ...]:
+        # One rank holds everything in order, whatever the layout, and needs no documents to be cut by.
+        if world == 1:
+            return (Run(0, length),)
+        if not self.cut:
+            return _KINDS[self.kind].deal(length, world, rank, self.block)
         # Where all parts are equal, ranks hold the same bounds for their own tokens: the drop-in varlen functions are called so.
-        whole, chunks = Layout(self.kind), world * self.chunks
+        whole, chunks, bounds = Layout(self.kind), world * self.chunks, bounds or (0, length)
         for start, stop in pairwise(bounds):
             if (stop - start) % chunks:
                 raise ValueError(
@@ -112,6 +119,16 @@ class Layout:
         return tuple(
             Run(start + run.start, run.count) for start, stop in pairwise(bounds) for run in whole.runs(stop - start, world, rank)
         )
+
+    def _shares(self, world: int, bounds: Bounds) -> Sequence[Iterator[Run]]:
+        """The runs of every rank where documents are balanced."""
+        if bounds is None:
+            raise ValueError(
+                "zigzag of each document needs the documents: use dtensor_ring.full_tensor, redistribute, ... with documents="
+            )
+        # Totals follow from the length alone, not from the documents, so that a shard's shape is known without them.
+        totals = tuple(_share(bounds[-1], world, rank) for rank in range(world))
+        return [(Run(start, count) for start, count in chunks) for chunks in share_documents(bounds, totals)]
 
     def local_length(self, length: int, world: int, rank: int) -> int:
         """How many tokens `rank` holds; the documents do not matter."""
@@ -168,8 +185,8 @@ def work_balance(layout: Layout, documents: Documents, world: int, reach: int | 
     """
     work = [0] * world
     for bounds in documents.bounds:
-        for rank in range(world):
-            for piece in cut(layout.runs(documents.length, world, rank, bounds), bounds):
+        for rank, runs in enumerate(layout.deal(documents.length, world, bounds)):
+            for piece in cut(runs, bounds):
                 run, start = piece.run, bounds[piece.document]
                 if layout.in_order:
                     work[rank] += half_blocks(run.start - start, run.count, reach)

@@ -58,6 +58,14 @@ class Band:
         """Whether a query sees a number of keys that does not grow with the length."""
         return self.lo is not None and self.hi is not None
 
+    def seen(self, start: int, stop: int, first: int, end: int) -> tuple[int, int] | None:
+        """The keys of positions [first, end) that queries at positions [start, stop) see, which are neighbours; None for none."""
+        if self.lo is not None and self.hi is not None and self.lo > self.hi:
+            return None
+        low = first if self.hi is None else max(first, start - self.hi)
+        high = end if self.lo is None else min(end, stop - self.lo)
+        return (low, high) if low < high else None
+
     def shifted(self, offset: int) -> Band:
         """The band for queries that are numbered from 0 and whose positions begin at `offset`.
 

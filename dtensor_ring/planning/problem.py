@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Literal
 
+from dtensor_ring.planning.holders import Holders, holders
 from dtensor_ring.planning.layout import Layout, PackedLayout
 from dtensor_ring.planning.mask import Band
 from dtensor_ring.planning.runs import Bounds, Piece, Run, document_at
@@ -59,16 +61,15 @@ class AttentionProblem:
         others = self.world - 1
         return min(self.stages, others) if self.stages else others
 
-    def distances(self, stage: int) -> range:
-        """How far away the ranks are whose keys stage 1, 2, ... of "ring" fetches: rank - distance, modulo the world.
+    @property
+    def distances(self) -> tuple[range, ...]:
+        """How far away the ranks are whose keys each stage of "ring" fetches: rank - distance, modulo the world.
 
         The distances are the same for all ranks: so in each stage every rank sends to as many ranks as it receives from.
         """
-        if self.transfers == self.world - 1:
-            return range(stage, stage + 1)
-        sizes = stage_sizes(self.world - 1, self.transfers)
-        first = 1 + sum(sizes[: stage - 1])
-        return range(first, first + sizes[stage - 1])
+        others = self.world - 1
+        sizes = [1] * others if self.transfers == others else stage_sizes(others, self.transfers)
+        return tuple(range(stop - size + 1, stop + 1) for stop, size in zip(accumulate(sizes), sizes, strict=True))
 
     @property
     def planned(self) -> AttentionProblem:
@@ -118,6 +119,14 @@ class AttentionProblem:
     def k_runs(self, rank: int) -> tuple[Run, ...]:
         """Runs of a rank's keys, in storage order."""
         return self.layout.runs(self.k_length, self.world, rank, self.bounds[0])
+
+    @property
+    def holders(self) -> tuple[Holders, Holders]:
+        """Who holds which queries, and who holds which keys; for layouts in order."""
+        of_queries = holders(self.layout, self.q_length, self.world, self.documents)
+        if self.q_length == self.k_length:
+            return of_queries, of_queries
+        return of_queries, holders(self.layout, self.k_length, self.world, self.documents)
 
     def q_local(self, rank: int) -> int:
         """How many queries a rank holds."""
@@ -177,8 +186,8 @@ class AttentionProblem:
         # Before a chunk a window reaches no farther than to the beginning of its document: a document that is whole on its rank
         # fetches nothing, however long the window.
         return max(
-            sum(min(reach, run.start - bounds[document_at(bounds, run.start)] - min(band.lo, 0)) for run in self.q_runs(rank))
-            for rank in range(self.world)
+            sum(min(reach, run.start - bounds[document_at(bounds, run.start)] - min(band.lo, 0)) for run in runs)
+            for runs in self.holders[0].of_rank
         )
 
     @property

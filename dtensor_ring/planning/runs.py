@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 Bounds = tuple[int, ...] | None
@@ -70,6 +70,17 @@ class Piece:
 def document_at(bounds: tuple[int, ...], token: int) -> int:
     """The index of the document in which `token` lies; one without tokens is never it."""
     return bisect_right(bounds, token) - 1
+
+
+def unions(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Joins ranges that overlap or touch, and returns them in order."""
+    joint: list[tuple[int, int]] = []
+    for low, high in sorted(ranges):
+        if joint and low <= joint[-1][1]:
+            joint[-1] = (joint[-1][0], max(joint[-1][1], high))
+        else:
+            joint.append((low, high))
+    return joint
 
 
 def cut(runs: tuple[Run, ...], bounds: Bounds) -> tuple[Piece, ...]:

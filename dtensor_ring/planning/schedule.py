@@ -14,15 +14,18 @@ the rank s places before it and sends to the rank s places after it, exactly the
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, starmap
 from threading import Lock
 from typing import NamedTuple
 
 from dtensor_ring.cache import cached
-from dtensor_ring.planning.kernel_calls import Segment, Step, TokenRange, deepest, unions
+from dtensor_ring.planning.kernel_calls import Segment, Step, TokenRange, deepest
 from dtensor_ring.planning.problem import AttentionProblem
-from dtensor_ring.planning.steps import make_step, step_count, takers
+from dtensor_ring.planning.runs import unions
+from dtensor_ring.planning.steps import Steps
 
 
 class KeySend(NamedTuple):
@@ -119,8 +122,8 @@ class Plan:
 class _Book:
     """What is worked out of one problem, a part at a time: plans of the ranks that are asked for, and what they need.
 
-    A plan reads off the other ranks' steps what it must send. Of those `needs` keeps the keys alone: the calls on them, which are
-    most of a step, belong to the other ranks.
+    Where a plan reads off the other ranks' steps what it must send, as those of stripes do, `needs` keeps of these the keys alone:
+    the calls on them, which are most of a step, belong to the other ranks.
     """
 
     problem: AttentionProblem
@@ -147,7 +150,7 @@ class _Book:
         if kept is not None:
             return kept
         # Made outside the lock, which threads of other ranks wait for: at worst two of them make the same step.
-        step = replace(make_step(self.problem, rank, index), calls=())
+        step = replace(Steps(self.problem).make(rank, index), calls=())
         with self._lock:
             if (rank, index) not in self.needs:
                 self.needs[rank, index] = step
@@ -166,7 +169,7 @@ def _book_bytes(book: _Book, problem: AttentionProblem) -> int:
 
 
 # One entry for all ranks of a problem: where ranks are threads, and where totals need every plan, each step is worked out once.
-@cached("plans", most_bytes=32 << 20, most_entries=32, size=_book_bytes)
+@cached("plans", most_bytes=24 << 20, most_entries=32, size=_book_bytes)
 def _book(problem: AttentionProblem) -> _Book:
     return _Book(problem)
 
@@ -184,8 +187,9 @@ def plan(problem: AttentionProblem, rank: int) -> Plan:
 
 def _plan(book: _Book, rank: int) -> Plan:
     problem = book.problem
-    steps = tuple(make_step(problem, rank, i) for i in range(step_count(problem)))
-    sends = tuple(tuple(_sends(book, rank, i)) for i in range(len(steps)))
+    of_all = Steps(problem)
+    steps = tuple(of_all.make(rank, i) for i in range(of_all.count))
+    sends = tuple(tuple(starmap(KeySend, of_all.sends(rank, i, book.need))) for i in range(len(steps)))
     segments = [segment for step in steps for call in step.calls for segment in call.segments]
     # How many gradients are summed for a key is known before any is computed: one by each own call that reads it, and one that
     # comes back of each send. Up to two are summed in the dtype they have, more in float32.
@@ -206,30 +210,17 @@ def ends_together(problem: AttentionProblem) -> bool:
     return book.ends_together
 
 
-def _sends(book: _Book, rank: int, index: int) -> Iterable[KeySend]:
-    """Who needs which of this rank's keys in a step, read off the other ranks' plans."""
-    problem = book.problem
-    if problem.collective:
-        return
-    # No rank asks another what it needs: the other's plan is a pure function too, and is read here. So nothing waits for a request.
-    for other in takers(problem, rank, index):
-        step = book.need(other, index)
-        ranges = tuple(keys for keys in step.keys if keys.peer == rank)
-        if ranges:
-            yield KeySend(other, ranges, step.sums)
-
-
 def _own_key_ranges(step: Step, rank: int) -> Iterable[tuple[int, int]]:
     """Ranges of this rank's keys, as it stores them, that a step's calls read: a key as often as calls read it."""
-    offset = 0
-    read = [key_range for call in step.calls for key_range in _keys_read(call.segments)]
-    for held in step.keys:
-        if held.owner == rank:
-            for k0, k1 in read:
-                low, high = max(k0, offset), min(k1, offset + held.size)
-                if low < high:
-                    yield held.start + low - offset, held.start + high - offset
-        offset += held.size
+    offsets = list(accumulate((held.size for held in step.keys), initial=0))
+    own = [(low, held) for low, held in zip(offsets, step.keys, strict=False) if held.owner == rank]
+    ends = [low + held.size for low, held in own]
+    for k0, k1 in (key_range for call in step.calls for key_range in _keys_read(call.segments)):
+        at = bisect_right(ends, k0)
+        while at < len(own) and own[at][0] < k1:
+            low, held = own[at]
+            yield held.start + max(k0 - low, 0), held.start + min(k1 - low, held.size)
+            at += 1
 
 
 def _keys_read(segments: Sequence[Segment]) -> Iterable[tuple[int, int]]:

@@ -12,6 +12,7 @@ would wait for the first transfer.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from itertools import pairwise
 
 # Tokens whose keys and values may lie in the buffers of stages by default: with 8 key heads of 128 in bfloat16, 2 GiB.
@@ -41,7 +42,7 @@ def stage_sizes(others: int, stages: int) -> tuple[int, ...]:
     if total <= others:  # doubling from one rank does not reach all of them: it starts from more
         edges = [(2 * others * (2**i - 1) + total) // (2 * total) for i in range(stages + 1)]
         return tuple(b - a for a, b in pairwise(edges))
-    most = next(most for most in range(1, others + 1) if len(_doubling(others, most)) <= stages)
+    most = bisect_left(range(1, others), -stages, key=lambda most: -len(_doubling(others, most))) + 1
     sizes = list(_doubling(others, most))
     while len(sizes) < stages:
         # More stages than doubling needs, and not enough for a smaller peak: the halves of the largest still double at most.
@@ -83,7 +84,5 @@ def fewest_stages(others: int, local_tokens: int, most_tokens: int = BUFFERED_TO
         local_tokens: keys on the rank with the most.
         most_tokens: the bound.
     """
-    for stages in range(1, others):
-        if buffered_shards(others, stages) * local_tokens <= most_tokens:
-            return stages
-    return max(others, 1)
+    # More stages never hold more, so that the fewest are found in a few halvings, for a thousand ranks too.
+    return bisect_left(range(1, others), -most_tokens, key=lambda stages: -buffered_shards(others, stages) * local_tokens) + 1

@@ -1,7 +1,7 @@
 """The steps of the strategies: whose keys a rank has in each, in what order, and the tiles on them.
 
 zigzag, causal, 4 ranks, 16 tokens; rank 1 holds 2 3 | 12 13
-ring      step s has the keys of rank 1 - s, as they are stored there       2 3 12 13, then 0 1, then 6 7 8 9, then 4 5 10 11
+ring      step s has the keys of rank 1 - s, in position order              2 3 12 13, then 0 1, then 6 7 8 9, then 4 5 10 11
   stages  own keys, then those of several ranks at once, in position order  2 3 12 13, then 0 1 4 .. 11 (1 stage)
 gather    one step has all keys in position order                           0 .. 15
 halo      one step has the keys that a window sees, run by run              window (1, 0): 1 2 3 | 11 12 13
@@ -9,75 +9,98 @@ halo      one step has the keys that a window sees, run by run              wind
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+from dtensor_ring.planning.halo import HaloSteps
+from dtensor_ring.planning.holders import Arc
 from dtensor_ring.planning.kernel_calls import Step, TokenRange, document_tiles, keep_needed, step_of
 from dtensor_ring.planning.mask import Tile
+from dtensor_ring.planning.ordered import OrderedSteps
 from dtensor_ring.planning.problem import AttentionProblem
-from dtensor_ring.planning.runs import Piece, Run, cut
+from dtensor_ring.planning.runs import Run
 
 
-def step_count(problem: AttentionProblem) -> int:
-    """How many steps a plan has."""
-    return 1 + problem.transfers if problem.strategy == "ring" and not problem.is_halo else 1
+class Steps:
+    """The steps of one problem, of whatever ranks are asked for, and what other ranks' steps have of a rank's keys."""
+
+    def __init__(self, problem: AttentionProblem) -> None:
+        self._problem = problem
+        exact = problem.world > 1 and problem.in_order and not problem.collective
+        self._halo = HaloSteps(problem) if problem.is_halo else None
+        self._ordered = OrderedSteps(problem) if exact and not problem.is_halo else None
+        # How far apart a rank is, modulo the world, from those whose keys it may have in each step. A ring's step 0 has the rank's
+        # own keys alone, so that it computes while the first foreign keys travel.
+        in_stages = problem.strategy == "ring" and self._halo is None
+        self._distances = (range(0), *problem.distances) if in_stages else (range(1, problem.world),)
+
+    @property
+    def count(self) -> int:
+        """How many steps a plan has."""
+        return len(self._distances)
+
+    def make(self, rank: int, index: int) -> Step:
+        """Makes step `index` of a rank's plan."""
+        problem = self._problem
+        if self._halo is not None:
+            return self._halo.step(rank)
+        # Under a name that is unknown here ranks would exchange all keys, and whatever counts by plans would count that.
+        known = problem.strategy in ("ring", "gather")
+        assert known, f"no plan is made for strategy {problem.strategy!r}: see AttentionProblem.planned"
+        owners = self._owners(rank, index)
+        if self._ordered is not None and (owners.size > 1 or rank not in owners):
+            return self._ordered.step(rank, owners)
+        # A stripe's queries lie a stride apart and have one band with keys of the same stride only: its keys stay shard by shard.
+        if owners.size == 1 or not problem.in_order:
+            nearest_first = list(owners) if problem.strategy == "gather" else list(owners)[::-1]
+            keys = [TokenRange.of_owner(owner, 0, problem.k_local(owner)) for owner in nearest_first]
+            return _step_on(problem, rank, keys, *(problem.k_runs(owner) for owner in nearest_first))
+        # An all-gather brings every key. In position order all keys under a causal mask are one kernel call.
+        every = [keys for owner in owners for keys in _stored(owner, problem.k_runs(owner))]
+        return _step_on(problem, rank, [keys for _, keys in sorted(every)], (Run(0, problem.k_length),))
+
+    def takers(self, rank: int, index: int) -> list[int]:
+        """The other ranks whose step `index` may have keys of `rank`: no other rank's step need be worked out for what it sends."""
+        return [(rank + distance) % self._problem.world for distance in self._distances[index]]
+
+    def sends(self, rank: int, index: int, make: Callable[[int, int], Step]) -> Iterator[tuple[int, tuple[TokenRange, ...], bool]]:
+        """What other ranks' steps `index` have of a rank's keys: the rank, the keys as they stand there, and its `Step.sums`.
+
+        `make` gives another rank's step, where no formula says what it needs.
+        """
+        # No rank asks another what it needs: it follows from the table of holders, or the other's plan, which is a pure function
+        # too. So nothing waits for a request.
+        if self._problem.collective:
+            return
+        if self._halo is not None:
+            needed = self._halo.sends(rank)
+            for other in self.takers(rank, index):
+                if other in needed:
+                    yield other, needed[other], self._halo.sums(other)
+            return
+        for other in self.takers(rank, index):
+            if self._ordered is None:
+                step = make(other, index)
+                ranges, sums = tuple(keys for keys in step.keys if keys.peer == rank), step.sums
+            else:
+                owners = self._owners(other, index)
+                ranges = self._ordered.needs(other, owners, rank)
+                sums = bool(ranges) and self._ordered.sums(other, owners)
+            if ranges:
+                yield other, ranges, sums
+
+    def _owners(self, rank: int, index: int) -> Arc:
+        """The ranks whose keys step `index` of a rank may have."""
+        world, distances = self._problem.world, self._distances[index] or range(1)
+        if self._problem.strategy == "gather":
+            return Arc(0, world, world)
+        return Arc((rank - distances[-1]) % world, len(distances), world)
 
 
-def takers(problem: AttentionProblem, rank: int, index: int) -> list[int]:
-    """The other ranks whose step `index` may have keys of `rank`: no other rank's step need be worked out for what it sends."""
-    return [(rank + distance) % problem.world for distance in _distances(problem, index)]
-
-
-def _owners(problem: AttentionProblem, rank: int, index: int) -> list[int]:
-    """The ranks whose keys step `index` of a rank may have."""
-    others = [(rank - distance) % problem.world for distance in _distances(problem, index)]
-    if problem.strategy == "gather":
-        return sorted([rank, *others])
-    # A ring's step 0 has the rank's own keys alone, so that it computes while the first foreign keys travel.
-    return others if index else [rank]
-
-
-def _distances(problem: AttentionProblem, index: int) -> range:
-    """How far apart a rank is, modulo the world, from those whose keys it may have in a step."""
-    if step_count(problem) > 1:
-        return problem.distances(index) if index else range(0)
-    return range(1, problem.world)
-
-
-def make_step(problem: AttentionProblem, rank: int, index: int) -> Step:
-    """Makes step `index` of a rank's plan."""
-    if problem.is_halo:
-        return _halo_step(problem, rank)
-    # Under a name that is unknown here ranks would exchange all keys, and whatever counts by plans would count that.
-    known = problem.strategy in ("ring", "gather")
-    assert known, f"no plan is made for strategy {problem.strategy!r}: see AttentionProblem.planned"
-    owners = _owners(problem, rank, index)
-    # A stripe's queries lie a stride apart and have one band with keys of the same stride only: its keys stay shard by shard.
-    if len(owners) == 1 or not problem.in_order:
-        keys = [TokenRange.of_owner(owner, 0, problem.k_local(owner)) for owner in owners]
-        return _step_on(problem, rank, keys, *(problem.k_runs(owner) for owner in owners))
-    # In position order neighbours of two ranks are one run, so that keys of many ranks make few tiles: all keys under a causal
-    # mask are one kernel call.
-    ordered = sorted((run.start, run.count, keys) for owner in owners for run, keys in _stored(owner, problem.k_runs(owner)))
-    return _step_on(problem, rank, [keys for _, _, keys in ordered], _joined([(start, count) for start, count, _ in ordered]))
-
-
-def _joined(ordered: Iterable[tuple[int, int]]) -> tuple[Run, ...]:
-    """Runs of neighbouring tokens, given as (start, count) in position order, joined where one begins at the end of another."""
-    runs: list[Run] = []
-    for start, count in ordered:
-        if runs and runs[-1].start + runs[-1].count == start:
-            runs[-1] = Run(runs[-1].start, runs[-1].count + count)
-        else:
-            runs.append(Run(start, count))
-    return tuple(runs)
-
-
-def _stored(rank: int, runs: Sequence[Run]) -> Iterable[tuple[Run, TokenRange]]:
-    """Gives each run of a rank together with the place in its shard where it is stored."""
+def _stored(rank: int, runs: Sequence[Run]) -> Iterator[tuple[int, TokenRange]]:
+    """Gives each run's first token together with the place in the rank's shard where the run is stored."""
     offset = 0
     for run in runs:
-        yield run, TokenRange.of_owner(rank, offset, offset + run.count)
+        yield run.start, TokenRange.of_owner(rank, offset, offset + run.count)
         offset += run.count
 
 
@@ -90,43 +113,6 @@ def _step_on(problem: AttentionProblem, rank: int, keys: list[TokenRange], *shar
             on_shard = document_tiles(queries, problem.k_pieces(shard, row), problem.position_band)
             tiles += [(row, tile.moved(0, offset)) for tile in on_shard]
             offset += sum(run.count for run in shard)
-    if problem.collective:  # an all-gather brings every key, needed or not
+    if problem.collective:
         return step_of(tuple(keys), tiles)
-    return step_of(*keep_needed(keys, tiles))
-
-
-def _halo_step(problem: AttentionProblem, rank: int) -> Step:
-    """A window's keys around each local run, fetched into position order run by run.
-
-    The keys of a run lie in the buffer just as its queries lie in the shard, ahead of and behind it as far as the window reaches.
-    So the tile of every run has the same window, and one kernel call serves all runs and documents. The price are keys that two
-    runs see: they are fetched once for each.
-    """
-    band = problem.position_band
-    assert band.lo is not None and band.hi is not None, "a halo needs a window"
-    # All runs of all ranks in position order: they cover the sequence without gaps or overlaps.
-    holders = sorted(
-        (run.start, run.start + run.count, keys) for r in range(problem.world) for run, keys in _stored(r, problem.k_runs(r))
-    )
-    ends = [stop for _, stop, _ in holders]
-    keys: list[TokenRange] = []
-    offset = 0  # of this run's keys in the buffer
-    tiles: list[tuple[int, Tile]] = []
-    # Runs are not cut at documents here: a call of one window needs each run's keys in one piece. Documents cut the tiles below.
-    for piece in cut(problem.q_runs(rank), None):
-        run = piece.run
-        low, high = max(0, run.start - band.hi), min(problem.k_length, run.start + run.count - band.lo)
-        if low >= high:
-            continue
-        for row, bounds in enumerate(problem.bounds):
-            q_pieces = [Piece(p.run, p.offset + piece.offset, p.document) for p in cut((run,), bounds)]
-            near = cut((Run(low, high - low),), bounds)
-            tiles += [(row, tile.moved(0, offset)) for tile in document_tiles(q_pieces, near, band)]
-        at = bisect_right(ends, low)
-        while at < len(holders) and holders[at][0] < high:
-            a, b, held = holders[at]
-            keys.append(TokenRange(held.owner, held.start + max(low, a) - a, held.start + min(high, b) - a, held.peer))
-            at += 1
-        offset += high - low
-    # Where a document begins inside a window's reach, the keys before it were put into the buffer and are needed by no tile.
     return step_of(*keep_needed(keys, tiles))

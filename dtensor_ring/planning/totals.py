@@ -21,10 +21,9 @@ from itertools import accumulate, pairwise
 
 from dtensor_ring.planning.document_sharding import balance_of
 from dtensor_ring.planning.documents import Documents
-from dtensor_ring.planning.kernel_calls import unions
 from dtensor_ring.planning.mask import Band
 from dtensor_ring.planning.problem import AttentionProblem
-from dtensor_ring.planning.runs import Run, cut
+from dtensor_ring.planning.runs import Run, cut, unions
 from dtensor_ring.planning.schedule import Plan, plan
 
 Runs = tuple[Run, ...]
@@ -71,9 +70,10 @@ def totals(problem: AttentionProblem) -> Totals:
         counts = ((problem.q_local(each.rank), each.cells, fetched_by(each), each.key_tokens_sent) for each in plans)
         tokens, scores, fetched, sent = zip(*counts, strict=True)
         return Totals(tokens, scores, fetched, sent)
-    queries = [problem.q_runs(rank) for rank in ranks]
+    queries = problem.layout.deal(problem.q_length, problem.world, problem.bounds[0])
     # With as many keys as queries the runs are the same; a thousand ranks' of them are not worked out twice.
-    keys = queries if problem.q_length == problem.k_length else [problem.k_runs(rank) for rank in ranks]
+    same = problem.q_length == problem.k_length
+    keys = queries if same else problem.layout.deal(problem.k_length, problem.world, problem.bounds[0])
     exchanged = _exchanged(problem, queries, keys)
     return Totals(
         tuple(_tokens(runs) for runs in queries),
@@ -124,7 +124,7 @@ def _scores_of_run(run: Run, band: Band, start: int, stop: int) -> int:
 # Exchange: key tokens a rank fetches, and how often its own are sent.
 
 
-def _exchanged(problem: AttentionProblem, queries: list[Runs], keys: list[Runs]) -> list[tuple[int, int]]:
+def _exchanged(problem: AttentionProblem, queries: Sequence[Runs], keys: Sequence[Runs]) -> list[tuple[int, int]]:
     """Counts the key tokens that each rank fetches and sends, as (fetched, sent)."""
     if problem.collective:  # one all-gather of shards that are padded to the largest
         held = [_tokens(runs) for runs in keys]
@@ -134,14 +134,15 @@ def _exchanged(problem: AttentionProblem, queries: list[Runs], keys: list[Runs])
     return _covered(problem, queries, keys)
 
 
-def _covered(problem: AttentionProblem, queries: list[Runs], keys: list[Runs]) -> list[tuple[int, int]]:
+def _covered(problem: AttentionProblem, queries: Sequence[Runs], keys: Sequence[Runs]) -> list[tuple[int, int]]:
     is_halo = problem.is_halo
     needed = [_needed(problem, runs, is_halo) for runs in queries]
     # What each rank sends is counted against the ranges of all ranks together: rank by rank it would be quadratic in ranks.
     cover = _Cover([each for ranges in needed for each in ranges])
     exchanged = []
     for ranges, runs in zip(needed, keys, strict=True):
-        own = sum(run.first_at_or_after(high) - run.first_at_or_after(low) for low, high in ranges for run in runs)
+        held_below = _held_below(runs)
+        own = sum(held_below(high) - held_below(low) for low, high in ranges)
         fetched = sum(high - low for low, high in ranges) - own
         exchanged.append((fetched, sum(cover.over(run) for run in runs) - own))
     return exchanged
@@ -176,6 +177,21 @@ def _seen(run: Run, band: Band, start: int, stop: int) -> Iterable[Range]:
         high = stop if lo is None else min(stop, first + width - lo)
         if low < high:
             yield low, high
+
+
+def _held_below(runs: Runs) -> Callable[[int], int]:
+    """The function x -> tokens of some runs below position x."""
+    if any(run.stride > 1 for run in runs):  # a stripe has two runs
+        return lambda x: sum(run.first_at_or_after(x) for run in runs)
+    ordered = sorted((run.start, run.count) for run in runs)
+    starts = [start for start, _ in ordered]
+    before = list(accumulate((count for _, count in ordered), initial=0))
+
+    def below(x: int) -> int:
+        at = bisect_right(starts, x)
+        return min(before[at], before[at - 1] + x - starts[at - 1]) if at else 0
+
+    return below
 
 
 class _Cover:
@@ -231,7 +247,7 @@ def _has_gaps(problem: AttentionProblem) -> bool:
     return problem.q_length == problem.k_length and len(problem.bounds) == 1 and problem.world * block > block + hi - lo
 
 
-def _without_inner_rounds(problem: AttentionProblem, queries: list[Runs], keys: list[Runs]) -> list[tuple[int, int]]:
+def _without_inner_rounds(problem: AttentionProblem, queries: Sequence[Runs], keys: Sequence[Runs]) -> list[tuple[int, int]]:
     """As `_covered`, with rounds left out inside each document, and added again as often as one more round adds.
 
     A round deals a block to every rank. Deep inside a document every round is like the next, since a window reaches no document's
@@ -258,5 +274,5 @@ def _covered_of_lengths(problem: AttentionProblem, lengths: Sequence[int]) -> li
     total = sum(lengths)
     documents = None if problem.documents is None else Documents.from_lengths(lengths)
     shorter = replace(problem, q_length=total, k_length=total, documents=documents)
-    runs = [shorter.q_runs(rank) for rank in range(shorter.world)]
+    runs = shorter.layout.deal(total, shorter.world, shorter.bounds[0])
     return _covered(shorter, runs, runs)
