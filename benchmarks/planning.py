@@ -25,10 +25,11 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import pairwise, product
 from pathlib import Path
 from types import FrameType
 
@@ -49,7 +50,6 @@ TOKENS = 1 << 20
 LAYOUTS = ("contiguous", "zigzag", "zigzag/documents")
 MASKS = ("causal", "window:4095,0")
 STRATEGIES = ("ring", "ring, W-1", "gather")
-PARTS = ("plans", "totals", "dealing", "batch")
 DEALT = ("documents shared out",)
 SHORTEST = 0.06  # seconds
 CHECKED = 64  # ranks up to which every other rank's plan is made, to compare what it sends
@@ -70,6 +70,17 @@ class Row:
     wrong: str = ""
 
 
+@dataclass(frozen=True)
+class Todo:
+    """A row before it is measured: what gives the seconds of each world, and what raises where the result is wrong."""
+
+    part: str
+    case: str
+    documents: int
+    figures: dict[int, Callable[[], float]]
+    check: Callable[[int], None] = lambda _: None
+
+
 def main() -> None:
     """Print the table, and write it where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -78,7 +89,7 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", default=LAYOUTS, help="stripes too: stripe:1, stripe:16")
     parser.add_argument("--masks", nargs="+", default=MASKS)
     parser.add_argument("--strategies", nargs="+", default=STRATEGIES, choices=STRATEGIES)
-    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--parts", nargs="+", default=list(ROWS), choices=ROWS)
     parser.add_argument("--repeat", type=int, default=2, help="repetitions, whose least counts")
     parser.add_argument("--most", type=float, default=20.0, help="seconds of CPU time after which a figure is given up")
     parser.add_argument("--seed", type=int, default=1)
@@ -87,84 +98,80 @@ def main() -> None:
     torch.set_num_threads(1)
     packed = {number: documents_of(number, options.seed) for number in options.documents}
     print(f"{'milliseconds of CPU time':58}" + "".join(f"{f'W={world}':>10}" for world in options.worlds))
-    rows = []
-    for part in options.parts:
-        for row, measures in {"plans": plans, "totals": all_totals, "dealing": dealing, "batch": once_a_batch}[part](
-            options, packed
-        ):
-            for world, measure in measures:
-                try:
-                    with no_longer_than(options.most):
-                        row.ms[world] = min(measure() for _ in range(options.repeat)) * 1e3
-                except GivenUpError:
-                    row.ms[world] = None
-                except AssertionError as error:
-                    row.wrong = f"W={world}: {error}"
-            print(line(row, options.worlds, options.most), flush=True)
-            rows.append(row)
+    rows = [measured(row, options) for part in options.parts for row in ROWS[part](options, packed)]
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     sys.exit(any(row.wrong for row in rows))
 
 
-Measures = Iterable[tuple[int, Callable[[], float]]]
+def measured(todo: Todo, options: argparse.Namespace) -> Row:
+    """A row with its figures, printed."""
+    row = Row(todo.part, todo.case, todo.documents)
+    for world, figure in todo.figures.items():
+        try:
+            with no_longer_than(options.most):
+                row.ms[world] = min(figure() for _ in range(options.repeat)) * 1e3
+                todo.check(world)
+        except GivenUpError:
+            row.ms[world] = None
+        except AssertionError as error:
+            row.wrong = f"W={world}: {error}"
+    figures = "".join(f"{'-' if row.ms.get(world) is None else f'{row.ms[world]:.1f}':>10}" for world in options.worlds)
+    print(f"{row.part:8}{row.case:44}{row.documents:6}{figures}" + (f"  WRONG {row.wrong}" if row.wrong else ""), flush=True)
+    return row
 
 
-def plans(options: argparse.Namespace, packed: dict[int, Documents]) -> Iterator[tuple[Row, Measures]]:
+def plans(options: argparse.Namespace, packed: dict[int, Documents]) -> Iterator[Todo]:
     """Plans of one rank."""
-    for layout in options.layouts:
-        for mask in options.masks:
-            for strategy in options.strategies:
-                for number, documents in packed.items():
-                    problems = [(world, problem_of(layout, mask, strategy, documents, world)) for world in options.worlds]
-                    measures = [(world, partial(seconds_of_plan, make)) for world, make in problems]
-                    yield Row("plan", f"{layout}, {mask}, {strategy}", number), measures
+    for layout, mask, strategy in product(options.layouts, options.masks, options.strategies):
+        for number, documents in packed.items():
+            makers = {world: problem_of(layout, mask, strategy, documents, world) for world in options.worlds}
+            figures = {world: partial(seconds_of_plan, make) for world, make in makers.items()}
+            check = partial(check_plan, makers)
+            yield Todo("plan", f"{layout}, {mask}, {strategy}", number, figures, check)
 
 
-def all_totals(options: argparse.Namespace, packed: dict[int, Documents]) -> Iterator[tuple[Row, Measures]]:
+def all_totals(options: argparse.Namespace, packed: dict[int, Documents]) -> Iterator[Todo]:
     """Totals of all ranks."""
-    for layout in options.layouts:
-        for mask in options.masks:
-            for number, documents in packed.items():
-                problems = [(world, problem_of(layout, mask, "ring", documents, world)) for world in options.worlds]
-                measures = [(world, lambda make=make: seconds(lambda: totals(make()), DEALT)) for world, make in problems]
-                yield Row("totals", f"{layout}, {mask}", number), measures
+    for layout, mask in product(options.layouts, options.masks):
+        for number, documents in packed.items():
+            makers = {world: problem_of(layout, mask, "ring", documents, world) for world in options.worlds}
+            figures = {world: partial(seconds, lambda make=make: totals(make()), DEALT) for world, make in makers.items()}
+            yield Todo("totals", f"{layout}, {mask}", number, figures)
 
 
-def dealing(options: argparse.Namespace, packed: dict[int, Documents]) -> Iterator[tuple[Row, Measures]]:
+def dealing(options: argparse.Namespace, packed: dict[int, Documents]) -> Iterator[Todo]:
     """Documents shared out over the ranks."""
     for number, documents in packed.items():
-        even = [(world, tuple(TOKENS // world + (rank < TOKENS % world) for rank in range(world))) for world in options.worlds]
-        measures = [(world, partial(seconds, partial(share_documents, documents.bounds[0], tokens))) for world, tokens in even]
-        yield Row("dealing", "share_documents", number), measures
+        (bounds,) = documents.bounds
+        even = {world: tuple(TOKENS // world + (rank < TOKENS % world) for rank in range(world)) for world in options.worlds}
+        figures = {world: partial(seconds, partial(share_documents, bounds, tokens)) for world, tokens in even.items()}
+        yield Todo("dealing", "share_documents", number, figures)
 
 
-def once_a_batch(options: argparse.Namespace, packed: dict[int, Documents]) -> Iterator[tuple[Row, Measures]]:
-    """What else is worked out of a batch once."""
-    row_of_ids = torch.arange(TOKENS)[None]
-    cpu = torch.device("cpu")
+def once_a_batch(options: argparse.Namespace, packed: dict[int, Documents]) -> Iterator[Todo]:
+    """What else is worked out of a batch once; what does not depend on the ranks has a figure for the first world alone."""
+    ids, cpu, first = torch.arange(TOKENS)[None], torch.device("cpu"), options.worlds[0]
     for number, documents in packed.items():
-        positions = documents.position_ids()
-        lengths = [b - a for a, b in zip(documents.bounds[0], documents.bounds[0][1:], strict=False)]
-        for case, work in {
-            "Documents.from_position_ids": lambda positions=positions: Documents.from_position_ids(positions),
-            "Documents.from_lengths": lambda lengths=lengths: Documents.from_lengths(lengths),
+        lengths = [b - a for a, b in pairwise(documents.bounds[0])]
+        works = {
+            "Documents.from_position_ids": partial(Documents.from_position_ids, documents.position_ids()),
+            "Documents.from_lengths": partial(Documents.from_lengths, lengths),
             "position ids of documents": documents.position_ids,
-        }.items():
-            yield Row("batch", case, number), [(world, partial(seconds, work)) for world in options.worlds]
+        }
+        for case, work in works.items():
+            yield Todo("batch", case, number, {first: partial(seconds, work)})
         for layout in options.layouts:
-            problems = [(world, problem_of(layout, "causal", "ring", documents, world)()) for world in options.worlds]
-            yield (
-                Row("batch", f"{layout}, a shard's index tensor", number),
-                [
-                    (p.world, lambda p=p: seconds(lambda: take_shard(row_of_ids, 1, p.split, p.world, 0), DEALT))
-                    for _, p in problems
-                ],
-            )
-            yield (
-                Row("batch", f"{layout}, index tensors of transfers", number),
-                [(p.world, lambda p=p: seconds(lambda: routes(p, 0, 1, cpu), (*DEALT, "plans"))) for _, p in problems],
-            )
+            problems = {world: problem_of(layout, "causal", "ring", documents, world)() for world in options.worlds}
+            cuts = {world: partial(take_shard, ids, 1, problem.split, world, 0) for world, problem in problems.items()}
+            figures = {world: partial(seconds, work, DEALT) for world, work in cuts.items()}
+            yield Todo("batch", f"{layout}, a shard's index tensor", number, figures)
+            moves = {world: partial(routes, problem, world // 2, 1, cpu) for world, problem in problems.items()}
+            figures = {world: partial(seconds, work, (*DEALT, "plans")) for world, work in moves.items()}
+            yield Todo("batch", f"{layout}, index tensors of transfers", number, figures)
+
+
+ROWS = {"plans": plans, "totals": all_totals, "dealing": dealing, "batch": once_a_batch}
 
 
 def problem_of(layout: str, mask: str, strategy: str, documents: Documents, world: int) -> Callable[[], AttentionProblem]:
@@ -176,17 +183,14 @@ def problem_of(layout: str, mask: str, strategy: str, documents: Documents, worl
 
 
 def seconds_of_plan(make: Callable[[], AttentionProblem]) -> float:
-    """CPU time of the slowest of three ranks, each planning a problem of which nothing is known; the plans are checked."""
-    problem = make()
-    slowest, ranks = 0.0, sorted({0, problem.world // 2, problem.world - 1})
-    for rank in ranks:
-        slowest = max(slowest, seconds(lambda rank=rank: plan(make(), rank), DEALT))
-    check(problem, ranks[len(ranks) // 2])
-    return slowest
+    """CPU time of the slowest of three ranks, each planning a problem of which nothing is known."""
+    world = make().world
+    return max(seconds(lambda rank=rank: plan(make(), rank), DEALT) for rank in sorted({0, world // 2, world - 1}))
 
 
-def check(problem: AttentionProblem, rank: int) -> None:
+def check_plan(makers: dict[int, Callable[[], AttentionProblem]], world: int) -> None:
     """Compare a plan with the totals, and where ranks are few what it fetches with what the other ranks' plans send to it."""
+    problem, rank = makers[world](), world // 2
     each, counted = plan(problem, rank), totals(problem)
     expected = counted.scores[rank], counted.fetched[rank], counted.sent[rank]
     found = each.cells, fetched_by(each), each.key_tokens_sent
@@ -207,7 +211,7 @@ def seconds(work: Callable[[], object], kept: tuple[str, ...] = ()) -> float:
     least, runs, begin = float("inf"), 0, time.process_time()
     # The CPU's clock may tick every few milliseconds, or jump: short work is done again until that does not matter. Another clock
     # counts other programs too. Both only ever show too much.
-    while not runs or time.process_time() - begin < SHORTEST:
+    while runs < 3 or time.process_time() - begin < SHORTEST:
         forget(kept)
         start = time.perf_counter()
         work()
@@ -246,12 +250,6 @@ def documents_of(number: int, seed: int) -> Documents:
     lengths = [1 + int((TOKENS - number) * weight / sum(weights)) for weight in weights]
     lengths[lengths.index(max(lengths))] += TOKENS - sum(lengths)
     return Documents.from_lengths(lengths)
-
-
-def line(row: Row, worlds: Sequence[int], most: float) -> str:
-    """A row of the table."""
-    figures = "".join(f"{'-' if row.ms.get(world) is None else f'{row.ms[world]:.1f}':>10}" for world in worlds)
-    return f"{row.part:8}{row.case:44}{row.documents:6}{figures}" + (f"  WRONG {row.wrong}" if row.wrong else "")
 
 
 if __name__ == "__main__":

@@ -190,6 +190,13 @@ def test_position_ids_that_jump_are_refused(positions, text):
         Documents.from_position_ids(torch.tensor(positions))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.float32])
+def test_position_ids_of_any_dtype_count_up_from_0(dtype):
+    assert Documents.from_position_ids(torch.tensor([0, 1, 2, 0, 1], dtype=dtype)) == Documents.from_lengths([3, 2])
+    with pytest.raises(ValueError, match=r"row 0 goes from 127(\.0)? to -128(\.0)? at token 128"):
+        Documents.from_position_ids(torch.cat([torch.arange(128), torch.tensor([-128])]).to(dtype))
+
+
 def test_documents_must_end_at_the_length():
     with pytest.raises(ValueError, match="documents end at token 9, but the sequence has 12 tokens"):
         Documents.of([0, 4, 9], 12)

@@ -115,7 +115,7 @@ class Documents(Segmentation):
         if rows.dim() != 2:
             raise ValueError(f"position_ids must have shape (S,) or (B, S), found {tuple(position_ids.shape)}")
         # Rows that agree need one row of bounds: the batch is then planned once, and layouts that cut documents can take it.
-        bounds = [_restarts(i, row.tolist()) for i, row in enumerate(rows)]
+        bounds = [_restarts(i, row) for i, row in enumerate(rows.cpu())]
         return cls((bounds[0],) if all(row == bounds[0] for row in bounds) else tuple(bounds))
 
     @classmethod
@@ -325,17 +325,25 @@ def _check_row(i: int, row: tuple[int, ...], first: tuple[int, ...]) -> None:
         raise ValueError(f"every row of document bounds must end at the same length: row 0 at {first[-1]}, row {i} at {row[-1]}")
 
 
-def _restarts(i: int, positions: list[int]) -> tuple[int, ...]:
-    bounds = []
-    for token, position in enumerate(positions):
-        if position == 0:
-            bounds.append(token)
-        elif token == 0 or position != positions[token - 1] + 1:
-            before = "starts at" if token == 0 else f"goes from {positions[token - 1]} to"
-            raise ValueError(
-                f"position_ids row {i} {before} {position} at token {token}: positions must count up from 0 in every document"
-            )
-    return (*bounds, len(positions)) if positions else (0,)
+def _restarts(i: int, positions: Tensor) -> tuple[int, ...]:
+    """The bounds of the documents in which positions of shape (S,), on the CPU, count up from 0."""
+    import torch
+
+    if not len(positions):
+        return (0,)
+    # Compared by PyTorch: a loop over a million tokens would take longer than planning their attention. In 64 bits, since after the
+    # largest number of a small dtype comes its smallest.
+    wide = positions.to(torch.float64 if positions.is_floating_point() else torch.int64)
+    begins = wide == 0
+    follows = torch.cat([begins[:1], begins[1:] | (wide[1:] == wide[:-1] + 1)])
+    if not bool(follows.all()):
+        token = int(follows.logical_not().nonzero()[0])
+        before = "starts at" if token == 0 else f"goes from {positions[token - 1].item()} to"
+        raise ValueError(
+            f"position_ids row {i} {before} {positions[token].item()} at token {token}: "
+            "positions must count up from 0 in every document"
+        )
+    return (*begins.nonzero().flatten().tolist(), len(positions))
 
 
 def _positions(bounds: tuple[int, ...]) -> Tensor:

@@ -26,6 +26,8 @@ class HaloSteps:
     def __init__(self, problem: AttentionProblem) -> None:
         self._problem, self._band = problem, problem.position_band
         self._queries, self._keys = problem.holders
+        self._bounds = problem.bounds
+        self._far = problem.q_length + problem.k_length + max(abs(self._band.lo or 0), abs(self._band.hi or 0))
 
     def step(self, rank: int) -> Step:
         """The step of a rank."""
@@ -38,14 +40,14 @@ class HaloSteps:
             if reach is None:
                 continue
             low, high = reach
-            for row, bounds in enumerate(self._problem.bounds):
+            for row, bounds in enumerate(self._bounds):
                 pieces = cut((_run(queries),), bounds)
                 pieces = [Piece(piece.run, piece.offset + queries.offset, piece.document) for piece in pieces]
                 near = cut((Run(low, high - low),), bounds)
                 tiles += [(row, tile.moved(0, offset)) for tile in document_tiles(pieces, near, self._band)]
             keys += [_range_of(held) for held in self._keys.between(low, high)]
             offset += high - low
-        # Where a document begins inside a window's reach, the keys before it were put into the buffer and are needed by no tile.
+        # Where bounds differ from row to row, or a document is only looked into, keys were put into the buffer that no tile needs.
         return step_of(*keep_needed(keys, tiles))
 
     def sums(self, rank: int) -> bool:
@@ -56,7 +58,7 @@ class HaloSteps:
             reach = self._reach(queries)
             if reach is None:
                 continue
-            for bounds in self._problem.bounds:
+            for bounds in self._bounds:
                 for low, high in self._cut_documents(queries, bounds):
                     q, k = _piece(max(queries.start, low), min(queries.stop, high)), _piece(max(reach[0], low), min(reach[1], high))
                     if k.run.count > 0 and are_summed([(0, tile) for tile in tiles_of_document([q], [k], self._band)]):
@@ -69,8 +71,9 @@ class HaloSteps:
         band = self._band
         assert band.lo is not None and band.hi is not None, "a halo needs a window"
         for mine in self._keys.of_rank[rank]:
-            # Queries that see some of these keys lie as far around them as the band says.
-            for theirs in self._queries.around(mine.start + band.lo, mine.stop + band.hi):
+            # Queries that see some of these keys lie as far around them as the band says, and in the same documents.
+            first, end = self._documents(mine)
+            for theirs in self._queries.around(max(mine.start + band.lo, first), min(mine.stop + band.hi, end)):
                 if theirs.rank != rank:
                     pairs.setdefault(theirs.rank, []).append((theirs.offset, theirs, mine))
         needed = {other: tuple(self._needed(of_other)) for other, of_other in pairs.items()}
@@ -79,7 +82,7 @@ class HaloSteps:
     def _needed(self, pairs: list[tuple[int, Held, Held]]) -> Iterator[TokenRange]:
         """Keys of one rank that runs of another see, in the order of its buffer: run by run as it stores them, then by position."""
         for _, queries, keys in sorted(pairs):
-            seen = (positions for bounds in self._problem.bounds for positions in self._seen(queries, keys, bounds))
+            seen = (positions for bounds in self._bounds for positions in self._seen(queries, keys, bounds))
             for low, high in unions(seen):
                 yield _range_of(keys.within(low, high))
 
@@ -104,8 +107,19 @@ class HaloSteps:
         return sorted(self._queries.of_rank[rank], key=lambda held: held.offset)
 
     def _reach(self, queries: Held) -> Range | None:
-        """The positions that a run of queries sees, whatever the documents."""
-        return self._band.seen(queries.start, queries.stop, 0, self._problem.k_length)
+        """The positions around a run of queries that its window reaches, not beyond the documents that it lies in."""
+        first, end = self._documents(queries)
+        return self._band.seen(queries.start, queries.stop, max(first, 0), min(end, self._problem.k_length))
+
+    def _documents(self, run: Held) -> Range:
+        """From the first token of the document in which a run begins to the last of that in which it ends, in any row of bounds."""
+        whole = [
+            (-self._far, self._far)
+            if bounds is None
+            else (bounds[document_at(bounds, run.start)], bounds[document_at(bounds, run.stop - 1) + 1])
+            for bounds in self._bounds
+        ]
+        return min(first for first, _ in whole), max(end for _, end in whole)
 
     def _cut_documents(self, queries: Held, bounds: Bounds) -> list[Range]:
         """The documents of which a run has a part."""

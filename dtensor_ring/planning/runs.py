@@ -99,6 +99,10 @@ def cut(runs: tuple[Run, ...], bounds: Bounds) -> tuple[Piece, ...]:
 def _cut_run(run: Run, offset: int, bounds: tuple[int, ...]) -> Iterator[Piece]:
     last = run.token(run.count - 1)
     document = document_at(bounds, run.start)
+    # Most runs of a layout that cuts documents are whole documents.
+    if run.block == 1 and last < bounds[document + 1]:
+        yield Piece(run, offset, document)
+        return
     begin = 0
     while begin < run.count:
         # A run with a stride may step over a short document: then `end` is `begin`, and the document has no piece.
