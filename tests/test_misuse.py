@@ -16,8 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
-from dtensor_ring import Documents, Zigzag, distribute_tensor, ring_attention, ring_plan, shard_batch
+from dtensor_ring import Documents, Stripe, Zigzag, distribute_tensor, from_local, ring_attention, ring_plan, shard_batch
 from dtensor_ring.data import ShardedBatch
+from dtensor_ring.ops import prepare
 from dtensor_ring.planning.layout import Layout
 
 
@@ -214,6 +215,34 @@ def test_numbers_that_make_no_sense_are_refused(arguments, kind, text):
 
 
 LONG_AND_SHORT = Documents.from_lengths([2400, *[80] * 20])
+
+
+def stripes_of_documents():
+    mesh, length = line(), 64
+    documents = Documents.from_lengths([1] * 60 + [4])
+    x = from_local(torch.zeros(1, length // mesh.size(), 2, 8), mesh, [Stripe(1)], length=length)
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        # Of 61 documents, each rank has a part on each of two ranks; as many of the other's are looked at.
+        patch.setattr(prepare, "MANY_STRIPE_TILES", 2 * 2 * 61)
+        ring_attention(x, x, x, documents=documents)
+        assert not shown
+        patch.setattr(prepare, "MANY_STRIPE_TILES", 2 * 2 * 61 - 1)
+        ring_attention(x, x, x, documents=documents)
+        (warning,) = shown
+        assert "stripe:1 cuts packed documents into more than 243 tiles" in str(warning.message)
+        patch.setattr(prepare, "MOST_STRIPE_TILES", 2 * 2 * 61 - 1)
+        with pytest.raises(ValueError, match=r"stripe:1 over 2 ranks cuts .* into about 244 tiles.*Zigzag\(1, per_document=True\)"):
+            ring_attention(x, x, x, documents=documents)
+        # What is planned otherwise is neither refused nor warned of.
+        ring_attention(x, x, x, documents=documents, strategy="ulysses")
+        whole = from_local(x.to_local(), mesh, [Zigzag(1)], length=length)
+        ring_attention(whole, whole, whole, documents=documents)
+        assert len(shown) == 1
+
+
+def test_stripes_of_many_documents_warn_and_of_far_too_many_are_refused(pools):
+    pools.run(2, stripes_of_documents)
 
 
 def share_of_work(layout: str, world: int) -> float:

@@ -12,6 +12,7 @@ while a compiler traces, where lengths are symbols.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -40,6 +41,11 @@ from dtensor_ring.planning.documents import Documents, Slices, encoded_of
 from dtensor_ring.planning.head_sharing import refuses
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band, mask_text
+from dtensor_ring.planning.problem import AttentionProblem
+
+# Planning takes about 50 microseconds a tile.
+MANY_STRIPE_TILES = 20_000
+MOST_STRIPE_TILES = 2_000_000
 
 _CALL_BYTES = 4 << 10  # of a call that is remembered: its text, what ranks compare, and its key
 
@@ -93,7 +99,8 @@ def prepare(inputs: Inputs, asked: Arguments, place: Place, name: str, *, traini
 
     Raises:
         TypeError: documents, sinks or slopes of a kind that does not fit.
-        ValueError: window, numbers, documents, sinks or slopes that do not fit; or ranks that do not agree.
+        ValueError: window, numbers, documents, sinks or slopes that do not fit; documents that stripes would take minutes to plan;
+            or ranks that do not agree.
         NotImplementedError: no kernel does what is asked; the text has each kernel's reason.
     """
     asked = plain_numbers(asked)
@@ -101,6 +108,7 @@ def prepare(inputs: Inputs, asked: Arguments, place: Place, name: str, *, traini
     check_stages(asked)
     check_extras(place.q_shape[0], place.q_shape[2], inputs.sinks, inputs.alibi)
     documents = _documents(inputs.documents, place)
+    _check_stripes(asked.strategy, documents, place)
     if training is None:
         training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:4])
     if torch.compiler.is_compiling():
@@ -256,6 +264,28 @@ def _whole(documents: Documents | Tensor | Sequence[int], place: Place) -> Docum
             f"documents have {documents.rows} rows, but the batch has {batch}: give one row, or one for each batch row"
         )
     return documents
+
+
+def _check_stripes(strategy: str | None, documents: Documents | Slices | None, place: Place) -> None:
+    """Raises ValueError where stripes of so many documents take minutes to plan for each batch, and warns of seconds."""
+    if place.layout.in_order or place.world == 1 or not isinstance(documents, Documents) or torch.compiler.is_compiling():
+        return
+    length, name = place.q_shape[1], "gather" if strategy == "gather" else "ring"
+    tiles = AttentionProblem(place.layout, Band(), length, length, place.world, name, documents).tiles_of_stripes
+    if strategy == "ulysses" or tiles <= MANY_STRIPE_TILES:
+        return
+    remedy = "cut packed documents with Zigzag(1, per_document=True), which is planned in milliseconds"
+    if tiles > MOST_STRIPE_TILES:
+        raise ValueError(
+            f"{place.layout} over {place.world} ranks cuts {documents} into about {tiles} tiles, which take the host minutes to "
+            f"plan for each batch; up to {MOST_STRIPE_TILES} are planned: {remedy}"
+        )
+    # The text is that of every batch, so that Python shows it once.
+    warnings.warn(
+        f"{place.layout} cuts packed documents into more than {MANY_STRIPE_TILES} tiles, which take the host seconds to plan for "
+        f"each batch: {remedy}",
+        stacklevel=2,
+    )
 
 
 def _mine(documents: Documents | Slices | None, q: Tensor, place: Place) -> Documents | Slices | None:

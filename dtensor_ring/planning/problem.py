@@ -150,6 +150,17 @@ class AttentionProblem:
         return self.layout.in_order or self.world == 1
 
     @property
+    def tiles_of_stripes(self) -> int:
+        """About how many tiles planning one rank of stripes looks at, its own and those of ranks that it sends to; 0 for others."""
+        # A stripe has a part of every document on every rank: no document is left out, as most are for layouts of chunks.
+        if self.in_order or self.collective:
+            return 0
+        # A window or causal mask cuts the corners of block pairs off, one tile each.
+        corners = self.k_length // self.layout.block if self.layout.block > 1 else 0
+        own = self.world * self.segmentation.parts + corners
+        return own * (1 + self.world) if self.strategy == "gather" else 2 * own
+
+    @property
     def is_halo(self) -> bool:
         """Whether a window is served by fetching the keys just around each local run, at most twice the local keys."""
         # A halo is one step, without merging. It needs runs of neighbours, since around scattered tokens lies everything; and every
