@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -32,6 +32,8 @@ class Case:
         heads: of queries.
         kv_heads: of keys and values.
         head_dim: of all.
+        kernel: that computes; None is the library's choice.
+        target: what `benchmarks.targets` calls what is to be reached; empty for nothing.
         strict: whether the ideal is the kernel on the whole sequence over the number of ranks; otherwise it is the number of ranks
             times the kernel on one rank's tokens, as for causal attention of one sequence.
     """
@@ -48,6 +50,8 @@ class Case:
     heads: int = 32
     kv_heads: int = 8
     head_dim: int = 128
+    kernel: str | None = None
+    target: str = ""
     strict: bool = False
 
     @property
@@ -73,7 +77,7 @@ def lists(world: int, tokens: int = 8192, **fields: object) -> Iterator[Case]:
         yield replace(Case(f"list {number}", world=world, tokens=tokens, lengths=lengths, strict=True), **fields)
 
 
-def tails(world: int, seeds: range, tokens: int = 8192, **fields: object) -> Iterator[Case]:
+def tails(world: int, seeds: Iterable[int], tokens: int = 8192, **fields: object) -> Iterator[Case]:
     """Long-tailed packings."""
     for seed in seeds:
         case = Case(f"long tail {seed}", world=world, tokens=tokens, lengths=long_tail(seed, world * tokens), strict=True)

@@ -4,8 +4,9 @@
     python -m benchmarks.emulate --preset targets --json FILE        ten minutes: the emulated tables of docs/performance.md
     python -m benchmarks.emulate --cases tails list --world 8 --kernel torch_flash --layout zigzag/documents
 
-The project's own executor runs the plan of one rank after another over `benchmarks.links`; the slowest rank counts. The ratio is
-the ideal time over that rank's: 1.0 means that communication, merging, copies and launches cost nothing. The ideal is the number of
+The project's own executor runs the plan of one rank after another over `benchmarks.links`. All ranks are timed shortly, and the
+two slowest again, in turns with the kernel; the slower one counts (column "ranks": 2/8). The ratio is the ideal time over that
+rank's: 1.0 means that communication, merging, copies and launches cost nothing. The ideal is the number of
 ranks times the kernel on one rank's tokens, or, for rows marked strict, the kernel on the whole sequence over the number of ranks.
 Both run in turns on the same kernel. A case whose result is wrong prints its error in place of a time, and the exit status is 1.
 On a CPU everything runs too, for trying it out; its times say nothing.
@@ -14,11 +15,14 @@ On a CPU everything runs too, for trying it out; its times say nothing.
 from __future__ import annotations
 
 import argparse
-import json
+import random
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import get_args
 
@@ -29,104 +33,147 @@ from benchmarks.cases import Case
 from benchmarks.checking import wrong_numbers
 from benchmarks.links import EmulatedTransport, Link, Model
 from benchmarks.problems import problem_of, ranks_to_measure
-from benchmarks.timing import Call, Effort, host_time, in_turns, launches, peak_memory, ratio
+from benchmarks.record import device_name, facts, save
+from benchmarks.targets import available, extra, need_of, quick, targets
+from benchmarks.timing import Call, Effort, Stopwatch, ratio
 from dtensor_ring.ops.executors.plan_executor import Executor
 from dtensor_ring.ops.kernels import Kernel, KernelRequirements, SoftmaxParams, choose_kernel
 from dtensor_ring.planning.problem import AttentionProblem
 from dtensor_ring.planning.schedule import plan
+from dtensor_ring.planning.totals import totals
 
 DTYPE = torch.bfloat16
 
 
 @dataclass
 class Row:
-    """One line of the table; times in milliseconds, memory in MiB, of the slowest rank measured."""
+    """One line of the table; times in milliseconds, memory in MiB.
+
+    Times, ratios and the host's are those of the slowest rank; memory is the most of all ranks measured.
+    """
 
     case: str
     layout: str
     strategy: str
     world: int
     tokens: int
+    heads: str
     kernel: str
     link: str
     strict: bool
-    ranks: int = 0
+    target: str = ""
     ms: tuple[float, float] = (0.0, 0.0)
     ratio: tuple[float, float] = (0.0, 0.0)
+    tflops: tuple[float, float] = (0.0, 0.0)
     host: tuple[float, float] = (0.0, 0.0)
     peak: float = 0.0
     launches: int = 0
     calls: int = 0
+    shortly: dict[int, tuple[float, float]] = field(default_factory=dict)
+    fully: int = 0
     wrong: str = ""
 
     def line(self) -> str:
         """As the table prints it."""
         start = (
-            f"{self.case:<14}{self.layout:<18}{self.strategy:<8}{self.world:>4}{self.tokens:>7} {self.kernel:<13}{self.link:<22}"
+            f"{self.case:<16}{self.layout:<18}{self.strategy:<8}{self.world:>4}{self.tokens:>7} {self.heads:<6}{self.kernel:<13}"
+            f"{self.link:<22}"
         )
         if self.wrong:
             return f"{start} WRONG: {self.wrong}"
         (fwd, both), (fwd_ms, both_ms), (host_fwd, host_both) = self.ratio, self.ms, self.host
-        times = f"{fwd:>7.3f}{both:>7.3f}{fwd_ms:>9.3f}{both_ms:>9.3f}{host_fwd:>7.2f}{host_both:>7.2f}"
-        return f"{start}{times}{self.calls:>6}{self.launches:>6}{self.peak:>7.0f}{' strict' if self.strict else ''}"
+        times = f"{fwd:>7.3f}{both:>7.3f}{fwd_ms:>9.3f}{both_ms:>9.3f}{self.tflops[0]:>5.0f}{self.tflops[1]:>5.0f}"
+        ranks = f"{self.fully}/{len(self.shortly)}"
+        rest = f"{host_fwd:>7.2f}{host_both:>7.2f}{self.calls:>6}{self.launches:>6}{self.peak:>7.0f}{ranks:>6}"
+        return f"{start}{times}{rest}{' strict' if self.strict else ''}"
 
 
 HEADER = (
-    f"{'case':<14}{'layout':<18}{'strategy':<8}{'W':>4}{'tokens':>7} {'kernel':<13}{'link':<22}{'fwd':>7}{'f+b':>7}{'fwd ms':>9}"
-    f"{'f+b ms':>9}{'host f':>7}{'host b':>7}{'calls':>6}{'lnch':>6}{'peak':>7}"
+    f"{'case':<16}{'layout':<18}{'strategy':<8}{'W':>4}{'tokens':>7} {'heads':<6}{'kernel':<13}{'link':<22}{'fwd':>7}{'f+b':>7}"
+    f"{'fwd ms':>9}{'f+b ms':>9}{'TFLOP/s':>10}{'host f':>7}{'host b':>7}{'calls':>6}{'lnch':>6}{'peak':>7}{'ranks':>6}"
 )
 
 
 class Emulation:
-    """Measures cases on one device."""
+    """Measures cases on one device.
 
-    def __init__(self, device: torch.device, effort: Effort) -> None:
-        self.device, self.effort = device, effort
+    Attributes:
+        watch: what times calls.
+        slowest: how many ranks are timed at full effort; all ranks are timed shortly first.
+        spent: seconds by what they were spent on.
+    """
+
+    def __init__(self, watch: Stopwatch, slowest: int = 2) -> None:
+        self.watch, self.slowest = watch, slowest
         self.checked: dict[object, str] = {}
+        self.spent: Counter[str] = Counter()
 
     def measure(self, case: Case, kernel: Kernel) -> Row:
         """Check the case, then time it."""
-        problem = problem_of(case)
-        row = Row(case.name, case.layout, _named(problem), case.world, case.tokens, kernel.name, str(case.link), case.strict)
-        row.wrong = self.check(case, kernel)
+        problem, heads = problem_of(case), f"{case.heads}:{case.kv_heads}"
+        named = case.name, case.layout, _named(problem), case.world, case.tokens, heads, kernel.name, str(case.link), case.strict
+        row = Row(*named, target=case.target)
+        with self.spending("checks"):
+            row.wrong = self.check(case, kernel)
         if row.wrong:
             return row
-        lengths = case.lengths if case.strict else ()
-        alone = replace(case, layout="zigzag", world=1, tokens=case.length if case.strict else case.tokens, lengths=lengths)
-        ideal = self.calls(alone, 0, kernel)
-        share = 1 / case.world if case.strict else case.world
-        ranks = ranks_to_measure(case)
-        ours = [self.calls(case, rank, kernel) for rank in ranks]
-        row.ranks = len(ranks)
-        ratios, slowest = [], []
-        for direction in (0, 1):
-            best, *times = in_turns([calls[direction] for calls in (ideal, *ours)], self.effort, self.device)
-            ratios.append(ratio([share * x for x in best], times))
-            slowest.append(max(statistics.median(each) for each in times))
-        row.ratio, row.ms = (ratios[0], ratios[1]), (slowest[0], slowest[1])
-        host = [[host_time(call, self.device, 10) for call in calls] for calls in ours]
-        row.host = max(x[0] for x in host), max(x[1] for x in host)
-        row.peak = max(peak_memory(self.calls(case, rank, kernel, allocate=True)[1], self.device) for rank in ranks)
-        row.launches = max(launches(calls[1], self.device) for calls in ours[:2])
-        row.calls = max(plan(problem, rank).calls for rank in ranks)
+        with self.spending("plans and inputs"):
+            lengths = case.lengths if case.strict else ()
+            alone = replace(case, layout="zigzag", world=1, tokens=case.length if case.strict else case.tokens, lengths=lengths)
+            ideal = self.calls(alone, 0, kernel)
+            ours = {rank: self.calls(case, rank, kernel) for rank in ranks_to_measure(case)}
+            row.calls = max(plan(problem, rank).calls for rank in ours)
+        slowest = self.time(case, row, ideal, ours)
+        with self.spending("host"):
+            row.host = self.watch.host_time(ours[slowest][0]), self.watch.host_time(ours[slowest][1])
+        with self.spending("launches"):
+            row.launches = self.watch.launches(ours[slowest][1])
+        with self.spending("memory"):
+            ours.clear()
+            row.peak = max(self.watch.peak_memory(self.calls(case, rank, kernel, allocate=True)[1]) for rank in row.shortly)
         return row
+
+    def time(self, case: Case, row: Row, ideal: tuple[Call, Call], ours: dict[int, tuple[Call, Call]]) -> int:
+        """Fill in times and ratios; give the slowest rank, forward and backward together."""
+        share = 1 / case.world if case.strict else case.world
+        flops = 4 * case.head_dim * case.heads * sum(totals(problem_of(case)).scores) / case.world
+        with self.spending("short times"):
+            short = [self.watch.shortly([calls[direction] for calls in ours.values()]) for direction in (0, 1)]
+        row.shortly = dict(zip(ours, zip(*short, strict=True), strict=True))
+        found = []
+        for direction in (0, 1):
+            ranks = sorted(ours, key=lambda rank: -row.shortly[rank][direction])[: self.slowest]
+            with self.spending("full times"):
+                best, *times = self.watch.in_turns([ideal[direction], *(ours[rank][direction] for rank in ranks)])
+            ms = max(statistics.median(each) for each in times)
+            found.append((ms, ratio([share * x for x in best], times), flops * (1.0, 3.5)[direction] / ms / 1e9))
+        (row.ms, row.ratio, row.tflops), row.fully = zip(*found, strict=True), len(ranks)
+        return ranks[0]
+
+    @contextmanager
+    def spending(self, part: str) -> Iterator[None]:
+        """Count the seconds of the block as spent on a part."""
+        begin = time.monotonic()
+        yield
+        self.watch.wait()
+        self.spent[part] += time.monotonic() - begin
 
     def check(self, case: Case, kernel: Kernel) -> str:
         """What is wrong with the case, looked at once for all links and lengths."""
         key = case.layout, case.mask, case.strategy, case.stages, min(case.world, 8), bool(case.lengths), case.name, kernel.name
         if key not in self.checked:
-            self.checked[key] = wrong_numbers(case, kernel, self.device, DTYPE)
+            self.checked[key] = wrong_numbers(case, kernel, self.watch.device, DTYPE)
         return self.checked[key]
 
     def calls(self, case: Case, rank: int, kernel: Kernel, *, allocate: bool = False) -> tuple[Call, Call]:
         """The forward pass of one rank, and forward with backward."""
         problem = problem_of(case)
-        transport = EmulatedTransport(rank, case.world, case.link, self.device, allocate=allocate)
+        transport = EmulatedTransport(rank, case.world, case.link, self.watch.device, allocate=allocate)
         executor = Executor(plan(problem, rank), transport, kernel, SoftmaxParams(case.head_dim**-0.5))
         shapes = [
             (1, problem.q_local(rank), heads, case.head_dim) for heads in (case.heads, case.kv_heads, case.kv_heads, case.heads)
         ]
-        q, k, v, dout = (torch.randn(shape, device=self.device, dtype=DTYPE) for shape in shapes)
+        q, k, v, dout = (torch.randn(shape, device=self.watch.device, dtype=DTYPE) for shape in shapes)
 
         def both() -> None:
             out, lse = executor.forward(q, k, v)
@@ -147,25 +194,8 @@ def _suites(options: argparse.Namespace) -> dict[str, list[Case]]:
         "full": [suite.full(world, link=link, **size)],
         "window": [suite.window(world, link=link, **size)],
         "lists": list(suite.lists(world, link=link, **size)),
-        "tails": list(suite.tails(world, range(1, 1 + options.seeds), link=link, **size)),
+        "tails": list(suite.tails(world, options.draw or range(1, 1 + options.seeds), link=link, **size)),
     }
-
-
-def _preset(name: str) -> list[Case]:
-    """The cases of a preset."""
-    slow = Link(gigabytes=45.0)
-    packed = {"layout": "zigzag/documents"}
-    if name == "quick":
-        return [
-            suite.batch(8),
-            suite.batch(8, link=slow),
-            suite.full(8),
-            *list(suite.lists(8, **packed))[3:],
-            *suite.tails(8, range(1, 2), **packed),
-        ]
-    batches = [suite.batch(world, link=link) for world in (2, 8) for link in (Link(), slow, Link(model="nccl"))]
-    far = suite.batch(64, link=Link(node=8))
-    return [*batches, far, suite.full(8), suite.window(8), *suite.lists(8, **packed), *suite.tails(8, range(1, 4), **packed)]
 
 
 def main() -> int:
@@ -173,31 +203,36 @@ def main() -> int:
     options = _options()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    need = KernelRequirements(device.type, DTYPE, 128, 128, training=True)
-    kernels = [choose_kernel(name, need) for name in options.kernels or [None]]
-    emulation = Emulation(device, Effort(options.rounds, options.block))
-    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    print(f"emulated: one rank at a time on one {where}, torch {torch.__version__}, {DTYPE}, heads 32:8, head dim 128\n{HEADER}")
+    need = need_of(device, DTYPE)
+    emulation = Emulation(Stopwatch(device, Effort(options.rounds, options.block)), options.slowest)
+    print(f"emulated: one rank at a time on one {device_name(device)}, torch {torch.__version__}, {DTYPE}, head dim 128")
+    print(f"ranks: how many of those timed shortly, the slowest, were timed at full effort\n{HEADER}")
     begin, rows = time.monotonic(), []
-    for kernel in kernels:
-        for case in _cases(options):
-            rows.append(emulation.measure(case, kernel))
-            print(rows[-1].line(), flush=True)
-    print(f"{time.monotonic() - begin:.0f} s")
+    for case in _cases(options, need):
+        rows.append(emulation.measure(case, choose_kernel(case.kernel, need)))
+        print(rows[-1].line(), flush=True)
+    parts = ", ".join(f"{part} {seconds:.0f}" for part, seconds in emulation.spent.most_common())
+    print(f"{time.monotonic() - begin:.0f} s: {parts}")
     if options.json:
-        facts = {"device": where, "torch": torch.__version__, "emulated": True, "rows": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(facts, indent=1) + "\n")
+        known = facts("emulate", device, emulated=True, preset=options.preset, rounds=options.rounds, block_ms=options.block)
+        save(options.json, known, rows)
     return int(any(row.wrong for row in rows))
 
 
-def _cases(options: argparse.Namespace) -> list[Case]:
-    if options.preset:
-        cases = _preset(options.preset)
+def _cases(options: argparse.Namespace, need: KernelRequirements) -> list[Case]:
+    present = available(need)
+    if options.preset == "quick":
+        cases = quick(present.get("FA2"))
+    elif options.preset == "targets":
+        seeds = options.draw or [random.SystemRandom().randrange(10**6) for _ in range(options.seeds)]
+        cases = [*targets(present, seeds), *extra(present)]
     else:
         named = _suites(options)
         cases = [case for name in options.cases for case in named[name]]
     changes = {name: getattr(options, name) for name in ("layout", "strategy") if getattr(options, name) is not None}
     cases = [replace(case, **changes) for case in cases]
+    if options.kernels:
+        cases = list(dict.fromkeys(replace(case, kernel=kernel) for kernel in options.kernels for case in cases))
     return [replace(case, stages=stages) for case in cases for stages in options.stages or [None]]
 
 
@@ -207,7 +242,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", default=["batch"], choices=("batch", "full", "window", "lists", "tails"))
     parser.add_argument("--world", type=int, default=8)
     parser.add_argument("--tokens", type=int, help="a rank")
-    parser.add_argument("--seeds", type=int, default=3, help="long-tailed packings")
+    parser.add_argument("--seeds", type=int, default=3, help="how many long-tailed packings; targets draws new ones")
+    parser.add_argument("--draw", type=int, nargs="+", metavar="SEED", help="these long-tailed packings")
     parser.add_argument("--layout", help="as Layout.parse reads it")
     parser.add_argument("--strategy", choices=("ring", "gather"), help="left out: the library's choice")
     parser.add_argument("--stages", type=int, nargs="+", help="of ring; left out: the library's choice")
@@ -216,8 +252,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--latency", type=float, default=20.0, help="microseconds of a transfer")
     parser.add_argument("--node", type=int, default=0, help="ranks of a node, 0 for all")
     parser.add_argument("--model", choices=get_args(Model), default="copy_engine", help="what carries transfers")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="blocks of each call, in turns")
     parser.add_argument("--block", type=float, default=40.0, help="milliseconds of a block of calls")
+    parser.add_argument("--slowest", type=int, default=2, help="ranks timed at full effort, of all that are timed shortly")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 

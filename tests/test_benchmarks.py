@@ -1,0 +1,114 @@
+"""The benchmarks tell the truth: what is timed, how it is compared, and that nothing wrong is given a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import cases as suite
+from benchmarks import targets
+from benchmarks.cases import Case
+from benchmarks.checking import small, wrong_numbers
+from benchmarks.emulate import Emulation
+from benchmarks.problems import problem_of
+from benchmarks.timing import Effort, Stopwatch, ratio
+from dtensor_ring.ops.kernels import KERNELS, Result
+from dtensor_ring.ops.kernels.math import MathKernel
+
+CPU = torch.device("cpu")
+QUICK = Stopwatch(CPU, Effort(rounds=2, block=0.0))
+TINY = Case("tiny", tokens=16, heads=2, kv_heads=1, head_dim=8, world=4)
+
+
+class Doubling(MathKernel):
+    """Gives twice the values."""
+
+    def forward(self, q, k, v, block):
+        out, lse = super().forward(q, k, v, block)
+        return Result(2 * out, lse)
+
+
+class Forgetful(MathKernel):
+    """Is right about whole shares only."""
+
+    def forward(self, q, k, v, block):
+        out, lse = super().forward(q, k, v, block)
+        return Result(out, lse) if q.shape[1] == k.shape[1] else Result(out, lse + 1)
+
+
+def test_every_rank_is_timed_shortly_and_the_slowest_in_turns_with_the_ideal(monkeypatch):
+    """Calls give their own times here, in milliseconds: forward and both, of the ideal and of four ranks."""
+    times = {(1, 0): (3.0, 9.0), (4, 0): (10.0, 44.0), (4, 1): (11.0, 30.0), (4, 2): (16.0, 40.0), (4, 3): (15.0, 48.0)}
+    monkeypatch.setattr(Emulation, "calls", lambda _, case, rank, kernel, allocate=False: times_of(times[case.world, rank]))
+    monkeypatch.setattr(Stopwatch, "block", lambda _, call, count: call())
+    row = Emulation(QUICK, slowest=2).measure(TINY, KERNELS["math"])
+    assert row.wrong == ""
+    assert row.shortly == {rank: times[4, rank] for rank in range(4)}
+    assert row.fully == 2
+    assert row.ms == (16.0, 48.0)
+    assert row.ratio == (4 * 3.0 / 16.0, 4 * 9.0 / 48.0)
+    strict = Emulation(QUICK).measure(replace(TINY, strict=True), KERNELS["math"])
+    assert strict.ratio == (3.0 / 4 / 16.0, 9.0 / 4 / 48.0)
+    scores = 64 * 65 / 2
+    assert row.tflops == pytest.approx([4 * 8 * 2 * scores / 4 / 16.0 / 1e9, 3.5 * 4 * 8 * 2 * scores / 4 / 48.0 / 1e9])
+
+
+def times_of(both: tuple[float, float]):
+    return (lambda: both[0]), (lambda: both[1])
+
+
+def test_an_emulated_case_runs_on_a_cpu():
+    row = Emulation(QUICK).measure(replace(TINY, lengths=(40, 24), strict=True), KERNELS["math"])
+    assert row.wrong == ""
+    assert min(*row.ms, *row.ratio, *row.host, *row.tflops) > 0
+    assert row.calls >= 2
+
+
+@pytest.mark.parametrize("kernel", [Doubling(), Forgetful()])
+def test_what_is_wrong_gets_no_time(kernel):
+    row = Emulation(QUICK).measure(TINY, kernel)
+    assert row.ms == (0.0, 0.0)
+    assert not row.shortly
+    assert "WRONG: out" in row.line()
+
+
+@pytest.mark.parametrize("case", [suite.window(8), *suite.lists(8), *suite.tails(8, [1])], ids=lambda case: case.name)
+def test_the_check_keeps_the_proportions_of_a_case(case):
+    fewer, factor = small(case, 256), 256 / case.tokens
+    assert problem_of(fewer).is_halo == problem_of(case).is_halo
+    assert all(abs(a - factor * b) <= max(1, factor * b) for a, b in zip(fewer.lengths, case.lengths, strict=False))
+    if case.mask.startswith("window"):
+        assert fewer.mask == f"window:{int(4095 * factor)},0"
+        assert fewer.length > 2 * 4095 * factor
+
+
+def test_the_check_is_of_the_window_itself():
+    """A window that is as long as the whole would be no window."""
+    case = suite.window(4, back=63, tokens=64, heads=2, kv_heads=1, head_dim=8)
+    assert wrong_numbers(case, KERNELS["math"], CPU, torch.float32, tokens=64) == ""
+    assert small(case, 16).mask == "window:15,0"
+
+
+def test_a_ratio_is_the_median_over_rounds_of_the_ideal_over_the_slowest():
+    assert ratio([2.0, 4.0, 6.0], [[4.0, 4.0, 4.0], [1.0, 8.0, 6.0]]) == 0.5
+
+
+def test_calls_are_timed_in_turns():
+    order = []
+    Stopwatch(CPU, Effort(rounds=3, block=0.0)).in_turns([lambda: order.append("a"), lambda: order.append("b")])
+    assert "".join(order).endswith("aabb" * 3)  # a call that is not counted, and one that is
+
+
+def test_every_target_has_cases_for_every_kernel_of_its_family():
+    present = {family: names[0] for family, names in targets.FAMILIES.items()}
+    cases = list(targets.targets(present, [1, 2]))
+    for target in targets.TARGETS:
+        wanted = set(present.values()) if target.family == "best" else {present[target.family]}
+        assert wanted <= {case.kernel for case in cases if case.target == target.name}
+    assert {case.target for case in cases} == {target.name for target in targets.TARGETS}
+    assert all(case.stages is None and case.strategy is None for case in cases)
+    on_a_cpu = list(targets.targets({}, [1]))
+    assert on_a_cpu
+    assert {case.kernel for case in on_a_cpu} == {None}
