@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
-from dtensor_ring._torch import store_of
+from dtensor_ring._torch import named_in_profiles, store_of
 
 T = TypeVar("T")
 
@@ -186,13 +186,18 @@ class Transport(ABC):
     def __repr__(self) -> str:
         return f"{type(self).__name__}(rank {self.rank} of {self.world}, {self.axis})"
 
+    @property
+    def _of_ranks(self) -> str:
+        return f"dtensor_ring, rank {self.rank} of {self.world}"
+
     @contextmanager
     def during(self, activity: object) -> Iterator[None]:
-        """Name what the transfers started inside the block are part of, for the error of one that fails."""
+        """Name what the transfers started inside the block are part of, for the error of one that fails and for profiles."""
         # Activities nest: a collective inside of one compares sizes under a name of its own.
         before, self.activity = self.activity, activity
         try:
-            yield
+            with named_in_profiles(lambda: f"{self._of_ranks}, {activity}"):
+                yield
         finally:
             self.activity = before
 
@@ -214,21 +219,27 @@ class Transport(ABC):
             assert message.rank != self.rank, "a rank does not send to itself"
             assert message.tensor.is_contiguous(), "messages are contiguous tensors"
         # Counted where every transfer passes, so that a transport cannot forget it, and bytes mean the same for all of them.
-        self.traffic.add(len(sends), sum(message.tensor.nbytes for message in sends))
-        return self._exchange(sends, receives)
+        count = _bytes(sends)
+        self.traffic.add(len(sends), count)
+        with named_in_profiles(lambda: f"{self._of_ranks}, sends {count} bytes, receives {_bytes(receives)} bytes"):
+            return self._exchange(sends, receives)
 
     def all_gather(self, tensor: Tensor) -> Pending[Tensor]:
         """Tensors of one shape from all ranks, stacked: (world, *shape). Sends the tensor to every other rank."""
         self._compare("all-gather", tensor)
-        self.traffic.add(self.world - 1, (self.world - 1) * tensor.nbytes)
-        return self._all_gather(tensor.contiguous())
+        count = (self.world - 1) * tensor.nbytes
+        self.traffic.add(self.world - 1, count)
+        with named_in_profiles(lambda: f"{self._of_ranks}, all-gather, sends {count} bytes"):
+            return self._all_gather(tensor.contiguous())
 
     def reduce_scatter(self, tensor: Tensor) -> Pending[Tensor]:
         """The sum over ranks of slice `rank` of (world, *shape) tensors: (*shape). Sends every other rank its slice."""
         assert tensor.shape[0] == self.world, "reduce_scatter takes one slice a rank"
         self._compare("reduce-scatter", tensor)
-        self.traffic.add(self.world - 1, tensor.nbytes // self.world * (self.world - 1))
-        return self._reduce_scatter(tensor.contiguous())
+        count = tensor.nbytes // self.world * (self.world - 1)
+        self.traffic.add(self.world - 1, count)
+        with named_in_profiles(lambda: f"{self._of_ranks}, reduce-scatter, sends {count} bytes"):
+            return self._reduce_scatter(tensor.contiguous())
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
         """The sum (or `op`: "sum", "avg", "max", "min", "product") over ranks. Counted as reduce-scatter and all-gather."""
@@ -274,3 +285,7 @@ class Transport(ABC):
 
     @abstractmethod
     def _all_reduce(self, tensor: Tensor, op: str) -> Tensor: ...
+
+
+def _bytes(messages: Sequence[Message]) -> int:
+    return sum(message.tensor.nbytes for message in messages)

@@ -26,11 +26,12 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor
 
-from dtensor_ring._torch import lasting, local_of, resolve_group
+from dtensor_ring._torch import lasting, local_of, named_in_profiles, resolve_group
 from dtensor_ring.cache import cached
 from dtensor_ring.comm import Transport, transport_of
 from dtensor_ring.ops.call import AttentionCall
 from dtensor_ring.ops.dtypes import accumulate_dtype
+from dtensor_ring.ops.executors.exchange import Direction
 from dtensor_ring.ops.executors.head_groups import in_groups
 from dtensor_ring.ops.executors.plan_executor import Executor
 from dtensor_ring.ops.executors.protocol import AttentionExecutor
@@ -88,7 +89,7 @@ def _attention(
     resolved = _resolved_call(call, q, v, alibi, documents, lengths, transport.world)
     executor = _executor(resolved, transport, (sinks, alibi), origin)
     replay = _replay(AttentionCall.parse(call), resolved.kernel)
-    with _without_autocast(q.device.type):
+    with _without_autocast(q.device.type), _named(resolved, executor, transport, (q, k, v), "forward"):
         return *executor.forward(_inner(q), _inner(k), _inner(v), _seed(replay)), replay
 
 
@@ -120,7 +121,7 @@ def _attention_backward(
     executor = _executor(resolved, transport, (sinks, alibi), origin)
     # Gradients may be expanded: that of `out.sum()` has stride 0 in every dim, which kernels do not take.
     tensors = dout.contiguous(), _inner(q), _inner(k), _inner(v), out, lse
-    with _without_autocast(q.device.type):
+    with _without_autocast(q.device.type), _named(resolved, executor, transport, (q, k, v), "backward"):
         dq, dk, dv, dsinks = executor.backward(*tensors, _seed(replay))
     # The schema has four tensors, so no gradient is an empty one.
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
@@ -254,6 +255,20 @@ def _executor(
         return UlyssesExecutor(resolved.problem, transport, *rest)
     whole = Executor(plan(resolved.problem, transport.rank), transport, *rest)
     return in_groups(whole, resolved.kv_head_group_size)
+
+
+def _named(
+    resolved: _Resolved, executor: AttentionExecutor, transport: Transport, qkv: tuple[Tensor, Tensor, Tensor], direction: Direction
+) -> AbstractContextManager[object]:
+    """The name of a pass in profiles: the rank, what it computes, and the bytes that it sends."""
+
+    def name() -> str:
+        sent = getattr(executor.explain(*qkv), direction)
+        return (
+            f"dtensor_ring, rank {transport.rank} of {transport.world}, {direction}, {resolved.problem}, sends {sent.bytes} bytes"
+        )
+
+    return named_in_profiles(name)
 
 
 class _Resolved(NamedTuple):

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from dtensor_ring._torch import named_in_profiles
 from dtensor_ring.cache import cached
 from dtensor_ring.comm import Pending, Transfers, Transport
 from dtensor_ring.comm.rank_checks import number_of
@@ -285,8 +287,16 @@ class Executor(AttentionExecutor):
             # Started before this step's keys are waited for: the transfer runs beside the kernels that the caller launches next.
             is_last = place + 1 == len(order)
             ahead = None if is_last else transfers.add(exchange.fetch(order[place + 1], kv, direction, arrived))
-            yield index, pending.wait()
+            with named_in_profiles(partial(self._named, direction, "waits for keys", index)):
+                keys = pending.wait()
+            with named_in_profiles(partial(self._named, direction, "computes", index)):
+                yield index, keys
             pending = ahead
+
+    def _named(self, direction: Direction, what: str, index: int) -> str:
+        """What a step's waiting and computing are called in profiles."""
+        of_steps = f"step {index} of {len(self.plan.steps)}"
+        return f"dtensor_ring, rank {self.plan.rank} of {self.plan.problem.world}, {direction}, {of_steps}, {what}"
 
 
 _Varlen = tuple[tuple[VarlenMetadata | None, ...], ...]
