@@ -1,8 +1,8 @@
 """What a call of attention costs the host, part by part, where next to nothing is computed and nothing is sent.
 
-    python benchmarks/host_cost.py                          # the CPU, 8 tokens
-    python benchmarks/host_cost.py --device cuda            # one GPU, 512 tokens
-    python benchmarks/host_cost.py --device cuda --json host_cost.json
+    python -m benchmarks.host_cost                          # the CPU, 8 tokens
+    python -m benchmarks.host_cost --device cuda            # one GPU, 512 tokens
+    python -m benchmarks.host_cost --device cuda --json host_cost.json
 
 One process is a mesh axis of one rank, so that what is measured is checking, dispatch, wrapping and autograd, not transfers. The
 table goes from the kernel alone outwards; every row does what the row above does and something more:
@@ -26,10 +26,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 
+from benchmarks.record import device_name, facts, save
+from benchmarks.targets import LAYER
 from dtensor_ring import Documents, Zigzag, from_local, ring_attention, ring_plan
 from dtensor_ring.comm import transport_along
 from dtensor_ring.ops.executors.plan_executor import Executor
@@ -67,8 +68,7 @@ def main() -> None:
     tokens = options.tokens or (8 if options.device == "cpu" else 512)
     torch.set_num_threads(1)
     mesh = one_rank(options.device)
-    where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
-    print(f"{where}, torch {torch.__version__}, {tokens} tokens, W=1, microseconds a call")
+    print(f"{device_name(torch.device(options.device))}, torch {torch.__version__}, {tokens} tokens, W=1, microseconds a call")
     rows = {f"attention, {title}": timed(calls, options) for title, calls in attention_calls(mesh, tokens, options.device).items()}
     if options.device == "cuda":
         rows["packed, forward and backward"] = timed(packed_calls(mesh, 16 * tokens), options)
@@ -87,8 +87,21 @@ def main() -> None:
             print(f"  {name:<36}{value:>8.0f}   over the row above {value - before:>+8.0f}   over the first {value - first:>+8.0f}")
             before = value
     if options.json:
-        options.json.write_text(json.dumps({"device": where, "torch": torch.__version__, "tokens": tokens, "rows": rows}, indent=1))
+        save(options.json, facts("host_cost", torch.device(options.device), tokens=tokens), listed(rows))
     dist.destroy_process_group()
+
+
+def listed(rows: dict[str, dict[str, float]]) -> Iterator[dict[str, object]]:
+    """The figures as a file keeps them, and last what the target is about: how much a layer costs more under ring_plan."""
+    for title, figures in rows.items():
+        before = 0.0
+        for name, value in figures.items():
+            yield {"table": title, "name": name, "us": value, "over_above_us": value - before}
+            before = value
+    layers = [rows[title] for title in ("a layer, forward", "a layer, forward and backward") if title in rows]
+    if layers:
+        over = [(layer["ring_plan"] - layer["scaled_dot_product_attention"]) / 1e3 for layer in layers]
+        yield {"target": LAYER, "kernel": "torch_flash", "over_ms": over}
 
 
 def one_rank(device: str) -> DeviceMesh:

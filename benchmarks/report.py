@@ -1,0 +1,226 @@
+"""Writes the tables of docs/performance.md and README.md from the JSON files of results, so that no figure is typed by hand.
+
+    python -m benchmarks.report              # after a new file in benchmarks/results
+    python -m benchmarks.report --check      # exit status 1 where a table is not what the files give
+
+A table stands between two comments, `<!-- results: NAME -->` and `<!-- end -->`; what lies between them is replaced. The names are
+the keys of `TABLES`. Of every kind of benchmark there may be several files, of several devices: each gives a table of its own,
+under a line with its device, versions and date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import RESULTS, load
+from benchmarks.targets import TARGETS, Target, family_of
+
+Run = dict[str, Any]  # as `record.save` writes it
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = (ROOT / "docs" / "performance.md", ROOT / "README.md")
+_BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main() -> int:
+    """Write the documents, or say which differ."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args()
+    runs, stale = all_runs(), []
+    for path in DOCUMENTS:
+        before = path.read_text()
+        after = rendered(before, runs)
+        if before != after:
+            stale.append(path)
+            if not options.check:
+                path.write_text(after)
+    for path in stale:
+        print(f"{path.relative_to(ROOT)}: {'its tables are not those of benchmarks/results' if options.check else 'written'}")
+    return int(options.check and bool(stale))
+
+
+def all_runs(folder: Path = RESULTS) -> list[Run]:
+    """The runs of a folder, in the order of their names."""
+    return [load(path) for path in sorted(folder.glob("*.json"))]
+
+
+def rendered(text: str, runs: Sequence[Run]) -> str:
+    """A document with its tables made anew.
+
+    Raises:
+        KeyError: a comment names no table of ours.
+    """
+    return _BLOCK.sub(lambda block: f"{block[1]}\n{TABLES[block[2]](runs)}\n\n{block[3]}", text)
+
+
+def judged(run: Run) -> Iterator[tuple[Target, tuple[float, float] | None]]:
+    """Each target of a run's benchmark with what was measured for it; the worst of several cases, None where there is none."""
+    for target in TARGETS:
+        if target.benchmark != run["benchmark"]:
+            continue
+        mine = [row for row in run["rows"] if row.get("target") == target.name and not row.get("wrong")]
+        if target.family != "best":
+            mine = [row for row in mine if family_of(row["kernel"]) == target.family]
+        pairs = list(zip(*(row[target.measure] for row in mine), strict=True))
+        # Of several kernels the best counts, of several cases the worst.
+        choose = max if target.family == "best" or target.smaller_is_better else min
+        yield target, (choose(pairs[0]), choose(pairs[1])) if pairs else None
+
+
+def headline(run: Run) -> str:
+    """Device, versions and date of a run."""
+    devices = f"{run['devices']} x " if run.get("devices", 1) > 1 else ""
+    packages = "".join(f", {name} {version}" for name, version in run.get("packages", {}).items() if name in _NAMED)
+    kind = f"**Emulated** on one {run['device']}" if run.get("emulated") else f"{devices}{run['device']}"
+    note = f" {run['note']}" if run.get("note") else ""
+    return f"{kind}, PyTorch {run['torch']}{packages}, {run['date']}.{note}"
+
+
+_NAMED = ("flash-attn", "flash-attn-3", "flash-attn-4", "ring-flash-attn", "axolotl-ringmaster", "yunchang")
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _targets(runs: Sequence[Run]) -> str:
+    parts = []
+    for run in runs:
+        found = list(judged(run))
+        if not any(pair for _, pair in found):
+            continue
+        parts += [headline(run), table(("target", "kernel", "forward", "", "forward + backward", ""), map(_verdict, found))]
+    return "\n\n".join(parts) or _NOTHING
+
+
+def _verdict(judgement: tuple[Target, tuple[float, float] | None]) -> Sequence[str]:
+    target, pair = judgement
+    aims = target.fwd, target.both
+    cells: list[str] = []
+    for aim, value in zip(aims, pair or (None, None), strict=True):
+        wanted = f"{'at most' if target.smaller_is_better else 'at least'} {aim:g} {target.unit}".rstrip()
+        if value is None:
+            cells += [wanted, "not measured"]
+        else:
+            cells += [wanted, f"{target.shown(value)}, {'met' if target.met(value, aim) else '**missed**'}"]
+    return target.name, target.family, *cells
+
+
+def _emulated(runs: Sequence[Run]) -> str:
+    header = ("case", "layout", "strategy", "W", "tokens a rank", "heads", "kernel", "link", "ratio forward; both", "ms", "TFLOP/s")
+    header += ("host ms", "peak MiB", "ranks")
+    return _per_run("emulate", runs, header, _emulated_row)
+
+
+def _emulated_row(row: Run) -> Sequence[str]:
+    name = f"{row['case']}{' (strict)' if row['strict'] else ''}"
+    start = name, row["layout"], row["strategy"], str(row["world"]), str(row["tokens"]), row["heads"], row["kernel"], row["link"]
+    if row["wrong"]:
+        return *start, f"wrong: {row['wrong']}", *[""] * 5
+    pairs = _pair(row["ratio"], 3), _pair(row["ms"], 2), _pair(row["tflops"], 0), _pair(row["host"], 2)
+    return *start, *pairs, f"{row['peak']:.0f}", f"{row['fully']} of {len(row['shortly'])}"
+
+
+def _ranks(runs: Sequence[Run]) -> str:
+    header = ("who", "case", "layout", "strategy", "tokens a rank", "heads", "kernel", "ratio forward; both", "ms", "TFLOP/s")
+    header += ("peak MiB", "sent MiB")
+    return _per_run("attention", runs, header, _ranks_row)
+
+
+def _ranks_row(row: Run) -> Sequence[str]:
+    start = row["who"], row["case"], row["layout"], row["strategy"], str(row["tokens"]), row["heads"], row["kernel"]
+    if row["wrong"]:
+        return *start, f"wrong: {row['wrong']}", *[""] * 4
+    pairs = _pair(row["ratio"], 3), _pair(row["ms"], 2), _pair(row["tflops"], 0)
+    return *start, *pairs, _number(row["peak"]), _number(row["sent"])
+
+
+def _train(runs: Sequence[Run]) -> str:
+    header = ("model", "attention", "layers", "W", "tokens a rank", "ms a step", "tokens/s a GPU", "MFU", "peak GiB", "over plain")
+    return _per_run("train_step", runs, header, _train_row)
+
+
+def _train_row(row: Run) -> Sequence[str]:
+    start = row["model"], row["attention"], str(row["layers"]), str(row["world"]), str(row["tokens"])
+    if row["wrong"]:
+        return *start, f"wrong: {row['wrong']}", *[""] * 4
+    over = "" if row["over_plain"] is None else f"{row['over_plain']:.3f}"
+    return *start, f"{row['ms']:.1f}", f"{row['tokens_per_second']:.0f}", f"{row['mfu']:.1%}", f"{row['peak_gib']:.1f}", over
+
+
+def _host(runs: Sequence[Run]) -> str:
+    return _host_table(runs, lambda row: "us" in row)
+
+
+def _attention_host(runs: Sequence[Run]) -> str:
+    return _host_table(runs, lambda row: row.get("table", "").startswith("attention"))
+
+
+def _host_table(runs: Sequence[Run], wanted: Callable[[Run], bool]) -> str:
+    timed = [{**run, "rows": [row for row in run["rows"] if wanted(row)]} for run in runs]
+    return _per_run("host_cost", timed, ("", "ms", "over the row above"), _host_row)
+
+
+def _host_row(row: Run) -> Sequence[str]:
+    return f"{row['table']}: {row['name']}", f"{row['us'] / 1e3:.2f}", f"{row['over_above_us'] / 1e3:+.2f}"
+
+
+def _per_run(benchmark: str, runs: Sequence[Run], header: Sequence[str], line: Callable[[Run], Sequence[str]]) -> str:
+    """One table for each run of a benchmark."""
+    mine = [run for run in runs if run["benchmark"] == benchmark]
+    return "\n\n".join(f"{headline(run)}\n\n{table(header, map(line, run['rows']))}" for run in mine) or _NOTHING
+
+
+def _pair(values: Sequence[float] | None, digits: int) -> str:
+    """Forward and both; nothing where a run kept no figures."""
+    return "" if values is None else "; ".join(f"{round(value, digits):g}" for value in values)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}"
+
+
+def _short(runs: Sequence[Run]) -> str:
+    """What README shows: ratios on real ranks, and of the emulated rows those of one sequence over eight ranks."""
+    parts = []
+    for run in runs:
+        if run["benchmark"] not in ("attention", "emulate"):
+            continue
+        rows = [row for row in run["rows"] if not row["wrong"] and (run["benchmark"] == "attention" or _is_plain(row))]
+        lines = [_short_row(row) for row in rows]
+        if lines:
+            parts += [headline(run), table(("", "ranks", "kernel", "link", "forward", "forward + backward"), lines)]
+    return "\n\n".join(parts) or _NOTHING
+
+
+def _is_plain(row: Run) -> bool:
+    return row["world"] == 8 and row["heads"] == "32:8" and row["case"] in ("causal", "not causal")
+
+
+def _short_row(row: Run) -> Sequence[str]:
+    who = row.get("who", "dtensor_ring")
+    name = f"{'' if who == 'dtensor_ring' else who + ', '}{row['case']}, {row['layout']}, {row['strategy']}"
+    return name, str(row["world"]), row["kernel"], row["link"], *(f"{ratio:.2f}" for ratio in row["ratio"])
+
+
+_NOTHING = "No file in `benchmarks/results` has this yet."
+TABLES: dict[str, Callable[[Sequence[Run]], str]] = {
+    "targets": _targets,
+    "emulated": _emulated,
+    "ranks": _ranks,
+    "train": _train,
+    "host": _host,
+    "short": _short,
+    "host_short": _attention_host,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""Tables and pictures are those of the files of results, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from benchmarks import plot, record, targets
+from benchmarks.record import RESULTS, load, save
+from benchmarks.report import DOCUMENTS, TABLES, all_runs, judged, rendered
+
+ROW = {
+    "case": "causal",
+    "layout": "zigzag",
+    "strategy": "ring/1",
+    "world": 8,
+    "tokens": 8192,
+    "heads": "32:8",
+    "kernel": "torch_flash",
+    "link": "200 GB/s copy_engine",
+    "strict": False,
+    "target": "zigzag, W=8, 200 GB/s",
+    "ms": [13.5, 51.25],
+    "ratio": [1.0411, 1.0289],
+    "tflops": [325.4, 310.6],
+    "host": [0.5, 1.25],
+    "peak": 812.4,
+    "launches": 30,
+    "calls": 4,
+    "shortly": {str(rank): [13.0, 51.0] for rank in range(8)},
+    "fully": 2,
+    "wrong": "",
+}
+RUN = {"benchmark": "emulate", "date": "2026-01-31", "device": "Some GPU", "torch": "2.11.0", "packages": {}, "emulated": True}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_the_tables_of_documents_are_those_of_the_results(path):
+    text = path.read_text()
+    assert "<!-- results: " in text
+    assert rendered(text, all_runs()) == text, "run `python -m benchmarks.report`"
+
+
+def test_the_results_are_small_and_no_document_lacks_a_table():
+    assert all(path.stat().st_size < 100_000 for path in RESULTS.glob("*.json"))
+    named = {name for path in DOCUMENTS for name in re.findall(r"<!-- results: (\w+) -->", path.read_text())}
+    assert named == set(TABLES)
+
+
+def test_only_what_lies_between_comments_is_replaced():
+    text = "before\n<!-- results: emulated -->\nold\n<!-- end -->\nafter\n"
+    once = rendered(text, [{**RUN, "rows": [ROW]}])
+    assert once.startswith("before\n<!-- results: emulated -->\n")
+    assert once.endswith("\n<!-- end -->\nafter\n")
+    assert "old" not in once
+    assert "**Emulated** on one Some GPU, PyTorch 2.11.0, 2026-01-31." in once
+    assert (
+        "| causal | zigzag | ring/1 | 8 | 8192 | 32:8 | torch_flash | 200 GB/s copy_engine | 1.041; 1.029 | 13.5; 51.25 |" in once
+    )
+    assert rendered(once, [{**RUN, "rows": [ROW]}]) == once
+    with pytest.raises(KeyError, match="no_such"):
+        rendered("<!-- results: no_such -->\n<!-- end -->", [])
+
+
+def test_a_target_is_met_within_a_hundredth_by_the_worst_of_its_cases():
+    tails = [{**ROW, "target": "long tails, packed", "ratio": pair} for pair in ([0.88, 0.95], [0.95, 0.92], [0.871, 0.96])]
+    found = {(target.name, target.family): (target, pair) for target, pair in judged({**RUN, "rows": [ROW, *tails]})}
+    assert {target.benchmark for target, _ in found.values()} == {"emulate"}
+    target, pair = found["long tails, packed", "FA2"]
+    assert pair == (0.871, 0.92)
+    assert target.met(0.871, target.fwd)
+    assert not target.met(0.869, target.fwd)
+    assert found["long tails, packed", "FA4"][1] is None
+    wrong = {**ROW, "wrong": "out is off"}
+    assert all(pair is None for _, pair in judged({**RUN, "rows": [wrong]}))
+    lines = TABLES["targets"]([{**RUN, "rows": [ROW]}]).splitlines()
+    assert "| zigzag, W=8, 200 GB/s | FA2 | at least 1.05 | 1.041, met | at least 1.04 | 1.029, **missed** |" in lines
+
+
+def test_the_best_kernel_counts_where_any_may_be_taken():
+    name = "zigzag, W=8, 64:8 heads"
+    rows = [
+        {**ROW, "target": name, "kernel": kernel, "tflops": pair} for kernel, pair in (("a", [661.0, 500.0]), ("b", [600.0, 574.9]))
+    ]
+    target, pair = next((t, p) for t, p in judged({**RUN, "rows": rows}) if t.name == name)
+    assert pair == (661.0, 574.9)
+    assert target.met(661.0, target.fwd)
+    assert not target.met(574.9, target.both)
+
+
+def test_of_a_cost_the_largest_counts_and_must_not_exceed_the_target():
+    rows = [{"target": targets.LAYER, "kernel": "torch_flash", "over_ms": pair} for pair in ([0.1, 0.41], [0.15, 0.2])]
+    [(target, pair)] = judged({**RUN, "benchmark": "host_cost", "rows": rows})
+    assert pair == (0.15, 0.41)
+    assert target.met(0.15, target.fwd)
+    assert not target.met(0.41, target.both)
+
+
+def test_a_run_is_read_as_it_was_saved_to_five_digits(tmp_path):
+    path = tmp_path / "deeper" / "run.json"
+    save(path, RUN, [ROW, {"ms": (1.234567, 2), "many": {"a": 123456.789}}])
+    assert load(path) == {**RUN, "rows": [ROW, {"ms": [1.2346, 2], "many": {"a": 123460.0}}]}
+    assert all_runs(path.parent) == [load(path)]
+    assert json.loads(path.read_text())["device"] == "Some GPU"
+
+
+def test_facts_name_device_and_versions():
+    import torch
+
+    known = record.facts("emulate", torch.device("cpu"), preset="quick")
+    assert known["device"] == "CPU"
+    assert known["torch"] == torch.__version__
+    assert known["preset"] == "quick"
+    assert set(known) >= {"date", "python", "dtensor_ring", "packages"}
+
+
+def test_a_picture_has_a_bar_for_every_row_and_a_mark_for_every_target(tmp_path):
+    pytest.importorskip("matplotlib")
+    other = {**ROW, "case": "not causal", "target": ""}
+    assert len({label for label, _ in plot.ratios({**RUN, "rows": [ROW, other, {**ROW, "strategy": "gather"}]})}) == 3
+    run = {**RUN, "rows": [ROW, other, {**ROW, "case": "broken", "wrong": "out"}]}
+    assert [label.split(",")[0] for label, _ in plot.ratios(run)] == ["causal", "not causal"]
+    assert [goal for _, goal in plot.aims(run)] == [(1.05, 1.04)]
+    plot.draw([run, run], ["before", "after"], tmp_path / "out.png")
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no row has a ratio"):
+        plot.draw([{**RUN, "rows": []}], ["empty"], tmp_path / "none.png")
