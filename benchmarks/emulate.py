@@ -1,13 +1,13 @@
 """How close one rank of many comes to the kernel alone, measured on one GPU over an emulated link.
 
-    python -m benchmarks.emulate --preset quick                      two minutes of one H100
-    python -m benchmarks.emulate --preset targets --json FILE        ten minutes: the emulated tables of docs/performance.md
-    python -m benchmarks.emulate --cases tails list --world 8 --kernel torch_flash --layout zigzag/documents
+    python -m benchmarks.emulate --preset quick                      under a minute of one H100
+    python -m benchmarks.emulate --preset targets --json FILE        five minutes: the emulated tables of docs/performance.md
+    python -m benchmarks.emulate --cases tails lists --world 8 --kernels torch_flash --layout zigzag/documents
 
 The project's own executor runs the plan of one rank after another over `benchmarks.links`. All ranks are timed shortly, and the
 two slowest again, in turns with the kernel; the slower one counts (column "ranks": 2/8). The ratio is the ideal time over that
-rank's: 1.0 means that communication, merging, copies and launches cost nothing. The ideal is the number of
-ranks times the kernel on one rank's tokens, or, for rows marked strict, the kernel on the whole sequence over the number of ranks.
+rank's: 1.0 means that communication, merging, copies and launches cost nothing. The ideal is the number of ranks times the kernel
+on one rank's tokens, or, for rows marked strict, the kernel on the whole sequence over the number of ranks.
 Both run in turns on the same kernel. A case whose result is wrong prints its error in place of a time, and the exit status is 1.
 On a CPU everything runs too, for trying it out; its times say nothing.
 """

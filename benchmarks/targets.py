@@ -111,7 +111,7 @@ def available(need: KernelRequirements) -> dict[str, str]:
 
 
 def quick(kernel: str | None) -> list[Case]:
-    """Six cases that say within two minutes whether a change helped."""
+    """Six cases that say within a minute whether a change helped."""
     cases = [
         suite.batch(8),
         suite.batch(8, link=SLOW),
