@@ -1,24 +1,24 @@
-"""How close ring_attention comes to the kernel of one GPU, after a check that it computes the same.
+"""How close ring_attention comes to the kernel of one GPU on real ranks, and how other packages do beside it.
 
-    torchrun --nproc-per-node 2 benchmarks/attention.py --tokens 8192 --layouts zigzag stripe contiguous --strategies ring gather
+    torchrun --nproc-per-node 2 -m benchmarks.attention --layouts zigzag stripe:1 contiguous --strategies ring gather
+    torchrun --nproc-per-node 2 -m benchmarks.attention --preset targets --peers --json FILE
+    torchrun --nproc-per-node 2 -m benchmarks.attention --device cpu --tokens 64 --heads 4 --kv-heads 2 --head-dim 16 --peers
 
-Ratio = time of the kernel on one rank's number of tokens, times the number of ranks, over the time of ring_attention: causal
-attention of W ranks has W * W times the scores of one rank's tokens, spread over W ranks, so 1.0 means that communication,
-merging and launches cost nothing. The kernel runs on all ranks at once, in the same process, in turns with ring_attention.
-Times are medians over blocks of calls between CUDA events, the slowest rank counts. A configuration whose result is wrong
-prints its error in place of a time, and the exit status is 1. On CPU ranks (gloo) it runs too, for trying it out.
+Cases and ratios are those of `benchmarks.emulate`: 1.0 means that communication, merging and launches cost nothing. All ranks run
+the kernel alone in turns with the attention over ranks; blocks of calls start together, and the slowest rank counts. Every result
+is compared with float64 first, with fewer tokens: what is wrong prints its error in place of a time, and the exit status is 1 if it
+is ours. A package that cannot be imported is named with the reason. Its ratio is to the same ideal as ours.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,279 +26,294 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from dtensor_ring import from_local, ring_attention
+from benchmarks import cases as suite
+from benchmarks.cases import Case, ideal_of
+from benchmarks.checking import Measured, alone, faults, small
+from benchmarks.peers import PEERS, Attend, Peer
+from benchmarks.problems import calls_of, flops_of, problem_of, strategy_of
+from benchmarks.record import device_name, facts, save
+from benchmarks.targets import available, real_ranks
+from benchmarks.timing import Call, Effort, Stopwatch, ratio
+from dtensor_ring import Contiguous, Documents, Stripe, Zigzag, from_local, ring_attention
+from dtensor_ring.comm import AloneTransport
 from dtensor_ring.debug import traffic
-from dtensor_ring.ops.kernels import Block, KernelRequirements, Saved, SoftmaxParams, choose_kernel
-from dtensor_ring.placements import Contiguous, SequencePlacement, Stripe, Zigzag
+from dtensor_ring.ops.kernels import KERNELS, Kernel, KernelRequirements, SoftmaxParams, choose_kernel
+from dtensor_ring.placements import SequencePlacement
 from dtensor_ring.planning.layout import Layout
 
-PLACEMENTS: dict[str, SequencePlacement] = {"contiguous": Contiguous(1), "zigzag": Zigzag(1), "stripe": Stripe(1)}
+OURS = "dtensor_ring"
+PATIENCE = 4.0  # errors of other packages may be so many times as large as ours may: they round sums in between
+Session = Callable[[Case], AbstractContextManager[Attend]]
 
 
 @dataclass
 class Row:
-    """One line of the table; times in milliseconds, memory and traffic in MiB."""
+    """One line of the table; times in milliseconds, memory and traffic in MiB, of the rank with the largest."""
 
+    who: str
+    case: str
     layout: str
     strategy: str
-    direction: str
-    ms: float = 0.0
-    ratio: float = 0.0
-    tflops: float = 0.0
-    peak_mib: float = 0.0
-    sent_mib: float = 0.0
-    out_error: float = 0.0
-    grad_error: float = 0.0
+    world: int
+    tokens: int
+    heads: str
+    kernel: str
+    link: str
+    strict: bool
+    target: str = ""
+    ms: tuple[float, float] = (0.0, 0.0)
+    ratio: tuple[float, float] = (0.0, 0.0)
+    tflops: tuple[float, float] = (0.0, 0.0)
+    errors: tuple[float, float] = (0.0, 0.0)
+    peak: float | None = None
+    sent: float | None = None
     wrong: str = ""
 
+    def line(self) -> str:
+        """As the table prints it."""
+        start = f"{self.who:<23}{self.case:<14}{self.layout:<18}{self.strategy:<8}{self.tokens:>7} {self.heads:<6}{self.kernel:<13}"
+        if self.wrong:
+            return f"{start} WRONG: {self.wrong}"
+        pairs = f"{self.ratio[0]:>7.3f}{self.ratio[1]:>7.3f}{self.ms[0]:>9.3f}{self.ms[1]:>9.3f}"
+        pairs += f"{self.tflops[0]:>5.0f}{self.tflops[1]:>5.0f}{self.errors[0]:>6.2f}{self.errors[1]:>6.2f}"
+        sent = "" if self.sent is None else f"{self.sent:.1f}"
+        return f"{start}{pairs}{self.peak or 0:>7.0f}{sent:>8}{' strict' if self.strict else ''}"
 
-def main() -> int:
-    """Measure every combination asked for; exit status 1 if any result is wrong."""
-    options = _options()
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
+
+HEADER = (
+    f"{'who':<23}{'case':<14}{'layout':<18}{'strategy':<8}{'tokens':>7} {'heads':<6}{'kernel':<13}{'fwd':>7}{'f+b':>7}{'fwd ms':>9}"
+    f"{'f+b ms':>9}{'TFLOP/s':>10}{'errors':>12}{'peak':>7}{'sent':>8}"
+)
+
+
+class Bench:
+    """Measures cases on the ranks of a mesh axis.
+
+    Attributes:
+        mesh: the axis.
+        watch: what times calls, on all ranks together.
+        dtype: of all tensors.
+        check_tokens: a rank, in the comparison with float64.
+    """
+
+    def __init__(self, mesh: DeviceMesh, watch: Stopwatch, dtype: torch.dtype, check_tokens: int = 256) -> None:
+        self.mesh, self.watch, self.dtype, self.check_tokens = mesh, watch, dtype, check_tokens
+        self.rank, self.device = mesh.get_local_rank(), watch.device
+
+    def ours(self, case: Case, kernel: Kernel) -> Row:
+        """Measure ring_attention on DTensors made from this rank's shares."""
+        return self.measure(case, kernel, OURS, lambda each: nullcontext(attention_of(each, kernel, self.mesh)))
+
+    def peer(self, case: Case, kernel: Kernel, peer: Peer) -> Iterator[Row]:
+        """Measure another package in each of the layouts that it has."""
+        for layout in peer.layouts(case, self.device):
+            changed = replace(case, layout=layout, strategy=None, target="")
+            row = self.measure(changed, kernel, peer.name, lambda each: peer.session(each, self.mesh))
+            row.strategy = ""
+            yield row
+
+    def measure(self, case: Case, kernel: Kernel, who: str, session: Session) -> Row:
+        """Check, then time, in turns with the kernel alone."""
+        heads, link = f"{case.heads}:{case.kv_heads}", dist.get_backend(self.mesh.get_group())
+        start = who, case.name, case.layout, strategy_of(case), case.world, case.tokens, heads, kernel.name, link, case.strict
+        row = Row(*start, target=case.target)
+        try:
+            found = self.errors(small(case, self.check_tokens, case.world, 2 * case.world), kernel, session)
+            row.wrong = faults(found, self.dtype, 1.0 if who == OURS else PATIENCE)
+            row.errors = ratio_of(found[:1]), ratio_of(found[1:])
+            if not row.wrong:
+                self.time(case, kernel, row, session)
+        except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError) as failure:
+            if who == OURS:
+                raise
+            row.wrong = f"{type(failure).__name__}: {str(failure).splitlines()[0][:200]}"
+        return row
+
+    def errors(self, case: Case, kernel: Kernel, session: Session) -> list[Measured]:
+        """Of out, dq, dk and dv over all ranks; every rank computes the whole by itself."""
+        problem, softmax = problem_of(case), SoftmaxParams(case.head_dim**-0.5)
+        whole = self.inputs(case, problem.q_length)
+        exact = alone(problem, KERNELS["math"], softmax, [x.double() for x in whole])
+        single = alone(problem, kernel, softmax, whole)
+        tokens = torch.tensor(problem.q_tokens(self.rank), device=self.device)
+        *leaves, dout = (x[:, tokens].contiguous() for x in whole)
+        leaves = [x.requires_grad_() for x in leaves]
+        with session(case) as attend:
+            out = attend(*leaves)
+            ours = [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+        found = []
+        for right, one, mine in zip(exact, single, ours, strict=True):
+            square = (mine - right[:, tokens]).double().square().sum()
+            dist.all_reduce(square, group=self.mesh.get_group())
+            unavoidable, size = ((x.double()).square().mean().sqrt().item() for x in (one - right, right))
+            found.append(Measured((square / right.numel()).sqrt().item(), unavoidable, size))
+        return found
+
+    def time(self, case: Case, kernel: Kernel, row: Row, session: Session) -> None:
+        """Fill in times, ratios, memory and bytes."""
+        ideal, share = ideal_of(case)
+        problem = problem_of(case)
+        *leaves, dout = self.inputs(case, problem.q_local(self.rank))
+        leaves = [x.requires_grad_() for x in leaves]
+        ideal_calls = calls_of(ideal, AloneTransport(), kernel, self.device, self.dtype)
+        with session(case) as attend:
+            calls: tuple[Call, Call] = (
+                torch.no_grad()(lambda: attend(*leaves)),
+                lambda: torch.autograd.grad(attend(*leaves), leaves, dout),
+            )
+            found = []
+            for direction, flops in enumerate(flops_of(case)):
+                best, ours = self.watch.in_turns([ideal_calls[direction], calls[direction]])
+                ms = statistics.median(ours)
+                found.append((ms, ratio([share * x for x in best], [ours]), flops / ms / 1e9))
+            row.ms, row.ratio, row.tflops = zip(*found, strict=True)
+            row.peak = self.watch.peak_memory(calls[1])
+            if row.who == OURS:
+                before = traffic(self.mesh)
+                calls[1]()
+                row.sent = self.watch.largest(traffic(self.mesh).since(before).bytes / 2**20)
+
+    def inputs(self, case: Case, tokens: int) -> list[Tensor]:
+        """q, k, v and dout of so many tokens, the same on every rank."""
+        generator = torch.Generator(self.device).manual_seed(1)
+        heads = case.heads, case.kv_heads, case.kv_heads, case.heads
+        shapes = [(1, tokens, each, case.head_dim) for each in heads]
+        return [torch.randn(shape, generator=generator, device=self.device, dtype=self.dtype) for shape in shapes]
+
+
+def attention_of(case: Case, kernel: Kernel, mesh: DeviceMesh) -> Attend:
+    """Our attention of a case, from local shares to local shares."""
+    placement, length = placement_of(case.layout), case.length
+    documents = Documents.from_lengths(list(case.lengths)) if case.lengths else None
+    back, _, ahead = case.mask.removeprefix("window:").partition(",")
+    window = (int(back), int(ahead)) if ahead else (-1, -1)
+    options = {"is_causal": case.mask == "causal", "window": window, "documents": documents, "kernel": kernel.name}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        placed = (from_local(x, mesh, [placement], length=length, run_check=False) for x in (q, k, v))
+        return ring_attention(*placed, strategy=case.strategy, stages=case.stages, **options).to_local()
+
+    return attend
+
+
+def placement_of(layout: str) -> SequencePlacement:
+    """The placement of a layout's text.
+
+    Raises:
+        ValueError: no placement has it.
+    """
+    parsed = Layout.parse(layout)
+    block = int(layout.partition(":")[2] or 1)
+    for placement in (Contiguous(1), Zigzag(1), Zigzag(1, per_document=True), Stripe(1, block)):
+        if placement.layout == parsed:
+            return placement
+    raise ValueError(f"no placement of ours has the layout {layout!r}: choose contiguous, zigzag, zigzag/documents or stripe:BLOCK")
+
+
+def ratio_of(found: list[Measured]) -> float:
+    """The largest error in terms of the kernel's own."""
+    return max(each.error / max(each.unavoidable, 1e-12) for each in found)
+
+
+def run(options: argparse.Namespace, mesh: DeviceMesh, device: torch.device) -> list[Row]:
+    """Measure everything asked for on the ranks of the mesh; rank 0 prints."""
+    dtype = getattr(torch, options.dtype)
+    watch = Stopwatch(device, Effort(options.rounds, options.block), together=True)
+    bench, rows = Bench(mesh, watch, dtype, options.check_tokens), []
+    need = KernelRequirements(device.type, dtype, options.head_dim, options.head_dim, training=True)
+
+    def report(text: str) -> None:
+        if mesh.get_local_rank() == 0:
+            print(text, flush=True)
+
+    report(
+        f"{mesh.size()} x {device_name(device)}, torch {torch.__version__}, {options.dtype}, head dim {options.head_dim}\n{HEADER}"
+    )
+    usable = []
+    for peer in PEERS if options.peers else ():
+        reason = peer.missing(device)
+        usable += [] if reason else [peer]
+        if reason:
+            report(f"{peer.name:<23}left out: {reason}")
+    peers_seen = set()
+    for case in cases_of(options, mesh.size(), need):
+        kernel = choose_kernel(case.kernel, need)
+        rows.append(bench.ours(case, kernel))
+        report(rows[-1].line())
+        alike = replace(case, layout="", strategy=None, stages=None, target="")
+        for peer in () if alike in peers_seen else usable:
+            for row in bench.peer(case, kernel, peer):
+                rows.append(row)
+                report(row.line())
+        peers_seen.add(alike)
+    return rows
+
+
+def cases_of(options: argparse.Namespace, world: int, need: KernelRequirements) -> list[Case]:
+    """The cases asked for, each in every layout, strategy and with every kernel asked for."""
+    fields = {"heads": options.heads, "kv_heads": options.kv_heads, "head_dim": options.head_dim}
+    if options.preset == "targets":
+        found = list(real_ranks(available(need), world))
     else:
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo")
-    mesh = init_device_mesh("cuda" if cuda else "cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
-    bench = Bench(options, mesh)
-    baseline = bench.baseline()
-    rows = [
-        row for layout in options.layouts for strategy in options.strategies for row in bench.measure(layout, strategy, baseline)
-    ]
-    if dist.get_rank() == 0:
-        _report(options, bench, baseline, rows)
-    dist.barrier()
-    dist.destroy_process_group()
-    return int(any(row.wrong for row in rows))
+        packed = {**fields, "layout": "zigzag/documents"}
+        size = {} if options.tokens is None else {"tokens": options.tokens}
+        named = {
+            "batch": lambda: [suite.batch(world, **fields, **size)],
+            "full": lambda: [suite.full(world, **fields, **size)],
+            "window": lambda: [suite.window(world, back=options.window - 1, **fields, **size)],
+            "lists": lambda: list(suite.lists(world, **packed, **size)),
+            "tails": lambda: list(suite.tails(world, [1, 2, 3], **packed, **size)),
+        }
+        found = [case for name in options.cases for case in named[name]()]
+    for name in ("layout", "strategy", "kernel"):
+        values = getattr(options, "strategies" if name == "strategy" else f"{name}s")
+        if values:
+            found = [replace(case, **{name: value}) for case in found for value in values]
+    return [replace(case, stages=stages) for case in found for stages in options.stages or [None]]
 
 
-def _options() -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=8192, help="tokens per rank")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--preset", choices=("targets",))
+    parser.add_argument("--cases", nargs="+", default=["batch"], choices=("batch", "full", "window", "lists", "tails"))
+    parser.add_argument("--peers", action="store_true", help="other packages too")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tokens", type=int, help="a rank; left out: 8192, with a window 32768")
+    parser.add_argument("--window", type=int, default=4096, help="tokens that a token of the case window sees, itself among them")
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--full", action="store_true", help="not causal")
-    parser.add_argument("--layouts", nargs="+", default=list(PLACEMENTS), choices=list(PLACEMENTS))
-    parser.add_argument("--strategies", nargs="+", default=["ring", "gather"])
-    parser.add_argument("--kernel", default=None)
-    parser.add_argument("--blocks", type=int, default=5, help="blocks of calls, whose median counts")
-    parser.add_argument("--calls", type=int, default=20, help="calls in a block")
-    parser.add_argument("--check-tokens", type=int, default=2048, help="tokens per rank in the check against float32")
-    parser.add_argument("--json", type=Path, default=None, help="also write the rows here")
-    return parser.parse_args()
+    parser.add_argument("--layouts", nargs="+", help="as Layout.parse reads them: zigzag, zigzag/documents, stripe:1, contiguous")
+    parser.add_argument("--strategies", nargs="+", choices=("ring", "gather", "ulysses"), help="left out: the library's choice")
+    parser.add_argument("--stages", type=int, nargs="+", help="of ring; left out: the library's choice")
+    parser.add_argument("--kernels", nargs="+", help="left out: the library's choice")
+    parser.add_argument("--check-tokens", type=int, default=256, help="tokens a rank in the comparison with float64")
+    parser.add_argument("--rounds", type=int, default=5, help="blocks of each call, in turns")
+    parser.add_argument("--block", type=float, default=40.0, help="milliseconds of a block of calls")
+    parser.add_argument("--json", type=Path)
+    return parser
 
 
-class Bench:
-    """Inputs, baseline and measurements of one shape."""
-
-    def __init__(self, options: argparse.Namespace, mesh: DeviceMesh) -> None:
-        self.options, self.mesh, self.world, self.rank = options, mesh, dist.get_world_size(), dist.get_rank()
-        self.dtype = getattr(torch, options.dtype)
-        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        need = KernelRequirements(self.device.type, self.dtype, options.head_dim, options.head_dim, training=True)
-        self.kernel = choose_kernel(options.kernel, need)
-        self.block = Block((-1, -1) if options.full else (-1, 0), SoftmaxParams(options.head_dim**-0.5))
-        self.kernel_peaks = [0.0, 0.0]
-
-    def inputs(self, tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k, v and dout, the same on every rank for one seed."""
-        generator = torch.Generator(self.device).manual_seed(seed)
-        heads = self.options.heads, self.options.kv_heads, self.options.kv_heads, self.options.heads
-        shapes = [(self.options.batch, tokens, h, self.options.head_dim) for h in heads]
-        q, k, v, dout = (torch.randn(shape, generator=generator, device=self.device, dtype=self.dtype) for shape in shapes)
-        return q, k, v, dout
-
-    def baseline(self) -> dict[str, float]:
-        """Milliseconds of the kernel on one rank's tokens."""
-        q, k, v, dout = self.inputs(self.options.tokens, self.rank)
-        out, lse = self.kernel.forward(q, k, v, self.block)
-        forward = self.timed(lambda: self.kernel.forward(q, k, v, self.block))
-        backward = self.timed(lambda: self.kernel.backward(Saved(q, k, v, out, lse), dout, self.block))
-        self.kernel_peaks = [self.cost(self.kernel_call(direction))[0] for direction in ("fwd", "fwd+bwd")]
-        return {"fwd": forward, "fwd+bwd": forward + backward}
-
-    def measure(self, layout: str, strategy: str, baseline: dict[str, float]) -> list[Row]:
-        """Check, then time forward and forward with backward."""
-        errors, wrong = self.check(layout, strategy)
-        rows = [Row(layout, strategy, direction, out_error=errors[0], grad_error=errors[1], wrong=wrong) for direction in baseline]
-        if wrong:
-            return rows
-        calls = self.calls(layout, strategy)
-        for row, call in zip(rows, calls, strict=True):
-            again = self.kernel_call(row.direction)
-            ours, theirs = self.in_turns(call, again)
-            share = 0.5 if not self.options.full else 1.0
-            flops = (
-                4
-                * self.options.batch
-                * (self.world * self.options.tokens) ** 2
-                * self.options.heads
-                * self.options.head_dim
-                * share
-            )
-            row.ms, row.ratio = ours, self.world * theirs / ours
-            row.tflops = flops * (1.0 if row.direction == "fwd" else 3.5) / self.world / ours / 1e9
-            row.peak_mib, row.sent_mib = self.cost(call)
-        return rows
-
-    def calls(self, layout: str, strategy: str) -> list[Callable[[], object]]:
-        """A forward call, and one with backward, on this rank's share."""
-        length = self.options.tokens * self.world
-        shares = [self.share(x, layout) for x in self.inputs(length, 1)]
-        plain = [self.place(x, layout, length) for x in shares[:3]]
-        learned = [self.place(x.requires_grad_(), layout, length) for x in shares[:3]]
-        arguments = {"is_causal": not self.options.full, "strategy": strategy, "kernel": self.kernel.name}
-
-        def forward() -> object:
-            with torch.no_grad():
-                return ring_attention(*plain, **arguments)
-
-        def both() -> object:
-            out = ring_attention(*learned, **arguments).to_local()
-            return torch.autograd.grad(out, shares[:3], shares[3], retain_graph=False)
-
-        def both_afresh() -> object:
-            nonlocal learned
-            learned = [self.place(x, layout, length) for x in shares[:3]]
-            return both()
-
-        return [forward, both_afresh]
-
-    def kernel_call(self, direction: str) -> Callable[[], object]:
-        """The kernel on one rank's tokens, to run in turns."""
-        q, k, v, dout = self.inputs(self.options.tokens, self.rank)
-
-        def call() -> object:
-            out, lse = self.kernel.forward(q, k, v, self.block)
-            return out if direction == "fwd" else self.kernel.backward(Saved(q, k, v, out, lse), dout, self.block)
-
-        return call
-
-    def share(self, x: Tensor, layout: str) -> Tensor:
-        """This rank's tokens of a whole tensor."""
-        tokens = Layout.parse(layout).tokens(x.shape[1], self.world, self.rank)
-        return x[:, torch.tensor(tokens, device=x.device)].contiguous()
-
-    def place(self, x: Tensor, layout: str, length: int) -> Tensor:
-        """A share as a DTensor."""
-        return from_local(x, self.mesh, [PLACEMENTS[layout]], length=length, run_check=False)
-
-    def check(self, layout: str, strategy: str) -> tuple[tuple[float, float], str]:
-        """Relative rms errors of out and gradients against float32, over those of the kernel on one device, and what is wrong."""
-        length = min(self.options.tokens, self.options.check_tokens) * self.world
-        q, k, v, dout = self.inputs(length, 2)
-        causal = not self.options.full
-        wide = [x.float().requires_grad_() for x in (q, k, v)]
-        exact = ring_attention(*wide, is_causal=causal, kernel="math")
-        exact = [exact.detach(), *torch.autograd.grad(exact, wide, dout.float())]
-        alone = [x.clone().requires_grad_() for x in (q, k, v)]
-        single = ring_attention(*alone, is_causal=causal, kernel=self.kernel.name)
-        single = [single.detach(), *torch.autograd.grad(single, alone, dout)]
-        shares = [self.share(x, layout).requires_grad_() for x in (q, k, v)]
-        placed = [self.place(x, layout, length) for x in shares]
-        ours = ring_attention(*placed, is_causal=causal, strategy=strategy, kernel=self.kernel.name).to_local()
-        ours = [ours.detach(), *torch.autograd.grad(ours, shares, self.share(dout, layout))]
-        ratios = []
-        for mine, one, reference in zip(ours, single, exact, strict=True):
-            sums = torch.stack(
-                [(mine - self.share(reference, layout)).square().sum(), (one - reference).square().sum() / self.world]
-            ).double()
-            dist.all_reduce(sums)
-            ratios.append((sums[0] / sums[1].clamp_min(1e-30)).sqrt().item())
-        loose = 1.01 if self.dtype == torch.float32 else 1.0
-        names = [
-            name
-            for name, ratio in zip(("out", "dq", "dk", "dv"), ratios, strict=True)
-            if not ratio <= (1.3 if name == "out" else 1.5) * loose
-        ]
-        return (ratios[0], max(ratios[1:])), f"{', '.join(names)} past the error allowed" if names else ""
-
-    def in_turns(self, ours: Callable[[], object], theirs: Callable[[], object]) -> tuple[float, float]:
-        """Medians of both, measured block by block in turns."""
-        pairs = [(self.block(ours), self.block(theirs)) for _ in range(self.options.blocks)]
-        return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
-
-    def timed(self, call: Callable[[], object]) -> float:
-        """Median over blocks."""
-        return statistics.median(self.block(call) for _ in range(self.options.blocks))
-
-    def block(self, call: Callable[[], object]) -> float:
-        """Milliseconds a call over one block, the slowest rank's."""
-        for _ in range(3):
-            call()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            dist.barrier()
-            torch.cuda.synchronize()
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            for _ in range(self.options.calls):
-                call()
-            end.record()
-            torch.cuda.synchronize()
-            spent = start.elapsed_time(end)
-        else:
-            dist.barrier()
-            begin = time.perf_counter()
-            for _ in range(self.options.calls):
-                call()
-            spent = (time.perf_counter() - begin) * 1e3
-        slowest = torch.tensor(spent / self.options.calls, device=self.device)
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        return slowest.item()
-
-    def cost(self, call: Callable[[], object]) -> tuple[float, float]:
-        """Peak memory beyond what was allocated before, and bytes sent, of one call; the largest of all ranks."""
-        before, peak = traffic(self.mesh), 0.0
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            held = torch.cuda.memory_allocated()
-        result = call()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            peak = (torch.cuda.max_memory_allocated() - held) / 2**20
-        del result
-        values = torch.tensor([peak, traffic(self.mesh).since(before).bytes / 2**20], device=self.device)
-        dist.all_reduce(values, op=dist.ReduceOp.MAX)
-        return values[0].item(), values[1].item()
-
-
-def _report(options: argparse.Namespace, bench: Bench, baseline: dict[str, float], rows: list[Row]) -> None:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(
-        f"{bench.world} x {device}, torch {torch.__version__}, kernel {bench.kernel.name}; per rank {options.tokens} tokens, batch "
-        f"{options.batch}, heads {options.heads}:{options.kv_heads}, head dim {options.head_dim}, {options.dtype}, "
-        f"{'full' if options.full else 'causal'}"
-    )
-    element = bench.dtype.itemsize
-    kv = 2 * options.batch * options.tokens * options.kv_heads * options.head_dim * element / 2**20
-    q = options.batch * options.tokens * options.heads * options.head_dim / 2**20
-    peaks = f"peak {bench.kernel_peaks[0]:.0f} and {bench.kernel_peaks[1]:.0f} MiB"
-    print(f"kernel on one rank's tokens: fwd {baseline['fwd']:.3f} ms, fwd+bwd {baseline['fwd+bwd']:.3f} ms, {peaks}")
-    print(
-        f"memory bound of the ring beyond inputs: fwd 2(K+V) + block out + fp32 out = {2 * kv + q * (element + 4):.0f} MiB, bwd "
-        f"2(K+V) + 2 fp32(dK+dV) + fp32 dQ + block dQ, dK, dV = {2 * kv + 2 * kv * 4 / element + 4 * q + kv + q * element:.0f} MiB"
-    )
-    print(f"{'layout':<11}{'strategy':<9}{'pass':<9}{'ms':>9}{'ratio':>8}{'TFLOP/s':>9}", end="")
-    print(f"{'peak MiB':>10}{'sent MiB':>10}{'out err':>9}{'grad err':>9}")
-    for row in rows:
-        start = f"{row.layout:<11}{row.strategy:<9}{row.direction:<9}"
-        if row.wrong:
-            print(f"{start} WRONG: {row.wrong} (out {row.out_error:.2f}, gradients {row.grad_error:.2f} x the kernel's own)")
-            continue
-        print(
-            f"{start}{row.ms:>9.3f}{row.ratio:>8.3f}{row.tflops:>9.0f}{row.peak_mib:>10.0f}{row.sent_mib:>10.1f}"
-            f"{row.out_error:>9.2f}{row.grad_error:>9.2f}"
-        )
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+def main() -> int:
+    """Measure what is asked for; exit status 1 if a result of ours is wrong."""
+    options = parser().parse_args()
+    if options.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", torch.cuda.current_device())
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        torch.set_num_threads(1)
+        device = torch.device("cpu")
+        dist.init_process_group("gloo")
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("cp",))
+    rows = run(options, mesh, device)
+    if options.json and dist.get_rank() == 0:
+        save(options.json, facts("attention", device, devices=mesh.size(), rounds=options.rounds), rows)
+    dist.barrier()
+    dist.destroy_process_group()
+    return int(any(row.wrong for row in rows if row.who == OURS))
 
 
 if __name__ == "__main__":

@@ -60,6 +60,13 @@ class Case:
         return self.world * self.tokens
 
 
+def ideal_of(case: Case) -> tuple[Case, float]:
+    """What one rank's kernel would compute alone, and how often that time goes into the ideal time of the case."""
+    if case.strict:
+        return replace(case, layout="zigzag", world=1, tokens=case.length), 1 / case.world
+    return replace(case, layout="zigzag", world=1, lengths=()), float(case.world)
+
+
 def long_tail(seed: int, tokens: int, median: float = 7.2, spread: float = 1.3) -> tuple[int, ...]:
     """Lengths of documents that add up to `tokens`: log-normal, most around exp(median), a few very long."""
     drawn, left = random.Random(seed), tokens

@@ -29,18 +29,15 @@ from typing import get_args
 import torch
 
 from benchmarks import cases as suite
-from benchmarks.cases import Case
+from benchmarks.cases import Case, ideal_of
 from benchmarks.checking import wrong_numbers
 from benchmarks.links import EmulatedTransport, Link, Model
-from benchmarks.problems import problem_of, ranks_to_measure
+from benchmarks.problems import calls_of, flops_of, problem_of, ranks_to_measure, strategy_of
 from benchmarks.record import device_name, facts, save
 from benchmarks.targets import available, extra, need_of, quick, targets
 from benchmarks.timing import Call, Effort, Stopwatch, ratio
-from dtensor_ring.ops.executors.plan_executor import Executor
-from dtensor_ring.ops.kernels import Kernel, KernelRequirements, SoftmaxParams, choose_kernel
-from dtensor_ring.planning.problem import AttentionProblem
+from dtensor_ring.ops.kernels import Kernel, KernelRequirements, choose_kernel
 from dtensor_ring.planning.schedule import plan
-from dtensor_ring.planning.totals import totals
 
 DTYPE = torch.bfloat16
 
@@ -110,20 +107,19 @@ class Emulation:
 
     def measure(self, case: Case, kernel: Kernel) -> Row:
         """Check the case, then time it."""
-        problem, heads = problem_of(case), f"{case.heads}:{case.kv_heads}"
-        named = case.name, case.layout, _named(problem), case.world, case.tokens, heads, kernel.name, str(case.link), case.strict
+        heads = f"{case.heads}:{case.kv_heads}"
+        named = case.name, case.layout, strategy_of(case), case.world, case.tokens, heads, kernel.name, str(case.link), case.strict
         row = Row(*named, target=case.target)
         with self.spending("checks"):
             row.wrong = self.check(case, kernel)
         if row.wrong:
             return row
         with self.spending("plans and inputs"):
-            lengths = case.lengths if case.strict else ()
-            alone = replace(case, layout="zigzag", world=1, tokens=case.length if case.strict else case.tokens, lengths=lengths)
-            ideal = self.calls(alone, 0, kernel)
+            ideal, share = ideal_of(case)
+            ideal_calls = self.calls(ideal, 0, kernel)
             ours = {rank: self.calls(case, rank, kernel) for rank in ranks_to_measure(case)}
-            row.calls = max(plan(problem, rank).calls for rank in ours)
-        slowest = self.time(case, row, ideal, ours)
+            row.calls = max(plan(problem_of(case), rank).calls for rank in ours)
+        slowest = self.time(case, row, (ideal_calls, share), ours)
         with self.spending("host"):
             row.host = self.watch.host_time(ours[slowest][0]), self.watch.host_time(ours[slowest][1])
         with self.spending("launches"):
@@ -133,20 +129,19 @@ class Emulation:
             row.peak = max(self.watch.peak_memory(self.calls(case, rank, kernel, allocate=True)[1]) for rank in row.shortly)
         return row
 
-    def time(self, case: Case, row: Row, ideal: tuple[Call, Call], ours: dict[int, tuple[Call, Call]]) -> int:
+    def time(self, case: Case, row: Row, ideal: tuple[tuple[Call, Call], float], ours: dict[int, tuple[Call, Call]]) -> int:
         """Fill in times and ratios; give the slowest rank, forward and backward together."""
-        share = 1 / case.world if case.strict else case.world
-        flops = 4 * case.head_dim * case.heads * sum(totals(problem_of(case)).scores) / case.world
+        ideal_calls, share = ideal
         with self.spending("short times"):
             short = [self.watch.shortly([calls[direction] for calls in ours.values()]) for direction in (0, 1)]
         row.shortly = dict(zip(ours, zip(*short, strict=True), strict=True))
         found = []
-        for direction in (0, 1):
+        for direction, flops in enumerate(flops_of(case)):
             ranks = sorted(ours, key=lambda rank: -row.shortly[rank][direction])[: self.slowest]
             with self.spending("full times"):
-                best, *times = self.watch.in_turns([ideal[direction], *(ours[rank][direction] for rank in ranks)])
+                best, *times = self.watch.in_turns([ideal_calls[direction], *(ours[rank][direction] for rank in ranks)])
             ms = max(statistics.median(each) for each in times)
-            found.append((ms, ratio([share * x for x in best], times), flops * (1.0, 3.5)[direction] / ms / 1e9))
+            found.append((ms, ratio([share * x for x in best], times), flops / ms / 1e9))
         (row.ms, row.ratio, row.tflops), row.fully = zip(*found, strict=True), len(ranks)
         return ranks[0]
 
@@ -167,23 +162,8 @@ class Emulation:
 
     def calls(self, case: Case, rank: int, kernel: Kernel, *, allocate: bool = False) -> tuple[Call, Call]:
         """The forward pass of one rank, and forward with backward."""
-        problem = problem_of(case)
         transport = EmulatedTransport(rank, case.world, case.link, self.watch.device, allocate=allocate)
-        executor = Executor(plan(problem, rank), transport, kernel, SoftmaxParams(case.head_dim**-0.5))
-        shapes = [
-            (1, problem.q_local(rank), heads, case.head_dim) for heads in (case.heads, case.kv_heads, case.kv_heads, case.heads)
-        ]
-        q, k, v, dout = (torch.randn(shape, device=self.watch.device, dtype=DTYPE) for shape in shapes)
-
-        def both() -> None:
-            out, lse = executor.forward(q, k, v)
-            executor.backward(dout, q, k, v, out, lse)
-
-        return lambda: executor.forward(q, k, v), both
-
-
-def _named(problem: AttentionProblem) -> str:
-    return f"ring/{problem.transfers}" if problem.strategy == "ring" and not problem.is_halo else problem.strategy
+        return calls_of(case, transport, kernel, self.watch.device, DTYPE)
 
 
 def _suites(options: argparse.Namespace) -> dict[str, list[Case]]:

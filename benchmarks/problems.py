@@ -1,14 +1,21 @@
-"""From a case to the problem that is planned, and the ranks worth measuring."""
+"""From a case to the problem that is planned, the calls that are timed, and the ranks worth measuring."""
 
 from __future__ import annotations
 
+import torch
+
 from benchmarks.cases import Case
+from benchmarks.timing import Call
+from dtensor_ring.comm import Transport
+from dtensor_ring.ops.executors.plan_executor import Executor
+from dtensor_ring.ops.kernels import Kernel, SoftmaxParams
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.kernel_calls import KernelCall
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
 from dtensor_ring.planning.problem import AttentionProblem
 from dtensor_ring.planning.schedule import Plan, plan
+from dtensor_ring.planning.totals import totals
 
 BLOCK = 128  # queries and keys of the blocks that flash kernels compute
 
@@ -19,6 +26,33 @@ def problem_of(case: Case) -> AttentionProblem:
     documents = Documents.from_lengths(list(case.lengths)) if case.lengths else None
     problem = AttentionProblem(layout, band, case.length, case.length, case.world, case.strategy or "ring", documents)
     return problem.staged(case.stages or 0)
+
+
+def calls_of(case: Case, transport: Transport, kernel: Kernel, device: torch.device, dtype: torch.dtype) -> tuple[Call, Call]:
+    """The forward pass of the transport's rank by its executor, and forward with backward, on random tensors."""
+    problem, rank = problem_of(case), transport.rank
+    executor = Executor(plan(problem, rank), transport, kernel, SoftmaxParams(case.head_dim**-0.5))
+    heads = case.heads, case.kv_heads, case.kv_heads, case.heads
+    shapes = [(1, problem.q_local(rank), each, case.head_dim) for each in heads]
+    q, k, v, dout = (torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
+
+    def both() -> None:
+        out, lse = executor.forward(q, k, v)
+        executor.backward(dout, q, k, v, out, lse)
+
+    return lambda: executor.forward(q, k, v), both
+
+
+def flops_of(case: Case) -> tuple[float, float]:
+    """Floating point operations a rank, of forward, and of forward with backward, which computes 2.5 times as much again."""
+    forward = 4 * case.head_dim * case.heads * sum(totals(problem_of(case)).scores) / case.world
+    return forward, 3.5 * forward
+
+
+def strategy_of(case: Case) -> str:
+    """What tables call the strategy of a case, with its number of stages."""
+    problem = problem_of(case)
+    return f"ring/{problem.transfers}" if problem.strategy == "ring" and not problem.is_halo else problem.strategy
 
 
 def predicted_blocks(todo: Plan) -> int:

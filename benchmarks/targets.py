@@ -145,6 +145,16 @@ def extra(kernels: dict[str, str]) -> Iterator[Case]:
     yield suite.batch(8, link=Link(model="nccl"), kernel=kernels.get("FA2"))
 
 
+def real_ranks(kernels: dict[str, str], world: int) -> Iterator[Case]:
+    """The cases of `benchmarks.attention` that have targets, of two ranks; of more ranks the same without."""
+    for family in ("FA2", "FA4"):
+        if family in kernels or (not kernels and family == "FA2"):
+            target = "two real ranks, zigzag" if world == 2 else ""
+            yield suite.batch(world, kernel=kernels.get(family), target=target)
+    target = "two real ranks, packed" if world == 2 else ""
+    yield from suite.lists(world, layout=PACKED, kernel=kernels.get("FA2"), target=target)
+
+
 def need_of(device: torch.device, dtype: torch.dtype) -> KernelRequirements:
     """What every case asks of a kernel."""
     return KernelRequirements(device.type, dtype, 128, 128, training=True)

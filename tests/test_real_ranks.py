@@ -1,0 +1,149 @@
+"""The benchmark of real ranks: cases, other packages beside ours, and what is refused a time."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
+from io import StringIO
+from unittest.mock import patch
+
+import pytest
+import torch
+from helpers import line
+
+from benchmarks import attention
+from benchmarks import cases as suite
+from benchmarks.attention import attention_of, placement_of
+from benchmarks.peers import PEERS, Peer
+from dtensor_ring.ops.kernels import KERNELS
+from dtensor_ring.planning.layout import Layout
+
+CPU = torch.device("cpu")
+SIZES = "--device cpu --tokens 64 --heads 4 --kv-heads 2 --head-dim 16 --check-tokens 32 --window 20 --rounds 1 --block 0"
+
+
+class SameInAnotherLayout(Peer):
+    """Another package, as far as the benchmark can tell."""
+
+    name = "same"
+    modules = ("torch",)
+    needs_gpu = False
+    factor = 1.0
+
+    def layouts(self, case, device):
+        return [] if case.lengths else ["contiguous", "stripe:1"]
+
+    @contextmanager
+    def session(self, case, mesh):
+        attend = attention_of(case, KERNELS["math"], mesh)
+        yield lambda q, k, v: self.factor * attend(q, k, v)
+
+
+class Wrong(SameInAnotherLayout):
+    name = "wrong"
+    factor = 1.1
+
+
+class Raising(SameInAnotherLayout):
+    name = "raising"
+
+    @contextmanager
+    def session(self, case, mesh):
+        raise ValueError("not on these ranks")
+        yield
+
+
+class Absent(SameInAnotherLayout):
+    name = "absent"
+    modules = ("torch", "no_such_package_at_all")
+
+
+class OnGpus(SameInAnotherLayout):
+    name = "on gpus"
+    needs_gpu = True
+
+
+def measured(arguments: str):
+    """Rows and printed text of this rank."""
+    options = attention.parser().parse_args([*SIZES.split(), *arguments.split()])
+    printed = StringIO()
+    stand_ins = (SameInAnotherLayout(), Wrong(), Raising(), Absent(), OnGpus())
+    with redirect_stdout(printed), patch.object(attention, "PEERS", stand_ins):
+        return attention.run(options, line(), CPU), printed.getvalue()
+
+
+def all_kinds_of_cases():
+    rows, _ = measured("--cases batch full window lists --dtype float32")
+    assert [row.case for row in rows] == ["causal", "not causal", "window 20", "list 1", "list 2", "list 3", "list 4"]
+    assert all(not row.wrong and row.who == "dtensor_ring" for row in rows), [row.wrong for row in rows]
+    assert all(min(*row.ms, *row.ratio, *row.tflops) > 0 for row in rows)
+    causal, full = rows[:2]
+    keys_and_values = 2 * 64 * 2 * 16 * 4 / 2**20  # of one rank, in MiB
+    # The first rank needs both chunks of the second, which needs one of the first's. Keys go out in both passes, and for what came
+    # gradients go back: of the second rank 1 + 1 + 1/2.
+    assert causal.sent == pytest.approx(2.5 * keys_and_values)
+    assert full.sent == pytest.approx(3 * keys_and_values)
+
+
+def peers_and_reasons():
+    rows, printed = measured("--cases batch lists --layouts zigzag --strategies ring gather --peers")
+    mine = [(row.case, row.strategy) for row in rows if row.who == "dtensor_ring"]
+    assert mine == [(case, how) for case in ("causal", "list 1", "list 2", "list 3", "list 4") for how in ("ring/1", "gather")]
+    theirs = {(row.who, row.layout): row for row in rows if row.who != "dtensor_ring"}
+    assert len(theirs) == len(rows) - len(mine) == 6  # once a case, not once a strategy
+    for layout in ("contiguous", "stripe:1"):
+        assert not theirs["same", layout].wrong
+        assert min(theirs["same", layout].ms) > 0
+        assert theirs["wrong", layout].wrong.startswith("out ")
+        assert theirs["raising", layout].wrong == "ValueError: not on these ranks"
+        assert theirs["wrong", layout].ms == theirs["raising", layout].ms == (0.0, 0.0)
+    if line().get_local_rank() == 0:
+        assert "absent                 left out: no_such_package_at_all cannot be imported: ModuleNotFoundError" in printed
+        assert "on gpus                left out: runs on GPUs only" in printed
+        assert printed.count("WRONG") == 4
+    else:
+        assert not printed
+
+
+def test_every_kind_of_case_is_checked_and_timed_on_real_ranks(pools):
+    pools.run(2, all_kinds_of_cases)
+
+
+def test_other_packages_are_measured_beside_ours_or_left_out_with_a_reason(pools):
+    pools.run(2, peers_and_reasons)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "zigzag/documents", "stripe:1", "stripe:16"])
+def test_a_layout_s_text_names_its_placement(layout):
+    assert str(placement_of(layout).layout) == str(Layout.parse(layout))
+
+
+def test_a_layout_without_a_placement_is_refused():
+    with pytest.raises(ValueError, match="no placement of ours has the layout 'zigzag/even'"):
+        placement_of("zigzag/even")
+
+
+def test_packages_that_need_gpus_or_are_absent_say_so():
+    reasons = {peer.name: peer.missing(CPU) for peer in PEERS}
+    assert reasons["torch context_parallel"] == "runs on GPUs only"
+    assert "flash_attn" in reasons["ring-flash-attn"] or reasons["ring-flash-attn"] == "runs on GPUs only"
+    assert "flash_attn" in reasons["yunchang"] or reasons["yunchang"] == "runs on GPUs only"
+
+
+def test_packages_have_layouts_for_what_they_can_compute():
+    by_name = {peer.name: peer for peer in PEERS}
+
+    def layouts(name, case):
+        return list(by_name[name].layouts(case, torch.device("cuda")))
+
+    causal, full, window = suite.batch(8), suite.full(8), suite.window(8)
+    assert layouts("ring-flash-attn", causal) == ["zigzag", "stripe:1", "contiguous"]
+    assert layouts("torch context_parallel", causal) == layouts("torch context_parallel", full) == ["zigzag"]
+    assert layouts("axolotl-ringmaster", causal) == ["contiguous", "zigzag"]
+    assert layouts("yunchang", causal) == ["zigzag", "contiguous"]
+    assert layouts("yunchang", replace(causal, kv_heads=4)) == ["zigzag"]
+    assert all(layouts(name, window) == [] for name in by_name)
+    packed, odd = next(suite.lists(8)), replace(causal, lengths=(13, 65523))
+    assert layouts("ring-flash-attn", packed) == ["contiguous", "zigzag/even", "contiguous/even"]
+    assert layouts("ring-flash-attn", odd) == ["contiguous"]
+    assert layouts("torch context_parallel", packed) == []
