@@ -73,7 +73,7 @@ class Row:
     def line(self) -> str:
         """As the table prints it."""
         start = (
-            f"{self.case:<16}{self.layout:<18}{self.strategy:<8}{self.world:>4}{self.tokens:>7} {self.heads:<6}{self.kernel:<13}"
+            f"{self.case:<17}{self.layout:<18}{self.strategy:<8}{self.world:>4}{self.tokens:>7} {self.heads:<6}{self.kernel:<13}"
             f"{self.link:<22}"
         )
         if self.wrong:
@@ -86,7 +86,7 @@ class Row:
 
 
 HEADER = (
-    f"{'case':<16}{'layout':<18}{'strategy':<8}{'W':>4}{'tokens':>7} {'heads':<6}{'kernel':<13}{'link':<22}{'fwd':>7}{'f+b':>7}"
+    f"{'case':<17}{'layout':<18}{'strategy':<8}{'W':>4}{'tokens':>7} {'heads':<6}{'kernel':<13}{'link':<22}{'fwd':>7}{'f+b':>7}"
     f"{'fwd ms':>9}{'f+b ms':>9}{'TFLOP/s':>10}{'host f':>7}{'host b':>7}{'calls':>6}{'lnch':>6}{'peak':>7}{'ranks':>6}"
 )
 
@@ -187,14 +187,16 @@ def main() -> int:
     emulation = Emulation(Stopwatch(device, Effort(options.rounds, options.block)), options.slowest)
     print(f"emulated: one rank at a time on one {device_name(device)}, torch {torch.__version__}, {DTYPE}, head dim 128")
     print(f"ranks: how many of those timed shortly, the slowest, were timed at full effort\n{HEADER}")
-    begin, rows = time.monotonic(), []
-    for case in _cases(options, need):
+    begin, rows, cases = time.monotonic(), [], _cases(options, need)
+    for case in cases:
         rows.append(emulation.measure(case, choose_kernel(case.kernel, need)))
         print(rows[-1].line(), flush=True)
     parts = ", ".join(f"{part} {seconds:.0f}" for part, seconds in emulation.spent.most_common())
     print(f"{time.monotonic() - begin:.0f} s: {parts}")
     if options.json:
-        known = facts("emulate", device, emulated=True, preset=options.preset, rounds=options.rounds, block_ms=options.block)
+        waits = sorted({case.link.latency * 1e6 for case in cases})
+        note = f"A transfer takes {' or '.join(f'{wait:g}' for wait in waits)} us beside the time of its bytes."
+        known = facts("emulate", device, emulated=True, preset=options.preset, rounds=options.rounds, note=note)
         save(options.json, known, rows)
     return int(any(row.wrong for row in rows))
 

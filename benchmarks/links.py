@@ -20,9 +20,12 @@ from functools import cache
 from typing import ClassVar, Literal, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dtensor_ring.comm import Message, Pending, Transport, TransportRequirements
+from dtensor_ring.comm.choose import _transports
 
 Model = Literal["copy_engine", "nccl"]
 
@@ -91,6 +94,10 @@ class EmulatedTransport(Transport):
             return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
         return _pool(like.device, dtype or like.dtype).piece(shape)
 
+    def gather_values(self, values: Sequence[int]) -> list[list[int]]:
+        """Every rank answers as this one."""
+        return [list(values)] * self.world
+
     def _exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending[None]:
         out = self.link.seconds(self.rank, [(message.rank, message.tensor.nbytes) for message in sends])
         back = self.link.seconds(self.rank, [(message.rank, message.tensor.nbytes) for message in receives])
@@ -117,6 +124,20 @@ class EmulatedTransport(Transport):
 
     def _all_reduce(self, tensor: Tensor, op: str) -> Tensor:
         return tensor.clone()
+
+
+def emulated_axis(world: int, rank: int, link: Link, device: torch.device) -> DeviceMesh:
+    """A mesh axis "cp" of `world` ranks, of which this process is one and the others are emulated; for what takes a mesh.
+
+    It makes the default process group, which sends nothing; only what goes through the axis' transport takes time.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("cp",))
+    # Past `use_transport`, which compares the choices of all ranks over the transport before: here are no other ranks to ask.
+    _transports[mesh.get_group()] = EmulatedTransport(rank, world, link, device, allocate=True)
+    return mesh
 
 
 class _Pool:

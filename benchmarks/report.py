@@ -66,10 +66,14 @@ def judged(run: Run) -> Iterator[tuple[Target, tuple[float, float] | None]]:
         mine = [row for row in run["rows"] if row.get("target") == target.name and not row.get("wrong")]
         if target.family != "best":
             mine = [row for row in mine if family_of(row["kernel"]) == target.family]
-        pairs = list(zip(*(row[target.measure] for row in mine), strict=True))
-        # Of several kernels the best counts, of several cases the worst.
-        choose = max if target.family == "best" or target.smaller_is_better else min
-        yield target, (choose(pairs[0]), choose(pairs[1])) if pairs else None
+        worst = max if target.smaller_is_better else min
+        of_kernels = [
+            [worst(row[target.measure][direction] for row in mine if row["kernel"] == kernel) for direction in (0, 1)]
+            for kernel in dict.fromkeys(row["kernel"] for row in mine)
+        ]
+        # Of several cases the worst counts, and where any kernel may be taken, the best of those.
+        best = min if target.smaller_is_better else max
+        yield target, (best(fwd for fwd, _ in of_kernels), best(both for _, both in of_kernels)) if of_kernels else None
 
 
 def headline(run: Run) -> str:
@@ -124,7 +128,7 @@ def _emulated_row(row: Run) -> Sequence[str]:
     start = name, row["layout"], row["strategy"], str(row["world"]), str(row["tokens"]), row["heads"], row["kernel"], row["link"]
     if row["wrong"]:
         return *start, f"wrong: {row['wrong']}", *[""] * 5
-    pairs = _pair(row["ratio"], 3), _pair(row["ms"], 2), _pair(row["tflops"], 0), _pair(row["host"], 2)
+    pairs = _pair(row["ratio"], row["digits"]), _pair(row["ms"], 2), _pair(row["tflops"], 0), _pair(row["host"], 2)
     return *start, *pairs, f"{row['peak']:.0f}", f"{row['fully']} of {len(row['shortly'])}"
 
 
@@ -138,21 +142,28 @@ def _ranks_row(row: Run) -> Sequence[str]:
     start = row["who"], row["case"], row["layout"], row["strategy"], str(row["tokens"]), row["heads"], row["kernel"]
     if row["wrong"]:
         return *start, f"wrong: {row['wrong']}", *[""] * 4
-    pairs = _pair(row["ratio"], 3), _pair(row["ms"], 2), _pair(row["tflops"], 0)
+    pairs = _pair(row["ratio"], row["digits"]), _pair(row["ms"], 2), _pair(row["tflops"], 0)
     return *start, *pairs, _number(row["peak"]), _number(row["sent"])
 
 
 def _train(runs: Sequence[Run]) -> str:
-    header = ("model", "attention", "layers", "W", "tokens a rank", "ms a step", "tokens/s a GPU", "MFU", "peak GiB", "over plain")
-    return _per_run("train_step", runs, header, _train_row)
+    header = ("model", "attention", "layers", "W", "tokens a rank", "ms forward; step", "tokens/s a GPU", "MFU", "peak GiB")
+    return _per_run("train_step", runs, (*header, "plain SDPA's time over it: forward; step"), _train_row)
 
 
 def _train_row(row: Run) -> Sequence[str]:
-    start = row["model"], row["attention"], str(row["layers"]), str(row["world"]), str(row["tokens"])
-    if row["wrong"]:
-        return *start, f"wrong: {row['wrong']}", *[""] * 4
-    over = "" if row["over_plain"] is None else f"{row['over_plain']:.3f}"
-    return *start, f"{row['ms']:.1f}", f"{row['tokens_per_second']:.0f}", f"{row['mfu']:.1%}", f"{row['peak_gib']:.1f}", over
+    emulated = " (emulated)" if row["emulated"] else ""
+    layers = f"{row['layers']}{', recomputed' if row['recomputed'] else ''}"
+    start = row["model"], f"{row['attention']}{emulated}", layers, str(row["world"]), str(row["tokens"])
+    mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
+    figures = (
+        _pair(row["ms"], 1),
+        f"{row['tokens_per_second']:.0f}",
+        mfu,
+        f"{row['peak_gib']:.1f}",
+        _pair(row["ratio"], row["digits"]),
+    )
+    return *start, *figures
 
 
 def _host(runs: Sequence[Run]) -> str:
@@ -174,13 +185,17 @@ def _host_row(row: Run) -> Sequence[str]:
 
 def _per_run(benchmark: str, runs: Sequence[Run], header: Sequence[str], line: Callable[[Run], Sequence[str]]) -> str:
     """One table for each run of a benchmark."""
-    mine = [run for run in runs if run["benchmark"] == benchmark]
-    return "\n\n".join(f"{headline(run)}\n\n{table(header, map(line, run['rows']))}" for run in mine) or _NOTHING
+    parts = []
+    for run in runs:
+        if run["benchmark"] == benchmark:
+            rows = [{"digits": run.get("digits", 3), **row} for row in run["rows"]]  # of ratios; old runs kept fewer
+            parts += [headline(run), table(header, map(line, rows))]
+    return "\n\n".join(parts) or _NOTHING
 
 
 def _pair(values: Sequence[float] | None, digits: int) -> str:
     """Forward and both; nothing where a run kept no figures."""
-    return "" if values is None else "; ".join(f"{round(value, digits):g}" for value in values)
+    return "" if values is None else "; ".join(f"{value:.{digits}f}" for value in values)
 
 
 def _number(value: float | None) -> str:

@@ -57,7 +57,7 @@ def test_only_what_lies_between_comments_is_replaced():
     assert "old" not in once
     assert "**Emulated** on one Some GPU, PyTorch 2.11.0, 2026-01-31." in once
     assert (
-        "| causal | zigzag | ring/1 | 8 | 8192 | 32:8 | torch_flash | 200 GB/s copy_engine | 1.041; 1.029 | 13.5; 51.25 |" in once
+        "| causal | zigzag | ring/1 | 8 | 8192 | 32:8 | torch_flash | 200 GB/s copy_engine | 1.041; 1.029 | 13.50; 51.25 |" in once
     )
     assert rendered(once, [{**RUN, "rows": [ROW]}]) == once
     with pytest.raises(KeyError, match="no_such"):
@@ -88,6 +88,15 @@ def test_the_best_kernel_counts_where_any_may_be_taken():
     assert pair == (661.0, 574.9)
     assert target.met(661.0, target.fwd)
     assert not target.met(574.9, target.both)
+
+
+def test_of_several_cases_of_the_best_kernel_the_worst_counts():
+    name = targets.MODEL
+    pairs = (("a", [1.0, 0.97]), ("a", [0.98, 1.01]), ("b", [0.9, 0.9]))
+    rows = [{"target": name, "kernel": kernel, "ratio": pair} for kernel, pair in pairs]
+    assert [(target.name, pair) for target, pair in judged({**RUN, "benchmark": "train_step", "rows": rows})] == [
+        (name, (0.98, 0.97))
+    ]
 
 
 def test_of_a_cost_the_largest_counts_and_must_not_exceed_the_target():
