@@ -84,7 +84,7 @@ def aims(run: Run) -> list[tuple[str, tuple[float, float]]]:
 
 
 def _rows(run: Run) -> list[Run]:
-    return [row for row in run["rows"] if row.get("ratio") and not row.get("wrong")]
+    return [row for row in run["rows"] if row.get("ratio") and row.get("layout") and not row.get("wrong")]
 
 
 def _label(row: Run) -> str:

@@ -75,12 +75,17 @@ def _blocks(call: KernelCall) -> int:
 
 def ranks_to_measure(case: Case, most: int = 8) -> list[int]:
     """All ranks of a small world; of a large one those with the most blocks, and those that fetch the most keys."""
-    problem = problem_of(case)
     if case.world <= most:
         return list(range(case.world))
     if not case.lengths:
         return sorted({0, case.world // 2, case.world - 1})  # without documents ranks differ in where their keys come from only
+    return predicted_slowest(case)
+
+
+def predicted_slowest(case: Case, by_work: int = 3, by_keys: int = 1) -> list[int]:
+    """The ranks with the most blocks, and those that fetch the most keys."""
+    problem = problem_of(case)
     plans = [plan(problem, rank) for rank in range(case.world)]
-    by_work = sorted(range(case.world), key=lambda rank: -predicted_blocks(plans[rank]))
-    by_keys = sorted(range(case.world), key=lambda rank: -sum(step.key_count for step in plans[rank].steps))
-    return sorted({*by_work[:3], *by_keys[:1]})
+    work = sorted(range(case.world), key=lambda rank: -predicted_blocks(plans[rank]))
+    keys = sorted(range(case.world), key=lambda rank: -sum(step.key_count for step in plans[rank].steps))
+    return sorted({*work[:by_work], *keys[:by_keys]})

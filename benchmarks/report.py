@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -146,6 +147,34 @@ def _ranks_row(row: Run) -> Sequence[str]:
     return *start, *pairs, _number(row["peak"]), _number(row["sent"])
 
 
+def _layouts(runs: Sequence[Run]) -> str:
+    parts = []
+    for run in runs:
+        if run["benchmark"] == "layouts":
+            kernels = dict.fromkeys(row["kernel"] for row in run["rows"])
+            lines = [line for kernel in kernels for line in _layouts_lines([row for row in run["rows"] if row["kernel"] == kernel])]
+            parts += [headline(run), table(("", "kernel", "forward", "forward + backward"), lines)]
+    return "\n\n".join(parts) or _NOTHING
+
+
+def _layouts_lines(rows: Sequence[Run]) -> Iterator[Sequence[str]]:
+    """The worst and the middle packing of one kernel, and what a stage costs the host."""
+    packings = [row for row in rows if row.get("ratio") and not row["wrong"]]
+    for title, choose in (("worst", min), ("median", statistics.median)):
+        figures = [choose(row["ratio"][direction] for row in packings) for direction in (0, 1)]
+        yield (
+            f"plain zigzag's time over per document's, {title} of {len(packings)}",
+            rows[0]["kernel"],
+            *(f"{x:.3f}" for x in figures),
+        )
+    for row in rows:
+        if row.get("wrong"):
+            yield row["case"], row["kernel"], f"wrong: {row['wrong']}", ""
+        elif row.get("over_ms"):
+            name = f"host's time of a stage, ms, documents: {row['documents']}"
+            yield name, row["kernel"], *(f"{x:.3f}" for x in row["over_ms"])
+
+
 def _train(runs: Sequence[Run]) -> str:
     header = ("model", "attention", "layers", "W", "tokens a rank", "ms forward; step", "tokens/s a GPU", "MFU", "peak GiB")
     return _per_run("train_step", runs, (*header, "plain SDPA's time over it: forward; step"), _train_row)
@@ -230,6 +259,7 @@ TABLES: dict[str, Callable[[Sequence[Run]], str]] = {
     "targets": _targets,
     "emulated": _emulated,
     "ranks": _ranks,
+    "layouts": _layouts,
     "train": _train,
     "host": _host,
     "short": _short,

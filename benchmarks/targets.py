@@ -18,6 +18,8 @@ from benchmarks.links import Link
 from dtensor_ring.ops.kernels import KERNELS, KernelRequirements
 
 LAYER = "a layer under ring_plan, 512 tokens, over SDPA's"
+LAYOUTS = "packings drawn anew: plain zigzag's time over that of per_document=True"
+STAGE = "host time of a stage, whatever the documents"
 MODEL = "8B shapes, W=1, 8k and 16k tokens: plain SDPA's time over ours"
 
 # A kernel of several packages or names: the first that does not refuse is measured.
@@ -87,6 +89,9 @@ TARGETS = (
     Target("long tails, packed", "FA2", 0.88, 0.92),
     Target("long tails, packed", "FA4", 0.80, 0.85),
     Target("zigzag, W=8, 64:8 heads", "best", 660, 575, "tflops"),
+    Target(LAYOUTS, "FA2", 0.99, 0.99, "ratio", "layouts"),
+    Target(LAYOUTS, "FA4", 0.99, 0.99, "ratio", "layouts"),
+    Target(STAGE, "FA2", 0.10, 0.20, "over_ms", "layouts"),
     Target(LAYER, "FA2", 0.15, 0.4, "over_ms", "host_cost"),
     Target(MODEL, "best", 1.0, 1.0, "ratio", "train_step"),
     Target("two real ranks, zigzag", "FA2", 0.99, 0.985, "ratio", "attention"),

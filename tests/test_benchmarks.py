@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from benchmarks import cases as suite
-from benchmarks import targets
+from benchmarks import layouts, targets
 from benchmarks.cases import Case
 from benchmarks.checking import small, wrong_numbers
 from benchmarks.emulate import Emulation
-from benchmarks.problems import problem_of
+from benchmarks.problems import predicted_slowest, problem_of
 from benchmarks.timing import Effort, Stopwatch, ratio
 from dtensor_ring.ops.kernels import KERNELS, Result
 from dtensor_ring.ops.kernels.math import MathKernel
@@ -113,3 +113,39 @@ def test_every_target_has_cases_for_every_kernel_of_its_family():
     on_a_cpu = list(targets.targets({}, [1]))
     assert on_a_cpu
     assert {case.kernel for case in on_a_cpu} == {None}
+
+
+def test_packings_are_of_all_kinds_and_fill_the_ranks():
+    cases = [layouts.packing(seed, 8, 512) for seed in range(40)]
+    assert all(sum(case.lengths) == 8 * 512 for case in cases)
+    assert all(min(case.lengths) > 0 for case in cases)
+    assert {case.name.rsplit(" ", 1)[0] for case in cases} == {"long tail", "short", "long", "equal", "one long"}
+    assert layouts.packing(3, 8, 512) == layouts.packing(3, 8, 512)
+    assert all(sum(case.lengths) in (0, 8 * 512) for case in layouts.packings_for_stages(8, 512))
+
+
+def test_layouts_are_compared_by_their_slowest_ranks(monkeypatch):
+    """Calls give their own times here: plain zigzag's ranks 8 and 10, 28 and 30; the other's 4 and 5, 40 and 60."""
+    found = {"zigzag": [(8.0, 28.0), (10.0, 30.0)], targets.PACKED: [(4.0, 40.0), (5.0, 60.0)]}
+    monkeypatch.setattr(layouts, "predicted_slowest", lambda case, *_: [0, 1])
+    monkeypatch.setattr(layouts.Comparison, "calls", lambda _, case, rank, kernel: times_of(found[case.layout][rank]))
+    monkeypatch.setattr(Stopwatch, "block", lambda _, call, count: call())
+    comparison, case = layouts.Comparison(QUICK), replace(TINY, layout=targets.PACKED, lengths=(40, 24))
+    row = comparison.measure(case, KERNELS["math"])
+    assert (row.plain_ms, row.ms, row.ratio) == ((10.0, 30.0), (5.0, 60.0), (2.0, 0.5))
+    assert comparison.measure(case, Doubling()).wrong.startswith("out ")
+
+
+def test_a_stage_costs_what_more_stages_take_longer(monkeypatch):
+    """A call's host time here is its number of stages, and ten times that with backward."""
+    monkeypatch.setattr(layouts.Comparison, "calls", lambda _, case, rank, kernel: times_of((case.stages, 10.0 * case.stages)))
+    monkeypatch.setattr(Stopwatch, "host_time", lambda _, call: call())
+    row = layouts.Comparison(QUICK).stages(replace(TINY, world=8), KERNELS["math"])
+    assert (row.over_ms, row.target) == ((1.0, 10.0), targets.STAGE)
+
+
+def test_the_ranks_predicted_to_be_slowest_have_the_most_blocks_and_keys():
+    case = Case("one long", layout="contiguous", world=4, tokens=512, lengths=(1024, *[64] * 16))
+    assert predicted_slowest(case, 1, 0) == [1]  # the second half of the long document
+    assert predicted_slowest(case, 1, 1) == [1]
+    assert predicted_slowest(case, 2, 0) == [0, 1]

@@ -136,3 +136,15 @@ def test_a_picture_has_a_bar_for_every_row_and_a_mark_for_every_target(tmp_path)
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="no row has a ratio"):
         plot.draw([{**RUN, "rows": []}], ["empty"], tmp_path / "none.png")
+
+
+def test_of_many_packings_the_worst_and_the_median_are_shown():
+    pairs = ([1.5, 1.2], [0.98, 1.3], [1.1, 0.97])
+    rows = [{"case": "p", "documents": 3, "kernel": "a", "target": targets.LAYOUTS, "ratio": pair, "wrong": ""} for pair in pairs]
+    rows.append({"case": "host", "documents": 32, "kernel": "a", "target": targets.STAGE, "over_ms": [0.1, 0.25]})
+    lines = TABLES["layouts"]([{**RUN, "benchmark": "layouts", "rows": rows}]).splitlines()[-3:]
+    assert lines == [
+        "| plain zigzag's time over per document's, worst of 3 | a | 0.980 | 0.970 |",
+        "| plain zigzag's time over per document's, median of 3 | a | 1.100 | 1.200 |",
+        "| host's time of a stage, ms, documents: 32 | a | 0.100 | 0.250 |",
+    ]
