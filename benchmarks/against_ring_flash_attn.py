@@ -1,7 +1,7 @@
 """Errors and times of the package ring-flash-attn and of dtensor_ring.functional, on the same inputs in the same processes.
 
     pip install ring-flash-attn flash-attn
-    torchrun --nproc-per-node 2 benchmarks/against_ring_flash_attn.py
+    torchrun --nproc-per-node 2 -m benchmarks.against_ring_flash_attn
 
 Errors are rms (and largest) differences to attention in float64 of out, lse, dq, dk, dv over all ranks; "kernel" is flash-attn on
 one device. The shapes are those that ring-flash-attn tests itself on, and its benchmark's. Exit status 1 if an error of ours is
@@ -14,13 +14,13 @@ import argparse
 import os
 import statistics
 import sys
-from collections.abc import Callable
 
 import ring_flash_attn
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.timing import Call, Effort, Stopwatch
 from dtensor_ring import functional, ring_attention
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout
@@ -156,33 +156,14 @@ def race(family: str, tokens: int) -> None:
     shapes = [(1, tokens, h, 128) for h in (32, 8, 8, 32)]
     q, k, v, dout = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    calls: dict[str, Callable[[], object]] = {}
+    calls: dict[str, Call] = {}
     for name, module in (("theirs", ring_flash_attn), ("ours", functional)):
         if hasattr(module, f"{family}_func"):
             calls[name] = lambda module=module: torch.autograd.grad(call(module, family, *leaves, bounds)[0], leaves, dout)
-    spent: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(5):
-        for name, body in calls.items():
-            spent[name].append(block(body))
+    watch = Stopwatch(q.device, Effort(rounds=5, block=40.0), together=True)
+    spent = dict(zip(calls, watch.in_turns(list(calls.values())), strict=True))
     if rank == 0:
         print(f"{family:<34}" + "  ".join(f"{name} {statistics.median(values):.3f} ms" for name, values in spent.items()))
-
-
-def block(body: Callable[[], object], calls: int = 10) -> float:
-    """Milliseconds a call."""
-    for _ in range(2):
-        body()
-    torch.cuda.synchronize()
-    dist.barrier()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(calls):
-        body()
-    end.record()
-    torch.cuda.synchronize()
-    slowest = torch.tensor(start.elapsed_time(end) / calls, device="cuda")
-    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    return slowest.item()
 
 
 if __name__ == "__main__":

@@ -180,14 +180,14 @@ def _suites(options: argparse.Namespace) -> dict[str, list[Case]]:
 
 def main() -> int:
     """Measure what is asked for; exit status 1 if a result is wrong."""
-    options = _options()
+    options = parser().parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     need = need_of(device, DTYPE)
     emulation = Emulation(Stopwatch(device, Effort(options.rounds, options.block)), options.slowest)
     print(f"emulated: one rank at a time on one {device_name(device)}, torch {torch.__version__}, {DTYPE}, head dim 128")
     print(f"ranks: how many of those timed shortly, the slowest, were timed at full effort\n{HEADER}")
-    begin, rows, cases = time.monotonic(), [], _cases(options, need)
+    begin, rows, cases = time.monotonic(), [], cases_of(options, need)
     for case in cases:
         rows.append(emulation.measure(case, choose_kernel(case.kernel, need)))
         print(rows[-1].line(), flush=True)
@@ -201,7 +201,8 @@ def main() -> int:
     return int(any(row.wrong for row in rows))
 
 
-def _cases(options: argparse.Namespace, need: KernelRequirements) -> list[Case]:
+def cases_of(options: argparse.Namespace, need: KernelRequirements) -> list[Case]:
+    """The cases asked for."""
     present = available(need)
     if options.preset == "quick":
         cases = quick(present.get("FA2"))
@@ -218,7 +219,8 @@ def _cases(options: argparse.Namespace, need: KernelRequirements) -> list[Case]:
     return [replace(case, stages=stages) for case in cases for stages in options.stages or [None]]
 
 
-def _options() -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=("quick", "targets"))
     parser.add_argument("--cases", nargs="+", default=["batch"], choices=("batch", "full", "window", "lists", "tails"))
@@ -238,7 +240,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--block", type=float, default=40.0, help="milliseconds of a block of calls")
     parser.add_argument("--slowest", type=int, default=2, help="ranks timed at full effort, of all that are timed shortly")
     parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    return parser
 
 
 if __name__ == "__main__":

@@ -242,7 +242,8 @@ def run(options: argparse.Namespace, mesh: DeviceMesh, device: torch.device) -> 
     watch = Stopwatch(device, Effort(options.rounds, options.block), together=mesh.size() > 1 and not options.emulate)
     report: Callable[[str], None] = print if mesh.get_local_rank() == 0 or options.emulate else lambda _: None
     race, rows = Race(options, mesh, watch), []
-    report(f"{options.model}, {options.dtype}, {mesh.size()} x {device_name(device)}, torch {torch.__version__}\n{HEADER}")
+    ranks = f"rank {options.rank} of {mesh.size()}, emulated, on one" if options.emulate else f"{mesh.size()} x"
+    report(f"{options.model}, {options.dtype}, {ranks} {device_name(device)}, torch {torch.__version__}\n{HEADER}")
     wrong = race.check(min(options.check_tokens, *options.tokens))
     if wrong:
         report(f"WRONG: {wrong}")
@@ -298,7 +299,9 @@ def main() -> int:
     mesh = axis_of(options, device)
     rows, wrong = run(options, mesh, device)
     if options.json and rows and (options.emulate or dist.get_rank() == 0):
-        save(options.json, facts("train_step", device, devices=1 if options.emulate else mesh.size()), rows)
+        note = f"{Link(options.link)}, rank {options.rank}; gradients are not averaged over ranks." if options.emulate else ""
+        more = {"emulated": bool(options.emulate), "devices": 1 if options.emulate else mesh.size(), "note": note}
+        save(options.json, facts("train_step", device, **more), rows)
     dist.destroy_process_group()
     return int(bool(wrong))
 

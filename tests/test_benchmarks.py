@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from benchmarks import cases as suite
-from benchmarks import layouts, targets
+from benchmarks import emulate, layouts, targets
 from benchmarks.cases import Case
 from benchmarks.checking import small, wrong_numbers
 from benchmarks.emulate import Emulation
 from benchmarks.problems import predicted_slowest, problem_of
+from benchmarks.record import load
 from benchmarks.timing import Effort, Stopwatch, ratio
 from dtensor_ring.ops.kernels import KERNELS, Result
 from dtensor_ring.ops.kernels.math import MathKernel
@@ -149,3 +150,27 @@ def test_the_ranks_predicted_to_be_slowest_have_the_most_blocks_and_keys():
     assert predicted_slowest(case, 1, 0) == [1]  # the second half of the long document
     assert predicted_slowest(case, 1, 1) == [1]
     assert predicted_slowest(case, 2, 0) == [0, 1]
+
+
+def test_the_command_line_measures_prints_and_saves(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "run.json"
+    sizes = f"--cases batch lists --world 2 --tokens 16 --rounds 1 --block 0 --stages 1 --json {path}"
+    monkeypatch.setattr("sys.argv", ["emulate", *sizes.split()])
+    assert emulate.main() == 0
+    run, printed = load(path), capsys.readouterr().out
+    assert [row["case"] for row in run["rows"]] == ["causal", "list 1", "list 2", "list 3", "list 4"]
+    assert all(row["strategy"] == "ring/1" and not row["wrong"] for row in run["rows"])
+    assert (run["benchmark"], run["emulated"], run["device"]) == ("emulate", True, "CPU")
+    assert "20 us" in run["note"]
+    assert printed.count("list ") == 4
+    assert "checks" in printed.splitlines()[-1]
+
+
+def test_long_tails_of_the_targets_are_drawn_anew_unless_given():
+    def tails(*arguments: str) -> list[str]:
+        options = emulate.parser().parse_args(["--preset", "targets", *arguments])
+        return [case.name for case in emulate.cases_of(options, targets.need_of(CPU, torch.bfloat16)) if "tail" in case.name]
+
+    assert len(tails("--seeds", "5")) == 5
+    assert tails("--seeds", "5") != tails("--seeds", "5")
+    assert tails("--draw", "7", "8") == ["long tail 7", "long tail 8"]

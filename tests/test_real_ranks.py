@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from io import StringIO
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 from helpers import line
+from pool import free_port
 
 from benchmarks import attention
 from benchmarks import cases as suite
 from benchmarks.attention import attention_of, placement_of
 from benchmarks.peers import PEERS, Peer
+from benchmarks.record import load
 from dtensor_ring.ops.kernels import KERNELS
 from dtensor_ring.planning.layout import Layout
 
@@ -111,6 +117,18 @@ def test_every_kind_of_case_is_checked_and_timed_on_real_ranks(pools):
 
 def test_other_packages_are_measured_beside_ours_or_left_out_with_a_reason(pools):
     pools.run(2, peers_and_reasons)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_it_and_rank_0_saves(tmp_path):
+    path, root = tmp_path / "run.json", Path(attention.__file__).parents[1]
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    command = [*start, "-m", "benchmarks.attention", *SIZES.split(), "--json", str(path)]
+    ended = subprocess.run(command, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True)
+    run = load(path)
+    assert (run["benchmark"], run["devices"], run["device"]) == ("attention", 2, "CPU")
+    assert [row["who"] for row in run["rows"]] == ["dtensor_ring"]
+    assert ended.stdout.count("causal") == 1
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "zigzag/documents", "stripe:1", "stripe:16"])
