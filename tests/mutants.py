@@ -91,6 +91,7 @@ TESTS = {
         "test_execute -k 'packed or bytes or unwidened or two_lengths'",
         "test_extras",
         "test_functional -k heads_k",
+        "test_profiles",
     ],
     "ops/executors/exchange.py": [
         "test_exchange",
