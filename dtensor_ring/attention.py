@@ -148,7 +148,8 @@ def ring_attention(
             instead of tokens on each rank; as many ranks as heads allow); None is "ring", or "gather" for ALiBi where only that
             lets flash kernels measure distances. "local", for plain tensors, says that this rank holds whole sequences; without
             it they warn where a process group of several ranks is up.
-        kernel: a name in `dtensor_ring.ops.kernels.KERNELS`; None is the first that does not refuse.
+        kernel: a name in `dtensor_ring.ops.kernels.KERNELS`; None is the first that does not refuse; fast
+            ones stand first.
         stages: transfers in which "ring" fetches the other ranks' keys, from 1 on; more than W - 1 are W - 1. One
             transfer is hidden behind the rank's own keys and needs the fewest merges; W - 1 need the least memory.
         memory: bytes that the buffers of stages may take in a backward pass; the fewest stages that stay within are chosen, or

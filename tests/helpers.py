@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dtensor_ring import Contiguous, Stripe, Zigzag, from_local, ring_attention
 from dtensor_ring.comm import LoopbackTransport
+from dtensor_ring.ops.call import AttentionCall
 from dtensor_ring.ops.executors.plan_executor import Executor
 from dtensor_ring.ops.kernels import KERNELS, Kernel, SoftmaxParams
 from dtensor_ring.ops.kernels.math import keep_mask
@@ -241,6 +242,14 @@ def run_loopback(
     dims = (1, 2, 1, 1, 1)
     parts = [whole([result[0][i] for result in results], layout, dim, case.documents) for i, dim in enumerate(dims)]
     return tuple(parts), [result[1] for result in results]
+
+
+def default_kernel(case: Case, layout: str, world: int) -> str:
+    """The kernel of a call with gradients that leaves it open, and the strategy too."""
+    q, _, v = case.inputs
+    problem = case.problem(layout, world, "ring")
+    call = AttentionCall(problem.band, q.shape[-1] ** -0.5, problem.layout, training=True)
+    return call.choose(call.need(q.device.type, q.dtype, q.shape[-1], v.shape[-1], q.shape[0]), problem=problem).kernel.name
 
 
 def single_device(case: Case, kernel: str) -> tuple[Tensor, ...]:

@@ -107,6 +107,7 @@ TESTS = {
     "ops/executors/merge.py": ["test_merge", "test_execute -k 'packed or near'", "test_extras"],
     "ops/block_kinds.py": ["test_block_kinds", "test_execute -k packed"],
     "ops/kernels/__init__.py": ["test_kernels", "test_block_kinds"],
+    "ops/kernels/cudnn.py": ["test_cudnn"],
     "ops/kernels/block.py": ["test_kernels", "test_block_kinds", "test_extras", "test_execute -k packed"],
     "ops/kernels/base.py": ["test_kernels", "test_extras", "test_execute -k packed"],
     "ops/kernels/math.py": ["test_kernels", "test_extras", "test_execute -k packed"],

@@ -12,9 +12,10 @@ import torch
 from helpers import LAYOUTS, MASKS, line, make_case, run_loopback, share
 
 from dtensor_ring import Contiguous, from_local, full_tensor, ring_attention
+from dtensor_ring.ops import block_kinds as module
 from dtensor_ring.ops import kernels, operator
 from dtensor_ring.ops import prepare as prepare_module
-from dtensor_ring.ops.block_kinds import block_kinds, kinds_of_plan
+from dtensor_ring.ops.block_kinds import block_grain, block_kinds, each_kind, kinds_of_plan
 from dtensor_ring.ops.kernels import EVERY_KIND, KERNELS, Block, BlockKind, KernelRequirements, SoftmaxParams, choose_kernel
 from dtensor_ring.ops.kernels.block import VarlenMetadata, VarlenSegment
 from dtensor_ring.ops.kernels.math import MathKernel
@@ -101,6 +102,87 @@ def test_zigzag_gives_the_ring_squares_and_gathering_rectangles():
         assert block_kinds(replace(problem, documents=documents)) == EVERY_KIND
     unmasked = replace(problem, band=Band(), documents=DOCUMENTS[1])
     assert block_kinds(unmasked) == {FULL, BlockKind("full", True)}
+
+
+def problems(world: int):
+    """Problems over as many ranks, with lengths that they share evenly and lengths that they do not, down to none at all."""
+    lengths = [
+        *((n, n) for n in (0, 1, world, 2 * world, 6 * world, 6 * world + 1)),
+        (2 * world, 4 * world),
+        (4 * world, 6 * world),
+    ]
+    layouts, bands = ("zigzag", "contiguous", "stripe:1", "stripe:2"), (Band(0), Band(), Band(0, 3))
+    for layout, band, (q_length, k_length) in itertools.product(layouts, bands, [*lengths, (3, 0)]):
+        ring = AttentionProblem(Layout.parse(layout), band, q_length, k_length, world)
+        yield from (replace(ring, strategy="gather"), replace(ring, strategy="ulysses"), ring, ring.staged(1), ring.staged(2))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
+def test_kinds_that_are_known_without_plans_are_those_of_the_plans(world):
+    without = 0
+    for problem in problems(world):
+        planned = problem.planned
+        of_plans = frozenset().union(*(kinds_of_plan(plan(planned, rank)) for rank in range(planned.world)))
+        assert block_kinds(problem) == of_plans, problem
+        without += module._kinds_without_plans(planned) is not None
+    assert without
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
+def test_a_grain_divides_the_queries_and_the_keys_of_every_block(world):
+    found = set()
+    for problem in problems(world):
+        planned, grain = problem.planned, block_grain(problem)
+        found.add(grain)
+        for rank in range(planned.world):
+            for length in lengths_of_blocks(plan(planned, rank)):
+                assert length % grain == 0, f"rank {rank} of {problem}: a block has {length} tokens, which {grain} does not divide"
+    assert {1, 2, 3} <= found
+
+
+def lengths_of_blocks(of_rank) -> set[int]:
+    segments = [segment for step in of_rank.steps for call in step.calls for segment in call.segments]
+    return {length for _, q0, q1, k0, k1 in segments for length in (q1 - q0, k1 - k0)}
+
+
+@pytest.mark.parametrize(
+    ("layout", "band", "length", "grain"),
+    [
+        ("zigzag", Band(0), 65536, 4096),
+        ("zigzag", Band(0), 65537, 1),
+        ("contiguous", Band(0), 65536, 8192),
+        ("stripe:1", Band(), 65536, 8192),
+        ("stripe:1", Band(0), 65536, 1),
+        ("stripe:3", Band(), 65544, 8193),
+        ("zigzag", Band(0, 4095), 65536, 1),
+    ],
+)
+def test_the_grain_of_eight_ranks(layout, band, length, grain):
+    problem = AttentionProblem(Layout.parse(layout), band, length, length, 8)
+    assert block_grain(problem) == grain
+    assert block_grain(replace(problem, documents=Documents.from_lengths([length]))) == 1
+
+
+def test_a_ring_over_even_chunks_is_judged_without_a_plan_and_others_up_to_the_first_kind_that_is_refused(top_left, monkeypatch):
+    planned = []
+
+    def counting(problem, rank):
+        planned.append(rank)
+        return plan(problem, rank)
+
+    monkeypatch.setattr(module, "plan", counting)
+    problem = AttentionProblem(Layout("zigzag"), Band(0), 1 << 20, 1 << 20, 64)
+    for even in (
+        problem,
+        problem.staged(1),
+        replace(problem, strategy="ulysses"),
+        replace(problem, band=Band(), strategy="gather"),
+    ):
+        assert choose_kernel(None, NEED, lambda even=even: each_kind(even)) is top_left
+    assert not planned
+    gathered = replace(problem, layout=Layout("contiguous"), strategy="gather")
+    assert choose_kernel(None, NEED, lambda: each_kind(gathered)).name == "torch_cpu"
+    assert planned == [0, 1]
 
 
 def test_the_plan_of_one_rank_does_not_tell_what_the_others_compute():

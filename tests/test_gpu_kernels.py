@@ -12,7 +12,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from dropin import FAMILIES, GATHERED, family_case, on_ranks, reference_case
-from helpers import PER_DOCUMENT, Case, assert_like_kernel, error_ratios, make_case, over_ranks, run_loopback, single_device
+from helpers import (
+    PER_DOCUMENT,
+    Case,
+    assert_like_kernel,
+    default_kernel,
+    error_ratios,
+    make_case,
+    over_ranks,
+    run_loopback,
+    single_device,
+)
 from test_gpu import LAYOUTS, note
 
 from dtensor_ring import Documents, functional, ring_attention
@@ -180,15 +190,14 @@ def test_deterministic_runs_are_bitwise_the_same(pools, kernel):
 
 def family_law(family: str, variant: str, dtype: torch.dtype):
     world, found = dist.get_world_size(), {}
-    kernel = choose_kernel(None, replace(NEED, dtype=dtype)).name
     for heads, mask in itertools.product(((4, 4), (8, 2), (4, 1)), ("causal", "full")):
         if variant == "qkvpacked" and heads[0] != heads[1]:
             continue
         case = family_case(family, world, 2048, heads=heads, mask=mask, dtype=dtype, dim=128, device="cuda")
-        results = on_ranks(family, variant, case)
+        kernel, results = default_kernel(case, FAMILIES[family], world), on_ranks(family, variant, case)
         assert all(x.dtype == dtype for x in (results[0], *results[2:]))
-        found[f"{heads} {mask}"] = assert_like_kernel(results, single_device(case, kernel), case.exact())
-    return kernel, found
+        found[f"{heads} {mask} {kernel}"] = assert_like_kernel(results, single_device(case, kernel), case.exact())
+    return found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -200,7 +209,7 @@ def test_every_function_errs_like_its_kernel_on_one_gpu(pools, family, variant, 
 
 def own_shapes(family: str):
     case = reference_case(family, "cuda")
-    kernel = choose_kernel(None, NEED).name
+    kernel = default_kernel(case, FAMILIES[family], dist.get_world_size())
     return assert_like_kernel(on_ranks(family, "qkvpacked", case), single_device(case, kernel), case.exact())
 
 

@@ -202,9 +202,10 @@ class _Watched:
 def test_kernels_judge_every_field_of_a_need():
     read = set()
     for kernel in KERNELS.values():
-        watched = _Watched(KernelRequirements("cpu", torch.bfloat16, 64, 64, training=True, deterministic=True))
+        watched = _Watched(KernelRequirements("cpu", torch.bfloat16, 64, 64, training=True, deterministic=True, rows=1, grain=1))
         kernel.lacks(watched)
         kernel.unavailable(watched)
+        kernel.unasked(watched)
         read |= watched.read
     assert {field.name for field in fields(KernelRequirements)} <= read
 

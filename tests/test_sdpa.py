@@ -11,14 +11,25 @@ import stock_sdpa
 import torch
 import torch._dynamo.testing
 import torch.distributed as dist
-from helpers import assert_like_kernel, grid, line, make_case, refused, share, single_device, slow, some_or_every, together
+from helpers import (
+    assert_like_kernel,
+    default_kernel,
+    grid,
+    line,
+    make_case,
+    refused,
+    share,
+    single_device,
+    slow,
+    some_or_every,
+    together,
+)
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dtensor_ring import Contiguous, Stripe, Zigzag, distribute_tensor, from_local, full_tensor, redistribute, ring_attention
 from dtensor_ring.debug import traffic
-from dtensor_ring.ops.kernels import KernelRequirements, choose_kernel
 
 PLACEMENTS = {"contiguous": Contiguous(2), "zigzag": Zigzag(2), "stripe": Stripe(2), "stripe:3": Stripe(2, block=3)}
 sdpa = F.scaled_dot_product_attention  # context_parallel replaces the name in F
@@ -327,7 +338,7 @@ def on_two_gpus(test):
 
 def on_gpus(layout: str, mask: str, heads: tuple[int, int], length: int):
     case = make_case(length, heads=heads, dim=128, dtype=torch.bfloat16, mask=mask, device="cuda", batch=1)
-    kernel = choose_kernel(None, KernelRequirements("cuda", torch.bfloat16, 128, 128, training=True)).name
+    kernel = default_kernel(case, layout, dist.get_world_size())
     assert_like_kernel(_attend_in_shares(case, layout, "cuda"), single_device(case, kernel), case.exact())
 
 

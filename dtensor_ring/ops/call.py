@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from dtensor_ring.ops.block_kinds import block_kinds
+from dtensor_ring.ops.block_kinds import block_grain, each_kind
 from dtensor_ring.ops.kernels import Kernel, KernelRequirements, SoftmaxParams, choose_kernel
 from dtensor_ring.planning.documents import Documents, Slices
 from dtensor_ring.planning.layout import Layout
@@ -122,8 +122,8 @@ class AttentionCall:
         problem = AttentionProblem(self.layout, self.band, q_length, k_length, world, self.default_strategy, documents)
         return problem.staged(self.stages, self.memory // token_bytes if self.memory and token_bytes else BUFFERED_TOKENS)
 
-    def need(self, device: str, dtype: torch.dtype, head_dim: int, v_head_dim: int) -> KernelRequirements:
-        """What is asked of a kernel for tensors of a device type and dtype, ALiBi aside."""
+    def need(self, device: str, dtype: torch.dtype, head_dim: int, v_head_dim: int, rows: int | None = None) -> KernelRequirements:
+        """What is asked of a kernel for tensors of a device type and dtype, ALiBi and lengths aside."""
         return KernelRequirements(
             device=device,
             dtype=dtype,
@@ -134,6 +134,7 @@ class AttentionCall:
             deterministic=self.deterministic,
             dropout=self.dropout_p > 0,
             scale=self.scale,
+            rows=rows,
         )
 
     def choose(self, need: KernelRequirements, has_alibi: bool = False, problem: AttentionProblem | None = None) -> Choice:
@@ -143,11 +144,10 @@ class AttentionCall:
         which kernel came out is compared with the rest of the call before anything is sent.
 
         Args:
-            need: what is asked of the kernel, ALiBi aside.
+            need: what is asked of the kernel, ALiBi and lengths aside.
             has_alibi: whether there are ALiBi slopes. Flash kernels measure distances from the end of a block, which "gather" may
                 allow where "ring" does not.
-            problem: what is planned for; None while lengths are symbols, and then neither ALiBi's distances nor the kinds of
-                blocks are judged.
+            problem: what is planned for; None while lengths are symbols, and then neither ALiBi's distances nor blocks are judged.
 
         Raises:
             NotImplementedError: no kernel does what is asked; the text has each kernel's reason.
@@ -158,7 +158,10 @@ class AttentionCall:
             # Distances decide on the kernel, and on the strategy where that is open: so it is settled before kernels are asked.
             strategy, alignment = _choose_for_alibi(self.strategy, problem)
             need = replace(need, alibi=alignment)
-        kinds = None if problem is None else partial(block_kinds, replace(problem, strategy=strategy))
+        kinds = None
+        if problem is not None:
+            problem = replace(problem, strategy=strategy)
+            kinds, need = partial(each_kind, problem), replace(need, grain=block_grain(problem))
         return Choice(strategy, choose_kernel(None if self.kernel == AUTO else self.kernel, need, kinds))
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 from dtensor_ring.ops.kernels.base import Kernel, KernelRequirements
@@ -19,6 +18,7 @@ from dtensor_ring.ops.kernels.block import (
     VarlenMetadata,
     VarlenSegment,
 )
+from dtensor_ring.ops.kernels.cudnn import CudnnKernel
 from dtensor_ring.ops.kernels.flash_attn_2 import FlashAttn2Kernel
 from dtensor_ring.ops.kernels.flash_attn_3 import FlashAttn3Kernel
 from dtensor_ring.ops.kernels.flash_attn_4 import FlashAttn4Kernel
@@ -26,14 +26,16 @@ from dtensor_ring.ops.kernels.math import MathKernel
 from dtensor_ring.ops.kernels.torch_cpu import TorchCpuKernel
 from dtensor_ring.ops.kernels.torch_flash import TorchFlashKernel
 
-KernelName = Literal["flash_attn_4", "flash_attn_3", "flash_attn_2", "torch_flash", "torch_cpu", "math"]
+KernelName = Literal["flash_attn_4", "flash_attn_3", "cudnn", "flash_attn_2", "torch_flash", "torch_cpu", "math"]
 
-# The order is that of the choice. `math` must be last: it takes any floating-point call and would hide what stands after it.
+# The order is that of the choice, the fastest first as measured on Hopper. `math` must be last: it takes any floating-point call,
+# and would hide what stands after it.
 KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
     for kernel in (
         FlashAttn4Kernel(),
         FlashAttn3Kernel(),
+        CudnnKernel(),
         FlashAttn2Kernel(),
         TorchFlashKernel(),
         TorchCpuKernel(),
@@ -48,8 +50,8 @@ def check_kernel_name(name: str | None) -> None:
         raise ValueError(f"unknown kernel {name!r}: choose one of {', '.join(KERNELS)}, or None for the first that does not refuse")
 
 
-def choose_kernel(name: str | None, need: KernelRequirements, kinds: Callable[[], AbstractSet[BlockKind]] | None = None) -> Kernel:
-    """The kernel called `name`, or with None the first in `KERNELS` that does not refuse.
+def choose_kernel(name: str | None, need: KernelRequirements, kinds: Callable[[], Iterable[BlockKind]] | None = None) -> Kernel:
+    """The kernel called `name`, or with None the first in `KERNELS` that neither refuses nor wants to be asked for by name.
 
     Ranks that share an attention must use one kernel: each is handed its part of the others' gradients, and a rank that refused
     alone would leave the others waiting. They do if `need` and `kinds` are the same on all of them.
@@ -57,8 +59,9 @@ def choose_kernel(name: str | None, need: KernelRequirements, kinds: Callable[[]
     Args:
         name: a kernel's name, or None.
         need: what is asked of it.
-        kinds: what kinds of blocks it may be given, on any rank. It is called only for a kernel that refuses some kind at all, so
-            that nobody pays for it otherwise. None leaves blocks unjudged: while a compiler traces, lengths are symbols, and the
+        kinds: what kinds of blocks it may be given, on any rank, in an order that is the same on all of them. It is called only
+            for a kernel that refuses some kind at all, and followed up to the first that is refused, so that nobody pays for more
+            than the answer. None leaves blocks unjudged: while a compiler traces, lengths are symbols, and the
             operator judges once it has them.
 
     Raises:
@@ -69,7 +72,9 @@ def choose_kernel(name: str | None, need: KernelRequirements, kinds: Callable[[]
     # All reasons are kept: who asked for no kernel in particular must see why none of them would do.
     reasons = {}
     for candidate in KERNELS.values() if name is None else (KERNELS[name],):
-        reason = candidate.refuses(need) or (None if kinds is None else _refuses_blocks(candidate, kinds))
+        reason = candidate.refuses(need) or (candidate.unasked(need) if name is None else None)
+        if reason is None and kinds is not None:
+            reason = _refuses_blocks(candidate, kinds)
         if reason is None:
             return candidate
         reasons[candidate.name] = reason
@@ -78,13 +83,13 @@ def choose_kernel(name: str | None, need: KernelRequirements, kinds: Callable[[]
     raise NotImplementedError(f"{who}. {listed}")
 
 
-def _refuses_blocks(kernel: Kernel, kinds: Callable[[], AbstractSet[BlockKind]]) -> str | None:
+def _refuses_blocks(kernel: Kernel, kinds: Callable[[], Iterable[BlockKind]]) -> str | None:
     """Why a kernel cannot compute blocks of all these kinds, or None if it can."""
     refused = {kind: reason for kind in EVERY_KIND if (reason := kernel.refuses_block(kind)) is not None}
-    # Sorted, since a set of texts has another order in every process, and all ranks must give the same reason. `kinds` is called
-    # only where the kernel refuses some kind at all: it may make the plans of all ranks.
-    for kind in sorted(refused.keys() & kinds()) if refused else ():
-        return f"{refused[kind]}, and this attention may have {kind} blocks"
+    # `kinds` may make the plans of all ranks: it is called only where the kernel refuses some kind at all.
+    for kind in kinds() if refused else ():
+        if kind in refused:
+            return f"{refused[kind]}, and this attention may have {kind} blocks"
     return None
 
 

@@ -37,6 +37,8 @@ class KernelRequirements:
         dropout: whether weights are dropped.
         scale: multiplies q.k.
         alibi: "aligned" where queries and keys of every block end at one position, "shifted" where they may not.
+        rows: batch rows on this rank; None while a compiler traces, where numbers of tokens and rows are symbols.
+        grain: a number that divides the queries and the keys of every block of every rank; None as for `rows`.
     """
 
     device: str
@@ -49,6 +51,8 @@ class KernelRequirements:
     dropout: bool = False
     scale: float = 1.0
     alibi: Literal["no", "aligned", "shifted"] = "no"
+    rows: int | None = None
+    grain: int | None = None
 
 
 class Kernel(ABC):
@@ -66,6 +70,13 @@ class Kernel(ABC):
     def refuses(self, need: KernelRequirements) -> str | None:
         """Why this kernel cannot do what is needed, or None if it can."""
         return self.unavailable(need) or self.lacks(need)
+
+    def unasked(self, need: KernelRequirements) -> str | None:
+        """Why this kernel is used only where it is asked for by name, or None if it may be the default.
+
+        It is asked only about what it does not refuse. The answer depends on nothing but `need`, so it is the same on every rank.
+        """
+        return None
 
     def refuses_block(self, kind: BlockKind) -> str | None:
         """Why this kernel gets blocks of a kind wrong, or None if it gets them right.
