@@ -9,6 +9,7 @@ import pytest
 import torch
 from cudnn_ops import BACKWARD, FORWARD, installed
 from helpers import assert_exact, line, make_case, run_loopback, share, solved
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dtensor_ring import Documents, Zigzag, from_local, full_tensor, ring_attention
 from dtensor_ring.ops.block_kinds import block_grain
@@ -120,6 +121,22 @@ def test_lengths_of_which_it_is_the_default_are_few():
     assert len(rows) == 1 + 15 + 8 * 4 + 1
     text = CUDNN.unasked(replace(NEED, grain=17 * 128, rows=3))
     assert "found 3 batch rows, and chunks that are multiples of 2176 tokens" in text
+
+
+def test_it_is_no_default_where_pytorch_is_told_not_to_take_it(ops):
+    case = make_case(128, dim=16, dtype=torch.bfloat16)
+    leaves = [x.requires_grad_() for x in case.inputs]
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+        assert "sdpa_kernel" in CUDNN.unasked(NEED)
+        out = ring_attention(*leaves)
+    torch.autograd.grad(out, leaves, case.dout)
+    assert not ops.calls[FORWARD] + ops.calls[BACKWARD]
+    out = ring_attention(*leaves)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+        torch.autograd.grad(out, leaves, case.dout)
+        assert len(ops.calls[FORWARD]) == len(ops.calls[BACKWARD]) == 1
+        ring_attention(*leaves, kernel="cudnn")
+    assert len(ops.calls[FORWARD]) == 2
 
 
 @pytest.mark.parametrize("unknown", ["rows", "grain"])

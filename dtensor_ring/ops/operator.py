@@ -36,7 +36,7 @@ from dtensor_ring.ops.executors.head_groups import in_groups
 from dtensor_ring.ops.executors.plan_executor import Executor
 from dtensor_ring.ops.executors.protocol import AttentionExecutor
 from dtensor_ring.ops.executors.ulysses import UlyssesExecutor
-from dtensor_ring.ops.kernels import Kernel, SoftmaxParams, kernel_number, kernel_numbered
+from dtensor_ring.ops.kernels import Kernel, SoftmaxParams, kernel_number, kernel_numbered, settings
 from dtensor_ring.placements import SequencePlacement, redistribute
 from dtensor_ring.placements.redistribute import wrap
 from dtensor_ring.planning.documents import Documents, Slices
@@ -292,12 +292,12 @@ def _resolved(
     token_bytes: int,
     documents: Documents | Slices | None,
     has_alibi: bool,
-    _deterministic_algorithms: bool,
+    _settings: tuple[bool, bool],
 ) -> _Resolved:
     """What `AttentionCall.choose` decides.
 
-    `kind` is what kernels are asked of tensors, `sizes` the lengths of queries and of keys, and the world. The last argument is a
-    setting of PyTorch that kernels read when they refuse: a choice that is remembered without it would outlive it.
+    `kind` is what kernels are asked of tensors, `sizes` the lengths of queries and of keys, and the world. The last argument is
+    what kernels read of PyTorch's settings.
     """
     asked = AttentionCall.parse(call)
     *lengths, world = sizes
@@ -316,9 +316,9 @@ def _resolved_call(
     """
     q_length, k_length = lengths
     kind = q.device.type, q.dtype, q.shape[3], v.shape[3], q.shape[0]
-    bounds, setting = Documents.unpack(documents), torch.are_deterministic_algorithms_enabled()
+    bounds = Documents.unpack(documents)
     token_bytes = v.shape[0] * v.shape[2] * (q.shape[3] + v.shape[3]) * q.dtype.itemsize
-    rest = kind, (q_length, k_length, world), token_bytes, bounds, alibi is not None, setting
+    rest = kind, (q_length, k_length, world), token_bytes, bounds, alibi is not None, settings()
     resolved = _resolved(call, *rest)
     # Another kernel has other dropout masks. Where forward's is no longer the one to choose, it is asked for, and may refuse.
     if kernel is not None and resolved.kernel.name != kernel:

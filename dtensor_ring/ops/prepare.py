@@ -34,7 +34,7 @@ from dtensor_ring.ops.arguments import (
     plain_numbers,
 )
 from dtensor_ring.ops.call import AUTO, AttentionCall
-from dtensor_ring.ops.kernels import check_kernel_name
+from dtensor_ring.ops.kernels import check_kernel_name, settings
 from dtensor_ring.ops.place import Place
 from dtensor_ring.ops.sharding import sink_placements
 from dtensor_ring.planning.documents import Documents, Slices, encoded_of
@@ -139,11 +139,10 @@ def _remembered(
     beside = inputs.sinks is None, inputs.alibi is None, documents is None
     # equal numbers of other types are other arguments: a window of (2.0, 0) is refused, one of (2, 0) is not
     kinds = tuple(map(type, asked.window)) if isinstance(asked.window, tuple) else (list,)
-    # what a kernel refuses depends on a setting of PyTorch's too
-    settings = training, torch.are_deterministic_algorithms_enabled(), name
+    rest = training, settings(), name
     # The group is left out, and its transport with it: what is checked does not depend on them, and a cache must not keep a group
     # alive. What errors call it is in the key, since it tells a rank alone, which may say strategy="local", from a group of one.
-    key = asked, kinds, *place[1:7], q.shape, k.shape, v.shape, q.dtype, q.device.type, bounds, *beside, *settings
+    key = asked, kinds, *place[1:7], q.shape, k.shape, v.shape, q.dtype, q.device.type, bounds, *beside, *rest
     try:
         entry = _CALLS.find(key)
     except TypeError:  # an argument that is wrong, or a list where a tuple is meant

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Literal
 
+import torch
+
 from dtensor_ring.ops.kernels.base import Kernel, KernelRequirements
 from dtensor_ring.ops.kernels.block import (
     EVERY_KIND,
@@ -48,6 +50,11 @@ def check_kernel_name(name: str | None) -> None:
     """Raises ValueError unless `name` is that of a kernel, or None."""
     if name is not None and name not in KERNELS:
         raise ValueError(f"unknown kernel {name!r}: choose one of {', '.join(KERNELS)}, or None for the first that does not refuse")
+
+
+def settings() -> tuple[bool, bool]:
+    """PyTorch's settings that kernels read when they are asked: a choice that is remembered without them would outlive them."""
+    return torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def choose_kernel(name: str | None, need: KernelRequirements, kinds: Callable[[], Iterable[BlockKind]] | None = None) -> Kernel:
@@ -122,4 +129,5 @@ __all__ = [
     "choose_kernel",
     "kernel_number",
     "kernel_numbered",
+    "settings",
 ]

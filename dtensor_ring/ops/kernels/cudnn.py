@@ -66,6 +66,8 @@ class CudnnKernel(Kernel):
     @override
     def unasked(self, need: KernelRequirements) -> str | None:
         """As the default it is for batches and chunks that have at most 4 significant binary digits: shapes are few then."""
+        if not torch.backends.cuda.cudnn_sdp_enabled():
+            return "is no default under torch.backends.cuda.enable_cudnn_sdp(False), or where sdpa_kernel leaves it out"
         if need.grain is None or need.rows is None:
             return "is no default before lengths are known"
         # 1, 2, ... 15, 16, 18, ... 30, 32, 36, ...: eight numbers for each power of two. So however lengths vary, there are a few
