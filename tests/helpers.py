@@ -249,7 +249,8 @@ def default_kernel(case: Case, layout: str, world: int) -> str:
     q, _, v = case.inputs
     problem = case.problem(layout, world, "ring")
     call = AttentionCall(problem.band, q.shape[-1] ** -0.5, problem.layout, training=True)
-    return call.choose(call.need(q.device.type, q.dtype, q.shape[-1], v.shape[-1], q.shape[0]), problem=problem).kernel.name
+    need = call.need(q.device.type, q.dtype, q.shape[3], v.shape[3], q.shape[0], q.shape[2])
+    return call.choose(need, problem=problem).kernel.name
 
 
 def single_device(case: Case, kernel: str) -> tuple[Tensor, ...]:

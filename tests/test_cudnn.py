@@ -19,7 +19,7 @@ from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
 
 CUDNN = KERNELS["cudnn"]
-NEED = KernelRequirements("cuda", torch.bfloat16, 128, 128, training=True, rows=1, grain=4096)
+NEED = KernelRequirements("cuda", torch.bfloat16, 128, 128, training=True, rows=1, heads=32, tokens=8192, grain=4096)
 
 
 @pytest.fixture
@@ -36,8 +36,9 @@ def ops():
         ({"grain": None}, None),
         ({"grain": 0}, None),
         ({"dtype": torch.float32}, "needs bfloat16 or float16, found torch.float32"),
-        ({"head_dim": 256, "v_head_dim": 256}, "needs a head dim that is a multiple of 8 up to 128, found 256"),
-        ({"head_dim": 68, "v_head_dim": 68}, "needs a head dim that is a multiple of 8 up to 128, found 68"),
+        ({"head_dim": 256, "v_head_dim": 256}, None),
+        ({"head_dim": 264, "v_head_dim": 264}, "needs a head dim that is a multiple of 8 up to 256, found 264"),
+        ({"head_dim": 68, "v_head_dim": 68}, "needs a head dim that is a multiple of 8 up to 256, found 68"),
         ({"v_head_dim": 64}, "needs one head dim for q, k and v, found 128 and 64"),
         ({"softcap": 30.0}, "has no softcap"),
         ({"dropout": True}, "has no dropout"),
@@ -47,6 +48,10 @@ def ops():
         ({"deterministic": True, "training": False}, None),
         ({"grain": 4160}, "here the largest number known to divide all blocks is 4160"),
         ({"grain": 1}, "needs blocks of whole tiles of 128 tokens"),
+        ({"rows": 4, "tokens": (1 << 17) - 128}, None),
+        ({"rows": 4, "tokens": 1 << 17}, "gets dq and dk wrong where q has 2**31 numbers or more, found 2147483648"),
+        ({"rows": 4, "tokens": 1 << 17, "training": False}, None),
+        *(({"rows": 4, "tokens": 1 << 17, unknown: None}, None) for unknown in ("rows", "heads", "tokens")),
     ],
 )
 def test_what_a_call_may_not_ask_for_is_refused_with_its_reason(need, reason):
@@ -148,7 +153,7 @@ def chosen(
     length: int, world: int = 1, *, kernel: str = "auto", rows: int = 1, mask: str = "causal", layout="zigzag", **call
 ) -> str:
     asked = AttentionCall(Band.parse(mask), 0.1, Layout.parse(layout), kernel=kernel, training=True, **call)
-    need = asked.need("cpu", torch.bfloat16, 128, 128, rows)
+    need = asked.need("cpu", torch.bfloat16, 128, 128, rows, 32)
     return asked.choose(need, problem=asked.problem((length, length), world, None)).kernel.name
 
 
@@ -173,6 +178,8 @@ def chosen(
         (8192 * 8, 8, {"mask": "window:1023,0"}, "torch_cpu"),
         (8192, 1, {"deterministic": True}, "torch_cpu"),
         (8192, 1, {"softcap": 20.0}, "math"),
+        ((1 << 20) - (1 << 16), 2, {}, "cudnn"),
+        (1 << 20, 2, {}, "torch_cpu"),
     ],
 )
 def test_it_is_the_default_where_it_is_right_and_lengths_are_few_and_else_the_next_kernel(ops, length, world, options, kernel):
@@ -194,7 +201,7 @@ def test_by_name_it_takes_lengths_of_which_it_is_no_default_and_refuses_those_th
 
 def test_packed_documents_go_to_the_next_kernel(ops):
     asked = AttentionCall(Band.parse("causal"), 0.1, Layout("zigzag"), training=True)
-    need = asked.need("cpu", torch.bfloat16, 128, 128, 1)
+    need = asked.need("cpu", torch.bfloat16, 128, 128, 1, 32)
     for documents in (Documents.from_lengths([4096, 4096]), Documents.from_lengths([8192])):
         assert block_grain(asked.problem((8192, 8192), 2, documents)) == 1
         assert asked.choose(need, problem=asked.problem((8192, 8192), 2, documents)).kernel.name == "torch_cpu"
@@ -235,6 +242,17 @@ def test_tensors_as_they_come_are_taken(ops):
         found = out, lse, *CUDNN.backward(Saved(q, k, v, out, lse), q, block)
         assert all(x.is_contiguous() for x in found)
         assert_exact(found, case.exact())
+
+
+def test_without_batch_rows_there_is_nothing_to_compute(ops):
+    case = make_case(128, dim=16, dtype=torch.bfloat16)
+    q, k, v, dout = (x[:0] for x in (*case.inputs, case.dout))
+    out, lse = CUDNN.forward(q, k, v, Block((-1, 0), SoftmaxParams(0.25)))
+    assert out.shape == q.shape
+    assert (lse.shape, lse.dtype) == ((0, 4, 128), torch.float32)
+    grads = CUDNN.backward(Saved(q, k, v, out, lse), dout, Block((-1, 0), SoftmaxParams(0.25)))
+    assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
+    assert not ops.calls[FORWARD] + ops.calls[BACKWARD]
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -15,6 +15,7 @@ from test_gpu import note
 from dtensor_ring import ring_attention
 from dtensor_ring.ops.kernels import KERNELS, Block, KernelRequirements, Saved, SoftmaxParams
 from dtensor_ring.ops.kernels.cudnn import CudnnKernel
+from dtensor_ring.ops.reference import reference_attention
 
 pytestmark = pytest.mark.gpu
 CUDNN = KERNELS["cudnn"]
@@ -61,6 +62,7 @@ def both_passes(case: Case, block: Block) -> tuple[torch.Tensor, ...]:
     [
         ("zigzag", "causal", {"dim": 128}),
         ("zigzag", "causal", {"dtype": torch.float16, "heads": (4, 4), "batch": 1}),
+        ("zigzag", "causal", {"dim": 256, "heads": (4, 2)}),
         ("zigzag", "full", {}),
         ("contiguous", "causal", {"heads": (4, 1)}),
         ("contiguous", "full", {"dim": 128, "dtype": torch.float16}),
@@ -80,7 +82,17 @@ def test_over_ranks_it_errs_like_itself_on_one_gpu(layout, mask, options, world)
 
 @pytest.mark.parametrize("mask", ["causal", "full"])
 @pytest.mark.parametrize(
-    "options", [{"dim": 128}, {"dtype": torch.float16}, {"dim": 96, "heads": (6, 3)}, {"dim": 8, "heads": (2, 2)}], ids=str
+    "options",
+    [
+        {"dim": 128},
+        {"dtype": torch.float16},
+        {"dim": 96, "heads": (6, 3)},
+        {"dim": 8, "heads": (2, 2)},
+        {"dim": 136},
+        {"dim": 192},
+        {"dim": 256},
+    ],
+    ids=str,
 )
 def test_it_errs_like_flash_attention(mask, options):
     case = gpu_case(1024, mask=mask, **options)
@@ -102,6 +114,25 @@ def test_gradients_are_right_where_all_scores_are_far_from_zero(lengths, level):
         for index in (0, 3, 4):  # the gradient of q is a difference of large numbers, and all of it rounding
             assert errors(found[index : index + 1], exact[index : index + 1])[0] < 1e-2
         assert found[2].isfinite().all()
+
+
+@pytest.mark.parametrize("tokens", [1 << 18, (1 << 19) - 128])
+def test_gradients_are_right_up_to_as_many_numbers_as_are_refused(tokens):
+    need = replace(NEED, rows=1, heads=32, grain=128)
+    assert CUDNN.lacks(replace(need, tokens=tokens)) is None
+    assert "2**31 numbers" in CUDNN.lacks(replace(need, tokens=1 << 19))
+    q, dout = (torch.randn(1, tokens, 32, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    k, v = (torch.randn(1, 128, 8, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    out, lse = CUDNN.forward(q, k, v, FULL)
+    dq, *found = CUDNN.backward(Saved(q, k, v, out, lse), dout, FULL)
+    _, *wanted = KERNELS["torch_flash"].backward(Saved(q, k, v, out, lse), dout, FULL)
+    assert max(errors(found, wanted)) < 1e-2
+    for rows in (slice(0, 128), slice(tokens - 128, tokens)):
+        part = Case(q[:, rows], k, v, dout[:, rows], is_causal=False)
+        exact = reference_attention(*(x.float() for x in part.inputs), is_causal=False, scale=FULL.softmax.scale)
+        assert max(errors((out[:, rows], lse[..., rows]), exact)) < 1e-2
+        flash = KERNELS["torch_flash"].backward(Saved(*part.inputs, out[:, rows], lse[..., rows].contiguous()), part.dout, FULL)
+        assert errors([dq[:, rows]], flash[:1])[0] < 1e-2
 
 
 def test_gradients_do_not_depend_on_the_strides_of_the_call_that_a_plan_was_made_for():

@@ -202,7 +202,8 @@ class _Watched:
 def test_kernels_judge_every_field_of_a_need():
     read = set()
     for kernel in KERNELS.values():
-        watched = _Watched(KernelRequirements("cpu", torch.bfloat16, 64, 64, training=True, deterministic=True, rows=1, grain=1))
+        sizes = {"rows": 1, "heads": 1, "tokens": 1, "grain": 1}
+        watched = _Watched(KernelRequirements("cpu", torch.bfloat16, 64, 64, training=True, deterministic=True, **sizes))
         kernel.lacks(watched)
         kernel.unavailable(watched)
         kernel.unasked(watched)

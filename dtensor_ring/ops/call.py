@@ -122,8 +122,10 @@ class AttentionCall:
         problem = AttentionProblem(self.layout, self.band, q_length, k_length, world, self.default_strategy, documents)
         return problem.staged(self.stages, self.memory // token_bytes if self.memory and token_bytes else BUFFERED_TOKENS)
 
-    def need(self, device: str, dtype: torch.dtype, head_dim: int, v_head_dim: int, rows: int | None = None) -> KernelRequirements:
-        """What is asked of a kernel for tensors of a device type and dtype, ALiBi and lengths aside."""
+    def need(
+        self, device: str, dtype: torch.dtype, head_dim: int, v_head_dim: int, rows: int | None = None, heads: int | None = None
+    ) -> KernelRequirements:
+        """What is asked of a kernel for tensors of a device type and dtype, ALiBi and lengths aside; see there."""
         return KernelRequirements(
             device=device,
             dtype=dtype,
@@ -135,6 +137,7 @@ class AttentionCall:
             dropout=self.dropout_p > 0,
             scale=self.scale,
             rows=rows,
+            heads=heads,
         )
 
     def choose(self, need: KernelRequirements, has_alibi: bool = False, problem: AttentionProblem | None = None) -> Choice:
@@ -161,7 +164,8 @@ class AttentionCall:
         kinds = None
         if problem is not None:
             problem = replace(problem, strategy=strategy)
-            kinds, need = partial(each_kind, problem), replace(need, grain=block_grain(problem))
+            kinds = partial(each_kind, problem)
+            need = replace(need, tokens=-(-problem.q_length // problem.world), grain=block_grain(problem))
         return Choice(strategy, choose_kernel(None if self.kernel == AUTO else self.kernel, need, kinds))
 
 

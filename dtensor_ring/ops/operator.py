@@ -287,7 +287,7 @@ def _resolved_bytes(resolved: _Resolved, *_others: object) -> int:
 @cached("calls resolved to kernels", most_bytes=2 << 20, most_entries=64, size=_resolved_bytes)
 def _resolved(
     call: str,
-    kind: tuple[str, torch.dtype, int, int, int],
+    kind: tuple[str, torch.dtype, int, int, int, int],
     sizes: tuple[int, int, int],
     token_bytes: int,
     documents: Documents | Slices | None,
@@ -315,7 +315,7 @@ def _resolved_call(
         NotImplementedError: the kernel of forward refuses in backward, since a setting that it reads was changed in between.
     """
     q_length, k_length = lengths
-    kind = q.device.type, q.dtype, q.shape[3], v.shape[3], q.shape[0]
+    kind = q.device.type, q.dtype, q.shape[3], v.shape[3], q.shape[0], q.shape[2]
     bounds = Documents.unpack(documents)
     token_bytes = v.shape[0] * v.shape[2] * (q.shape[3] + v.shape[3]) * q.dtype.itemsize
     rest = kind, (q_length, k_length, world), token_bytes, bounds, alibi is not None, settings()

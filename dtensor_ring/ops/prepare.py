@@ -162,7 +162,7 @@ def _check(
     call = _call(asked, place.layout, q.shape[3], training)
     token_bytes = k.shape[0] * k.shape[2] * (q.shape[3] + v.shape[3]) * q.dtype.itemsize
     problem = call.problem((place.q_shape[1], place.k_shape[1]), place.world, documents, token_bytes)
-    need = call.need(q.device.type, q.dtype, q.shape[3], v.shape[3], q.shape[0])
+    need = call.need(q.device.type, q.dtype, q.shape[3], v.shape[3], q.shape[0], q.shape[2])
     # Chosen here only to be compared: ranks may have other packages, and so another kernel for "auto". The operator chooses again.
     strategy, kernel = call.choose(need, inputs.alibi is not None, problem)
     words = (

@@ -37,8 +37,10 @@ class KernelRequirements:
         dropout: whether weights are dropped.
         scale: multiplies q.k.
         alibi: "aligned" where queries and keys of every block end at one position, "shifted" where they may not.
-        rows: batch rows on this rank; None while a compiler traces, where numbers of tokens and rows are symbols.
-        grain: a number that divides the queries and the keys of every block of every rank; None as for `rows`.
+        rows: batch rows on this rank; None, as for the following, while a compiler traces, where shapes are symbols.
+        heads: query heads on this rank.
+        tokens: queries of the rank that holds the most.
+        grain: a number that divides the queries and the keys of every block of every rank.
     """
 
     device: str
@@ -52,6 +54,8 @@ class KernelRequirements:
     scale: float = 1.0
     alibi: Literal["no", "aligned", "shifted"] = "no"
     rows: int | None = None
+    heads: int | None = None
+    tokens: int | None = None
     grain: int | None = None
 
 

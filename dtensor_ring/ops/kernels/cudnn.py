@@ -50,8 +50,8 @@ class CudnnKernel(Kernel):
 
     @override
     def lacks(self, need: KernelRequirements) -> str | None:
-        """It needs 16-bit tensors, one head dim up to 128 and blocks of whole tiles, and has neither extras nor a repeatable dq."""
-        reason = lacks_tensors(need, largest_head_dim=128) or has_no(need, "softcap", "dropout", "ALiBi")
+        """It needs 16-bit tensors, one head dim and blocks of whole tiles, and has neither extras nor a repeatable dq."""
+        reason = lacks_tensors(need) or has_no(need, "softcap", "dropout", "ALiBi") or _lacks_index(need)
         if reason is not None:
             return reason
         if need.grain is not None and need.grain % TILE:
@@ -92,6 +92,8 @@ class CudnnKernel(Kernel):
     @override
     def forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Result:
         """Compute out in the input dtype and lse in float32."""
+        if not q.numel():  # no batch rows, for which the op returns nothing at all
+            return Result(torch.empty_like(q), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32))
         op = torch.ops.aten._scaled_dot_product_cudnn_attention
         inputs, causal = [_by_heads(x) for x in (q, k, v)], _causal(q, k, block)
         out, lse, *_ = op(*inputs, None, True, 0.0, causal, False, scale=block.softmax.scale)
@@ -101,6 +103,8 @@ class CudnnKernel(Kernel):
     def backward(self, saved: Saved, dout: Tensor, block: Block) -> Gradients:
         """Compute dq, dk and dv in the input dtype."""
         q, k, v, out, lse = saved
+        if not q.numel():
+            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         # Plans are looked up by shapes and strides of q, k and v alone, but read out, dout and lse by the strides that these had in
         # the call that the plan was made for. So they must always have the same: those of contiguous tensors.
         inputs = [_by_heads(x) for x in (dout.contiguous(), q, k, v, out.contiguous())]
@@ -111,6 +115,16 @@ class CudnnKernel(Kernel):
         stats, causal = lse.contiguous().unsqueeze(-1), _causal(q, k, block)
         dq, dk, dv = op(*inputs, stats, *extras, *lengths, 0.0, causal, scale=block.softmax.scale)
         return _by_tokens(dq), _by_tokens(dk), _by_tokens(dv)
+
+
+def _lacks_index(need: KernelRequirements) -> str | None:
+    """Why it cannot count the numbers of a q, or None."""
+    if need.rows is None or need.heads is None or need.tokens is None:
+        return None
+    numbers = need.rows * need.heads * need.tokens * need.head_dim
+    return (
+        f"gets dq and dk wrong where q has 2**31 numbers or more, found {numbers}" if need.training and numbers >= 2**31 else None
+    )
 
 
 def _causal(q: Tensor, k: Tensor, block: Block) -> bool:
