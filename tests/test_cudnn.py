@@ -48,10 +48,10 @@ def ops():
         ({"deterministic": True, "training": False}, None),
         ({"grain": 4160}, "here the largest number known to divide all blocks is 4160"),
         ({"grain": 1}, "needs blocks of whole tiles of 128 tokens"),
-        ({"rows": 4, "tokens": (1 << 17) - 128}, None),
-        ({"rows": 4, "tokens": 1 << 17}, "gets dq and dk wrong where q has 2**31 numbers or more, found 2147483648"),
-        ({"rows": 4, "tokens": 1 << 17, "training": False}, None),
-        *(({"rows": 4, "tokens": 1 << 17, unknown: None}, None) for unknown in ("rows", "heads", "tokens")),
+        ({"rows": 4, "tokens": 1 << 17}, None),
+        ({"rows": 4, "tokens": (1 << 17) + 128}, "gets dq and dk wrong where q has more than 2**31 numbers, found 2149580800"),
+        ({"rows": 4, "tokens": (1 << 17) + 128, "training": False}, None),
+        *(({"rows": 5, "tokens": 1 << 17, unknown: None}, None) for unknown in ("rows", "heads", "tokens")),
     ],
 )
 def test_what_a_call_may_not_ask_for_is_refused_with_its_reason(need, reason):
@@ -152,7 +152,7 @@ def test_it_is_no_default_before_lengths_are_known(unknown):
 def chosen(
     length: int, world: int = 1, *, kernel: str = "auto", rows: int = 1, mask: str = "causal", layout="zigzag", **call
 ) -> str:
-    asked = AttentionCall(Band.parse(mask), 0.1, Layout.parse(layout), kernel=kernel, training=True, **call)
+    asked = AttentionCall(Band.parse(mask), 0.1, Layout.parse(layout), kernel=kernel, **{"training": True, **call})
     need = asked.need("cpu", torch.bfloat16, 128, 128, rows, 32)
     return asked.choose(need, problem=asked.problem((length, length), world, None)).kernel.name
 
@@ -178,8 +178,9 @@ def chosen(
         (8192 * 8, 8, {"mask": "window:1023,0"}, "torch_cpu"),
         (8192, 1, {"deterministic": True}, "torch_cpu"),
         (8192, 1, {"softcap": 20.0}, "math"),
-        ((1 << 20) - (1 << 16), 2, {}, "cudnn"),
-        (1 << 20, 2, {}, "torch_cpu"),
+        (1 << 20, 2, {}, "cudnn"),
+        ((1 << 20) + (1 << 17), 2, {}, "torch_cpu"),
+        ((1 << 20) + (1 << 17), 2, {"training": False}, "cudnn"),
     ],
 )
 def test_it_is_the_default_where_it_is_right_and_lengths_are_few_and_else_the_next_kernel(ops, length, world, options, kernel):

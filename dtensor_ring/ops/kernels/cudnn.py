@@ -73,7 +73,7 @@ class CudnnKernel(Kernel):
         # 1, 2, ... 15, 16, 18, ... 30, 32, 36, ...: eight numbers for each power of two. So however lengths vary, there are a few
         # dozen of them in all, and what plans take in host time and memory is bounded. A number of shapes seen so far would be
         # another on ranks that have not made the same calls, and would make a result depend on the calls before it.
-        if _is_round(need.grain // TILE) and _is_round(need.rows):
+        if _is_round(need.grain) and _is_round(need.rows):
             return None
         return (
             f"compiles a plan for every new shape, and is the default only for numbers of tokens that have few binary digits, such "
@@ -118,13 +118,11 @@ class CudnnKernel(Kernel):
 
 
 def _lacks_index(need: KernelRequirements) -> str | None:
-    """Why it cannot count the numbers of a q, or None."""
-    if need.rows is None or need.heads is None or need.tokens is None:
+    """Why it cannot count the numbers of a q in its backward pass, or None."""
+    if not need.training or need.rows is None or need.heads is None or need.tokens is None:
         return None
     numbers = need.rows * need.heads * need.tokens * need.head_dim
-    return (
-        f"gets dq and dk wrong where q has 2**31 numbers or more, found {numbers}" if need.training and numbers >= 2**31 else None
-    )
+    return f"gets dq and dk wrong where q has more than 2**31 numbers, found {numbers}" if numbers > 2**31 else None
 
 
 def _causal(q: Tensor, k: Tensor, block: Block) -> bool:
