@@ -27,6 +27,7 @@ from dtensor_ring import (
 )
 from dtensor_ring.ops.call import AttentionCall
 from dtensor_ring.ops.executors.merge import merge_
+from dtensor_ring.ops.executors.parts import OutputPart
 from dtensor_ring.ops.kernels import KERNELS, Block, KernelRequirements, Saved, SoftmaxParams, VarlenMetadata, VarlenSegment
 from dtensor_ring.ops.reference import reference_attention
 from dtensor_ring.planning.layout import Layout
@@ -185,8 +186,8 @@ def test_fused_merge_equals_the_plain_one(dtype, dim):
     block_lse[:, :, 2:6] = -torch.inf
     out[:, :3], block[:, 2:6] = 0, 0
     plain_out, plain_lse = out.cpu().clone(), lse.cpu().clone()
-    merge_(plain_out, plain_lse, block.cpu(), block_lse.cpu())
-    merge_(out[:, :], lse, block, block_lse)
+    merge_(plain_out, plain_lse, [OutputPart(0, block.cpu(), block_lse.cpu())])
+    merge_(out, lse, [OutputPart(0, block, block_lse)])
     assert not out.isnan().any()
     torch.testing.assert_close(lse.cpu(), plain_lse, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(out.cpu().float(), plain_out.float(), rtol=torch.finfo(dtype).eps, atol=1e-6)

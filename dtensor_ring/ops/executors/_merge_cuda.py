@@ -1,90 +1,179 @@
-"""The merge of two attention outputs as one Triton kernel: each element is read and written once.
+"""The merge of attention outputs as one Triton kernel: each element that changes is read and written once.
 
 Imported on first use on a GPU, since it needs Triton.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
+from dtensor_ring.ops.executors.parts import OutputPart, Rests
 
-def fused_merge_(out_BSHD: Tensor, lse_BHS: Tensor, block_BSHD: Tensor, block_lse_BHS: Tensor) -> None:
-    """Merge a block's out and lse in place, in float32 arithmetic, as `merge.merge_` does; last dims must be contiguous."""
+
+def fused_merge_(
+    out_BSHD: Tensor, lse_BHS: Tensor, parts: Sequence[OutputPart], rests: Rests, sinks_H: Tensor | None
+) -> Tensor | None:
+    """As `merge.merge_`, for up to two parts, in float32 arithmetic."""
     batch, length, heads, dim = out_BSHD.shape
-    total = batch * length * heads
-    if not total:
-        return
-    tile = 16
-    _merge[(triton.cdiv(total, tile),)](
+    rest, is_new = rests.kept, rests.needed and rests.kept is None
+    if is_new:
+        rest = torch.empty_like(out_BSHD)
+    low, high = 0, length
+    if sinks_H is None and not is_new:  # else no row stays as it was
+        low, high = min(part.start for part in parts), max(part.stop for part in parts)
+    rows = batch * (high - low) * heads
+    if not rows:
+        return rest if rests.needed else None
+    # Where there is no such tensor the kernel is compiled without it, and any tensor will do.
+    first, second = (part for part in (*parts, (0, out_BSHD, lse_BHS), (0, out_BSHD, lse_BHS))[:2])
+    _merge[(triton.cdiv(rows, _TILE),)](
         out_BSHD,
+        out_BSHD if rest is None else rest,
         lse_BHS,
-        block_BSHD,
-        block_lse_BHS,
-        total,
+        lse_BHS if sinks_H is None else sinks_H,
+        *_argued(*first),
+        *_argued(*second),
+        rows,
+        low,
+        high - low,
         length,
-        heads,
-        *out_BSHD.stride()[:3],
-        *lse_BHS.stride(),
-        *block_BSHD.stride()[:3],
-        *block_lse_BHS.stride(),
+        *lse_BHS.stride()[:2],
+        HEADS=heads,
         DIM=dim,
         WIDTH=triton.next_power_of_2(dim),
-        TILE=tile,
+        TILE=_TILE,
+        PARTS=len(parts),
+        READ_REST=rests.kept is not None,
+        WRITE_REST=rests.needed,
+        NEW_REST=is_new,
+        SINKS=sinks_H is not None,
     )
+    return rest if rests.needed else None
 
 
-@triton.jit
+_TILE = 16  # rows of one program
+
+
+def _argued(start: int, out: Tensor, lse: Tensor) -> tuple[Tensor | int, ...]:
+    """A part as the kernel takes it: out is contiguous, and the queries of a head lie together in lse."""
+    return out.contiguous(), lse if lse.stride(2) == 1 else lse.contiguous(), start, out.shape[1], *lse.stride()[:2]
+
+
+# Not specialized: whether a number is a multiple of 16 would be another compiled kernel for each kind of documents.
+_NUMBERS = ["a_start", "a_count", "a_lse_b", "a_lse_h", "b_start", "b_count", "b_lse_b", "b_lse_h"]
+_NUMBERS += ["rows", "low", "count", "length", "lse_b", "lse_h"]
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
 def _merge(
     out,
+    rest,
     lse,
-    block,
-    block_lse,
-    total,
+    sinks,
+    a,
+    a_lse,
+    a_start,
+    a_count,
+    a_lse_b,
+    a_lse_h,
+    b,
+    b_lse,
+    b_start,
+    b_count,
+    b_lse_b,
+    b_lse_h,
+    rows,
+    low,
+    count,
     length,
-    heads,
-    out_b,
-    out_s,
-    out_h,
     lse_b,
     lse_h,
-    lse_s,
-    block_b,
-    block_s,
-    block_h,
-    block_lse_b,
-    block_lse_h,
-    block_lse_s,
+    HEADS: tl.constexpr,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
+    PARTS: tl.constexpr,
+    READ_REST: tl.constexpr,
+    WRITE_REST: tl.constexpr,
+    NEW_REST: tl.constexpr,
+    SINKS: tl.constexpr,
 ):
     # int64, since places in a tensor of 4 GiB pass 2**31.
     number = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    valid = number < total
+    valid = number < rows
     # Heads fastest, as out lies in memory: what a tile reads and writes is one stretch of memory.
-    h = number % heads
-    s = number // heads % length
-    b = number // heads // length
-    at = lse + b * lse_b + h * lse_h + s * lse_s
-    old = tl.load(at, valid, float("-inf"))
-    new = tl.load(block_lse + b * block_lse_b + h * block_lse_h + s * block_lse_s, valid, float("-inf"))
-    top = tl.maximum(old, new)
+    h = number % HEADS
+    s = low + number // HEADS % count
+    row = number // HEADS // count
+    lse_at = lse + row * lse_b + h * lse_h + s
+    old = tl.load(lse_at, valid, float("-inf"))
+    top = old
+    a_new = old
+    b_new = old
+    sink = old
+    if PARTS > 0:
+        a_has = valid & (s >= a_start) & (s < a_start + a_count)
+        a_new = tl.load(a_lse + row * a_lse_b + h * a_lse_h + (s - a_start), a_has, float("-inf"))
+        top = tl.maximum(top, a_new)
+    if PARTS > 1:
+        b_has = valid & (s >= b_start) & (s < b_start + b_count)
+        b_new = tl.load(b_lse + row * b_lse_b + h * b_lse_h + (s - b_start), b_has, float("-inf"))
+        top = tl.maximum(top, b_new)
+    if SINKS:
+        sink = tl.load(sinks + h, valid, float("-inf")).to(tl.float32)
+        top = tl.maximum(top, sink)
     some = top > float("-inf")
-    top = tl.where(some, top, 0.0)  # where both are -inf, so that the differences below are -inf and not NaN
-    weight_old = libdevice.exp(old - top)  # to the last bit but one, which the approximation of tl.exp is not
-    weight_new = libdevice.exp(new - top)
-    # With keys in neither both weights are 0: the sum is taken as 1, so that the block's share is 0 and not 0 / 0.
-    both = tl.where(some, weight_old + weight_new, 1.0)
-    share = weight_new / both
+    top = tl.where(some, top, 0.0)  # where all are -inf, so that the differences below are -inf and not NaN
+    largest = libdevice.exp(old - top)  # to the last bit but one, which the approximation of tl.exp is not
+    weight = largest
+    others = tl.zeros_like(largest)
+    changes = tl.zeros_like(largest) > 0
+
+    # The largest weight is exactly 1. `log1p` of the sum of the others keeps the digits that adding it to 1 would lose.
+    a_weight = largest
+    b_weight = largest
+    if PARTS > 0:
+        a_weight = libdevice.exp(a_new - top)
+        others += tl.minimum(largest, a_weight)
+        largest = tl.maximum(largest, a_weight)
+        changes = changes | (a_new > float("-inf"))
+    if PARTS > 1:
+        b_weight = libdevice.exp(b_new - top)
+        others += tl.minimum(largest, b_weight)
+        largest = tl.maximum(largest, b_weight)
+        changes = changes | (b_new > float("-inf"))
+    if SINKS:
+        sink_weight = libdevice.exp(sink - top)
+        others += tl.minimum(largest, sink_weight)
+        changes = changes | (sink > float("-inf"))
+    # Rows that see nothing new are neither read nor written. A sum of weights of 0 is taken as 1, for shares of 0 and not 0 / 0.
+    changes = changes & valid
+    both = tl.where(some, 1.0 + others, 1.0)
     d = tl.arange(0, WIDTH)
-    mask = valid[:, None] & (d < DIM)[None, :]
-    place = out + (b * out_b + s * out_s + h * out_h)[:, None] + d[None, :]
-    x = tl.load(place, mask, 0.0).to(tl.float32)
-    y = tl.load(block + (b * block_b + s * block_s + h * block_h)[:, None] + d[None, :], mask, 0.0).to(tl.float32)
-    tl.store(place, (x + share[:, None] * (y - x)).to(out.dtype.element_ty), mask)
-    # The larger weight is exactly 1. `log1p` of the smaller keeps the digits that adding it to 1 would lose.
-    total_lse = top + libdevice.log1p(tl.minimum(weight_old, weight_new))
-    tl.store(at, tl.where(some, total_lse, float("-inf")), valid)
+    inside = (d < DIM)[None, :]
+    at = (((row * length + s) * HEADS + h) * DIM)[:, None] + d[None, :]
+    mask = changes[:, None] & inside
+    x = tl.load(out + at, mask, 0.0).to(tl.float32)
+    if READ_REST:
+        x += tl.load(rest + at, mask, 0.0).to(tl.float32)
+    x *= (weight / both)[:, None]
+    if PARTS > 0:
+        a_at = (((row * a_count + s - a_start) * HEADS + h) * DIM)[:, None] + d[None, :]
+        y = tl.load(a + a_at, (changes & (a_new > float("-inf")))[:, None] & inside, 0.0).to(tl.float32)
+        x += (a_weight / both)[:, None] * y
+    if PARTS > 1:
+        b_at = (((row * b_count + s - b_start) * HEADS + h) * DIM)[:, None] + d[None, :]
+        z = tl.load(b + b_at, (changes & (b_new > float("-inf")))[:, None] & inside, 0.0).to(tl.float32)
+        x += (b_weight / both)[:, None] * z
+    rounded = x.to(out.dtype.element_ty)
+    tl.store(out + at, rounded, mask)
+    if WRITE_REST:
+        # A new rest is written for all rows: 0 where nothing was rounded.
+        tl.store(rest + at, (x - rounded.to(tl.float32)).to(out.dtype.element_ty), (valid[:, None] & inside) if NEW_REST else mask)
+    tl.store(lse_at, top + libdevice.log1p(others), changes)

@@ -17,13 +17,14 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 from typing_extensions import override
 
 from dtensor_ring.comm import Message, Pending, Transfers, Transport
-from dtensor_ring.ops.executors.merge import GradSum, accumulate_dtype
+from dtensor_ring.ops.dtypes import accumulate_dtype
+from dtensor_ring.ops.executors.gradients import GradSum
+from dtensor_ring.ops.executors.parts import Indexed
 from dtensor_ring.ops.executors.relays import add_returned, own_sends, with_passed_on, with_return_buffers
-from dtensor_ring.ops.executors.routes import Route, Slot, routes
+from dtensor_ring.ops.executors.routes import Own, Route, Slot, Sums, routes
 from dtensor_ring.planning.kernel_calls import Step, TokenRange
 from dtensor_ring.planning.problem import AttentionProblem
 from dtensor_ring.planning.schedule import KeySend, Plan
@@ -74,7 +75,7 @@ class Exchange:
         with self.transport.during(Activity(self.plan.problem, direction, "keys", index, len(self.plan.steps))):
             return self._fetch(index, kv, arrived)
 
-    def give_back(self, index: int, grads: Pair, own: tuple[GradSum, GradSum], waiting: Arrived = _NOTHING) -> Pending[None]:
+    def give_back(self, index: int, grads: Pair, own: GradSum, waiting: Arrived = _NOTHING) -> Pending[None]:
         """Start to return the gradients of a step's keys to the peers they came from.
 
         Once it is over, `own` holds what this rank's keys got in the step. What the keys got that this rank passed on is added, in
@@ -84,6 +85,11 @@ class Exchange:
             if self.plan.problem.collective:
                 return self._reduce(index, grads, own)
             return self._give_back(index, grads, own, waiting)
+
+    def has_peers(self, index: int) -> bool:
+        """Whether a step's keys come from other ranks, or go to them."""
+        todo = self.plan
+        return todo.problem.collective or bool(todo.sends[index]) or any(keys.owner != todo.rank for keys in todo.steps[index].keys)
 
     def _fetch(self, index: int, kv: Pair, arrived: Arrived) -> Pending[Pair]:
         step, sends, rank, transport = self.plan.steps[index], self.plan.sends[index], self.plan.rank, self.transport
@@ -117,22 +123,20 @@ class Exchange:
 
         return Pending(finish)
 
-    def _give_back(self, index: int, grads: Pair, own: tuple[GradSum, GradSum], waiting: Arrived) -> Pending[None]:
+    def _give_back(self, index: int, grads: Pair, own: GradSum, waiting: Arrived) -> Pending[None]:
         sends, rank = self.plan.sends[index], self.plan.rank
         if self.plan.steps[index].sums:  # summed in float32, and rounded once, by their owner
             grads = _pair(grad.to(accumulate_dtype(grad.dtype)) for grad in grads)
-        route = self._route(index, own[0].like)
+        route = self._route(index, own.likes[0])
         foreign = [slot for slot in route.slots if slot.owner != rank]
         k_leaving, v_leaving = (_leaving(foreign, route, grad) for grad in grads)
         relays = self.plan.relays
         of_own = own_sends(sends) if relays else sends
-        (k_buffers, add_k), (v_buffers, add_v) = (
-            self._returns(of_own, route, grad, total) for grad, total in zip(grads, own, strict=True)
-        )
+        (k_buffers, v_buffers), add = self._returns(of_own, route, grads, own)
         if relays:
             k_buffers, v_buffers = (
-                with_return_buffers(sends, buffers, partial(self._empty, like=total.like))
-                for buffers, total in zip((k_buffers, v_buffers), own, strict=True)
+                with_return_buffers(sends, buffers, partial(self._empty, like=like))
+                for buffers, like in zip((k_buffers, v_buffers), own.likes, strict=True)
             )
         # The exchange of `_fetch` the other way round: what arrived there from a slot leaves for it, and what was sent comes back.
         pending = self.transport.exchange(
@@ -142,8 +146,7 @@ class Exchange:
 
         def finish() -> None:
             pending.wait()
-            add_k()
-            add_v()
+            add()
             if relays:
                 add_returned(self.plan, sends, k_buffers, {step: dk for step, (dk, _) in waiting.items()})
                 add_returned(self.plan, sends, v_buffers, {step: dv for step, (_, dv) in waiting.items()})
@@ -159,60 +162,59 @@ class Exchange:
         return routes(self.plan.problem, self.plan.rank, x_BSHD.shape[0], x_BSHD.device)[index]
 
     def _returns(
-        self, sends: Sequence[KeySend], route: Route, grad: Tensor, total: GradSum
-    ) -> tuple[list[Tensor], Callable[[], None]]:
-        """Buffers for what comes back of each send, and what adds them and the own part of `grad` to the total."""
-        like, sums, own = total.like, route.sums, route.own
-        narrow, wide = self.grad_dtype(like.dtype), accumulate_dtype(like.dtype)
-        batch, _, *dims = like.shape
+        self, sends: Sequence[KeySend], route: Route, grads: Pair, total: GradSum
+    ) -> tuple[list[list[Tensor]], Callable[[], None]]:
+        """Buffers of K and of V for what comes back of each send, and what adds them to the total.
+
+        The own part of `grads` is added at once.
+        """
+        sums, own = route.sums, route.own
         if sums is None:
             if own is not None:
-                total.add(own.start, grad[:, own.at : own.at + own.count])
+                total.add(own.start, grads if own.count == grads[0].shape[1] else _cut(grads, own.at, own.count))
             ranges = [send.ranges[0] for send in sends]
             # Each message is one range of this rank's keys: it is added as a slice and needs no index.
             buffers = [
-                self.transport.empty((batch, keys.size, *dims), like, wide if send.sums else narrow)
-                for send, keys in zip(sends, ranges, strict=True)
+                [self._empty(keys.size, send.sums, like) for send, keys in zip(sends, ranges, strict=True)] for like in total.likes
             ]
+            # By rank and not by arrival or by distance in the ring: every run adds in one order.
+            ascending = sorted(range(len(sends)), key=lambda i: sends[i].rank)
 
             def add() -> None:
-                for keys, buffer in zip(ranges, buffers, strict=True):
-                    total.add(keys.start, buffer)
+                for i in ascending:
+                    total.add(ranges[i].start, tuple(of_tensor[i] for of_tensor in buffers), owned=False)
 
             return buffers, add
+        made = [self._landing(sends, sums, own, *pair) for pair in zip(grads, total.likes, strict=True)]
+        wide = tuple(first for _, first, _ in made)
+        narrow = tuple(rest for _, _, rest in made if rest is not None)
+        indexed = Indexed(sums.low, sums.high, sums.index, sums.offsets, wide, narrow or None)
+        return [buffers for buffers, _, _ in made], lambda: total.add_indexed(indexed)
+
+    def _landing(
+        self, sends: Sequence[KeySend], sums: Sums, own: Own | None, grad: Tensor, like: Tensor
+    ) -> tuple[list[Tensor], Tensor, Tensor | None]:
+        """Buffers for what comes back, as parts of one or two tensors (n, H, D) that sums are indexed in, and these."""
+        narrow, wide = self.grad_dtype(like.dtype), accumulate_dtype(like.dtype)
+        batch, _, *dims = like.shape
         mine, summed, others = (batch * size for size in sums.sizes)
-        # One buffer for all contributions, so that one kernel sums them. What is not summed yet comes in the kernel's dtype; where
-        # that is not the buffer's it lands beside it, and is widened once it is all there. Where every key has one contribution
-        # nothing is added, and a wider buffer would only move twice the bytes.
-        keeps_narrow = sums.offsets is None and not summed and (own is None or grad.dtype == narrow)
-        count = mine + summed + others
-        parts = self.transport.empty((count + sums.gaps, *dims), like, narrow if keeps_narrow else wide)
-        if sums.gaps:
-            parts[count].zero_()  # what keys without a contribution are given
-        last = parts[mine + summed : count]
-        landing = last if parts.dtype == narrow else self.transport.empty(last.shape, like, narrow)
+        # What is not summed yet comes in the kernel's dtype, beside what is. Where there is one dtype there is one tensor.
+        is_narrow = not summed and (own is None or grad.dtype == narrow)
+        split = mine + summed + (others if is_narrow or narrow == wide else 0)
+        first = self.transport.empty((split, *dims), like, narrow if is_narrow else wide)
+        rest = None if split == mine + summed + others else self.transport.empty((others, *dims), like, narrow)
         if own is not None:
-            _own_part(own.at, own.count, own.back, grad, parts[:mine])
+            _own_part(own.at, own.count, own.back, grad, first[:mine])
         buffers = []
-        for send, first in zip(sends, sums.firsts, strict=True):
+        for send, at in zip(sends, sums.firsts, strict=True):
             size = sum(keys.size for keys in send.ranges)
-            start = batch * first if send.sums else batch * first - mine - summed
-            buffers.append((parts if send.sums else landing)[start : start + batch * size].view(batch, size, *dims))
+            start, holder = batch * at, first
+            if rest is not None and not send.sums:
+                start, holder = start - split, rest
+            buffers.append(holder[start : start + batch * size].view(batch, size, *dims))
+        return buffers, first, rest
 
-        def add_by_index() -> None:
-            if landing is not last and others:
-                last.copy_(landing)
-            # `embedding_bag` adds the contributions of a key in the order of the index, in one kernel and without atomics, so that
-            # a gradient is bitwise the same in every run.
-            if sums.offsets is None:
-                summed_up = parts.index_select(0, sums.index)
-            else:
-                summed_up = embedding_bag(sums.index, parts.flatten(1), sums.offsets, mode="sum", include_last_offset=True)
-            total.add(sums.low, summed_up.view(batch, sums.high - sums.low, *dims))
-
-        return buffers, add_by_index
-
-    def _reduce(self, index: int, grads: Pair, own: tuple[GradSum, GradSum]) -> Pending[None]:
+    def _reduce(self, index: int, grads: Pair, own: GradSum) -> Pending[None]:
         """Sum the gradients of gathered keys over the ranks in float32, each rank keeping its shard."""
         problem, step = self.plan.problem, self.plan.steps[index]
         largest = max(problem.k_local(rank) for rank in range(problem.world))
@@ -227,10 +229,8 @@ class Exchange:
         summed = self.transport.reduce_scatter(shards)
 
         def finish() -> None:
-            for total, shape, part in zip(own, shapes, summed.wait().split(sizes), strict=True):
-                mine = part.view(shape)[:, : total.like.shape[1]]
-                # Results of an operator must not share memory, as dK and dV would where no conversion makes a copy of them.
-                total.add(0, mine.clone() if mine.dtype == total.like.dtype else mine)
+            parts = zip(own.likes, shapes, summed.wait().split(sizes), strict=True)
+            own.add(0, tuple(part.view(shape)[:, : like.shape[1]] for like, shape, part in parts), owned=False)
 
         return Pending(finish)
 
@@ -242,7 +242,7 @@ class Returns:
     plans wait until all steps are computed, and go back in the opposite order. That keeps the gradients of all steps at a time.
     """
 
-    def __init__(self, exchange: Exchange, own: tuple[GradSum, GradSum], transfers: Transfers) -> None:
+    def __init__(self, exchange: Exchange, own: GradSum, transfers: Transfers) -> None:
         self._exchange, self._own, self._transfers = exchange, own, transfers
         self._returning: Pending[None] | None = None
         self._waiting: dict[int, Pair] = {}
@@ -254,9 +254,14 @@ class Returns:
                 grads = _pair(grad.to(accumulate_dtype(grad.dtype)) for grad in grads)
             self._waiting[index] = grads
             return
+        # The own keys' gradients are there at once. They become the result, and what returns meanwhile is added to them.
+        if not self._exchange.has_peers(index):
+            self._exchange.give_back(index, grads, self._own).wait()
+            return
         # One return at a time is under way: its buffers, a step's keys in float32, are the most that a backward pass adds.
         if self._returning is not None:
             self._returning.wait()
+            self._own.flush()
         self._returning = self._transfers.add(self._exchange.give_back(index, grads, self._own))
 
     def finish(self) -> None:
@@ -267,11 +272,16 @@ class Returns:
         # not have left yet. Each return is waited for, since the next one may carry what it was added to.
         for index in reversed(self._waiting):
             self._exchange.give_back(index, self._waiting[index], self._own, self._waiting).wait()
+            self._own.flush()
 
 
 def _pair(tensors: Iterator[Tensor]) -> Pair:
     first, second = tensors
     return first, second
+
+
+def _cut(tensors: Pair, start: int, count: int) -> Pair:
+    return _pair(x[:, start : start + count] for x in tensors)
 
 
 def _apart(gathered: Pending[Tensor], shards: Sequence[Tensor]) -> Iterator[list[Tensor]]:

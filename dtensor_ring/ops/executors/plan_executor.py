@@ -25,15 +25,17 @@ from dtensor_ring.cache import cached
 from dtensor_ring.comm import Pending, Transfers, Transport
 from dtensor_ring.comm.rank_checks import number_of
 from dtensor_ring.ops.block_kinds import is_varlen
+from dtensor_ring.ops.dtypes import accumulate_dtype
 from dtensor_ring.ops.executors.exchange import Direction, Exchange, Pair, Returns
-from dtensor_ring.ops.executors.merge import GradSum, OutputSum, sink_gradient, with_sinks
+from dtensor_ring.ops.executors.gradients import GradSum
+from dtensor_ring.ops.executors.merge import OutputSum, sink_gradient
+from dtensor_ring.ops.executors.parts import OutputPart
 from dtensor_ring.ops.executors.protocol import AttentionExecutor, shape_of
 from dtensor_ring.ops.kernels import (
     Block,
     Gradients,
     Kernel,
     PositionContext,
-    Result,
     Saved,
     SoftmaxParams,
     VarlenMetadata,
@@ -98,17 +100,20 @@ class Executor(AttentionExecutor):
         only = self._only_call(q_BSHD, seed)
         if only is not None:
             k, v = self._only_keys((k_BSHD, v_BSHD), "forward", coming)
-            _, _, (out, lse) = self._forward_call(q_BSHD, k, v, *only)
-            if self.sinks is not None:
-                out, lse = with_sinks(out, lse, self.sinks)
-            return out.to(q_BSHD.dtype).contiguous(), lse.contiguous()
-        total = OutputSum(q_BSHD, v_BSHD.shape[-1], self.plan.q_parts, self.sinks)
+            part = self._forward_call(q_BSHD, k, v, *only)
+            if self.sinks is None:
+                return part.out.to(q_BSHD.dtype).contiguous(), part.lse.contiguous()
+            alone = OutputSum(q_BSHD, v_BSHD.shape[-1], 1, 1, self.sinks)
+            alone.add(part)
+            return alone.result()
+        total = OutputSum(q_BSHD, v_BSHD.shape[-1], self.plan.q_parts, self.plan.calls, self.sinks)
         block_of = self._blocks(q_BSHD, seed)
         with Transfers() as transfers:
             for index, keys in self._visits(transfers, (k_BSHD, v_BSHD), "forward", coming):
-                for number, call in enumerate(self.plan.steps[index].calls):
-                    start, stop, result = self._forward_call(q_BSHD, *keys, call, block_of(index, number))
-                    total.add(start, stop, result.out, result.lse)
+                calls = self.plan.steps[index].calls
+                for number, call in enumerate(calls, 1):
+                    part = self._forward_call(q_BSHD, *keys, call, block_of(index, number - 1))
+                    total.add(part, more=number < len(calls))
         return total.result()
 
     def backward(
@@ -136,24 +141,28 @@ class Executor(AttentionExecutor):
     def _backward(self, saved: Saved, dout: Tensor, seed: int, coming: Pending[Pair] | None) -> Gradients:
         """The sums over all steps and calls; `saved` has this rank's own keys."""
         q, own_k, own_v, out, lse = saved
-        dq = GradSum(q, self.plan.q_parts)
-        own = GradSum(own_k, self.plan.k_parts), GradSum(own_v, self.plan.k_parts)
+        of_q, own = GradSum((q,)), GradSum((own_k, own_v))
         block_of = self._blocks(q, seed)
         with Transfers() as transfers:
             returns = Returns(self.exchange, own, transfers)
             for index, (k, v) in self._visits(transfers, (own_k, own_v), "backward", coming):
-                step, of_step = self.plan.steps[index], Saved(q, k, v, out, lse)
-                # Where `sums` says that some key of this step gets several gradients, three parts are announced, which makes the
-                # sum keep float32: what leaves here is added to other ranks' parts, and is rounded only once, by the owner.
-                dk, dv = GradSum(k, 1 + 2 * step.sums), GradSum(v, 1 + 2 * step.sums)
+                step, of_step, of_keys = self.plan.steps[index], Saved(q, k, v, out, lse), GradSum((k, v))
                 for number, call in enumerate(step.calls):
                     q_start, k_start, grads = self._backward_call(of_step, dout, call, block_of(index, number))
-                    dq.add(q_start, grads[0])
-                    dk.add(k_start, grads[1])
-                    dv.add(k_start, grads[2])
-                returns.add(index, (dk.result(), dv.result()))
+                    of_q.add(q_start, grads[:1])
+                    of_keys.add(k_start, grads[1:])
+                # Where `sums` says that some key of this step gets several gradients, their sum stays in float32: what leaves here
+                # is added to other ranks' parts, and is rounded only once, by the owner.
+                wide, narrow = accumulate_dtype(k.dtype), self.kernel.grad_dtype(k.dtype)
+                dk, dv = of_keys.result(wide if step.sums else narrow)
+                returns.add(index, (dk, dv))
+                # Between two steps parts may wait for the last one: they take no more memory than a sum in float32. Between more
+                # they would pile up.
+                if index and len(self.plan.steps) > 2:
+                    of_q.flush()
             returns.finish()
-        return dq.result(q.dtype), own[0].result(own_k.dtype), own[1].result(own_v.dtype)
+        (dq,), (dk, dv) = of_q.result(q.dtype), own.result(own_k.dtype)
+        return dq, dk, dv
 
     def _backward_alone(
         self, saved: Saved, dout: Tensor, call: KernelCall, block: Block, coming: Pending[Pair] | None
@@ -168,9 +177,9 @@ class Executor(AttentionExecutor):
         if keys is not kv:
             # The keys of the call were put together from several ranks, so dK and dV go back to them, and this rank gets the sum of
             # what its own keys got on all ranks.
-            own = GradSum(k, self.plan.k_parts), GradSum(v, self.plan.k_parts)
+            own = GradSum(kv)
             self.exchange.give_back(0, (dk, dv), own).wait()
-            dk, dv = own[0].result(), own[1].result()
+            dk, dv = own.result(k.dtype)
         return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()
 
     def _only_call(self, q_BSHD: Tensor, seed: int) -> tuple[KernelCall, Block] | None:
@@ -238,17 +247,17 @@ class Executor(AttentionExecutor):
 
         return of_call
 
-    def _forward_call(self, q: Tensor, k: Tensor, v: Tensor, call: KernelCall, block: Block) -> tuple[int, int, Result]:
-        """Run one call forward; give its first query, one past its last, and their out and lse."""
+    def _forward_call(self, q: Tensor, k: Tensor, v: Tensor, call: KernelCall, block: Block) -> OutputPart:
+        """Run one call forward; give its first query, and out and lse."""
         if block.varlen is None:
             _, q0, q1, k0, k1 = call.segments[0]
             # a slice costs the host more than the question whether one is needed
             q = q if q1 - q0 == q.shape[1] else q[:, q0:q1]
             if k1 - k0 != k.shape[1]:
                 k, v = k[:, k0:k1], v[:, k0:k1]
-            return q0, q1, self.kernel.forward(q, k, v, block)
+            return OutputPart(q0, *self.kernel.forward(q, k, v, block))
         out, lse = self.kernel.forward(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), block)
-        return 0, q.shape[1], Result(out.unflatten(0, q.shape[:2]), lse.unflatten(1, q.shape[:2]).transpose(0, 1))
+        return OutputPart(0, out.unflatten(0, q.shape[:2]), lse.unflatten(1, q.shape[:2]).transpose(0, 1))
 
     def _backward_call(self, saved: Saved, dout: Tensor, call: KernelCall, block: Block) -> tuple[int, int, Gradients]:
         """Run one call backward; give its first query, its first key, and the gradients of its queries and keys."""

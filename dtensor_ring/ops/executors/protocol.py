@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from dtensor_ring.ops.executors.merge import accumulate_dtype
+from dtensor_ring.ops.dtypes import accumulate_dtype
 from dtensor_ring.ops.kernels import Kernel
 from dtensor_ring.planning.costs import AttentionShape, RankCost
 
