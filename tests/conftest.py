@@ -31,7 +31,8 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_runtest_setup(item):
     """Tests on GPUs need one device, or two where ranks are processes."""
-    if item.get_closest_marker("gpu"):
-        needed = 2 if "pools" in item.fixturenames else 1
+    marker = item.get_closest_marker("gpu")
+    if marker:
+        needed = marker.kwargs.get("devices", 2 if "pools" in item.fixturenames else 1)
         if torch.cuda.device_count() < needed:
             pytest.skip(f"needs {needed} CUDA device{'s' * (needed > 1)}, found {torch.cuda.device_count()}")

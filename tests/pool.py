@@ -78,6 +78,11 @@ def _work(rank: int, world: int, port: int, device: str, paths: list[str], line:
         warnings.filterwarnings("ignore", message="Attempting to run cuBLAS")  # PyTorch's autograd threads, the first time
         torch.cuda.set_device(rank)
         dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
+    elif device == "shared cuda":  # all ranks on one GPU, which NCCL refuses
+        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+        warnings.filterwarnings("ignore", message="Attempting to run cuBLAS")
+        torch.cuda.set_device(0)
+        dist.init_process_group("gloo")
     elif device:
         dist.init_process_group("gloo")
     line.send(("ok", None))

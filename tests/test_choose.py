@@ -79,7 +79,9 @@ def test_the_first_that_does_not_refuse_is_chosen(need, name):
 
 
 def test_an_unknown_name_and_what_is_no_transport_are_refused():
-    with pytest.raises(ValueError, match="unknown transport 'nccl': choose one of alone, process_group, loopback"):
+    with pytest.raises(
+        ValueError, match="unknown transport 'nccl': choose one of alone, process_group, symmetric_memory, loopback"
+    ):
         choose_transport("nccl", GLOO)
     with pytest.raises(TypeError, match=r"by its name or as a subclass of dtensor_ring\.comm\.Transport, found 3"):
         choose_transport(3, GLOO)
@@ -128,7 +130,8 @@ def group_of_one():
     alone = ring_attention(x, x, x).to_local()
     assert type(transport_along(mesh)) is AloneTransport
     assert explain_transport(mesh).startswith(
-        "mesh axis 'cp', 1 ranks: alone\n  process_group: does not refuse\n  loopback: connects"
+        "mesh axis 'cp', 1 ranks: alone\n  process_group: does not refuse\n  symmetric_memory: needs a CUDA device for "
+        "every rank, and PyTorch finds none\n  loopback: connects"
     )
     use_transport(mesh, "process_group")
     assert type(transport_along(mesh)) is ProcessGroupTransport
@@ -228,6 +231,8 @@ def test_a_choice_belongs_to_its_group_and_ends_with_it(pools):
 def test_the_command_line_has_a_table_of_transports(capsys):
     assert main(["transports"]) == 0
     text = capsys.readouterr().out
-    assert text.splitlines()[0] == "| | `alone` | `process_group` | `loopback` |"
-    assert "| processes with an NCCL group | no | yes | no |" in text
+    assert text.splitlines()[0] == "| | `alone` | `process_group` | `symmetric_memory` | `loopback` |"
+    here = "yes" if torch.cuda.is_available() else "no"  # the one transport that asks for the machine
+    assert f"| processes with an NCCL group | no | yes | {here} | no |" in text
+    assert "| threads of one process | no | no | no | yes |" in text
     assert "- `alone`: is for one rank, and the group has 4." in text

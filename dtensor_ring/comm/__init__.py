@@ -13,6 +13,7 @@ from dtensor_ring.comm.choose import (
 )
 from dtensor_ring.comm.loopback import LoopbackTransport
 from dtensor_ring.comm.process_group import ProcessGroupTransport, axis_name, several_ranks
+from dtensor_ring.comm.symmetric_memory import SymmetricMemoryTransport
 from dtensor_ring.comm.transport import Message, Pending, SilentRankError, Traffic, Transfers, Transport, TransportRequirements
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Pending",
     "ProcessGroupTransport",
     "SilentRankError",
+    "SymmetricMemoryTransport",
     "Traffic",
     "Transfers",
     "Transport",

@@ -22,12 +22,15 @@ from dtensor_ring.comm.alone import AloneTransport
 from dtensor_ring.comm.loopback import LoopbackTransport
 from dtensor_ring.comm.process_group import ProcessGroupTransport, axis_name
 from dtensor_ring.comm.rank_checks import meet, number_of, refused_together
+from dtensor_ring.comm.symmetric_memory import SymmetricMemoryTransport
 from dtensor_ring.comm.transport import Transport, TransportRequirements
 
-TransportName = Literal["alone", "process_group", "loopback"]
+TransportName = Literal["alone", "process_group", "symmetric_memory", "loopback"]
 
+# Symmetric memory comes after the process group, which refuses no ranks that are processes: it carries what asks for it by name,
+# until it is measured on several GPUs.
 TRANSPORTS: dict[str, type[Transport]] = {
-    transport.name: transport for transport in (AloneTransport, ProcessGroupTransport, LoopbackTransport)
+    transport.name: transport for transport in (AloneTransport, ProcessGroupTransport, SymmetricMemoryTransport, LoopbackTransport)
 }
 # By group, and gone with it: a group that is made again, also under the name of one that ended, chooses and compares anew.
 _transports: WeakKeyDictionary[dist.ProcessGroup, Transport] = WeakKeyDictionary()
@@ -142,7 +145,10 @@ def use_transport(where: DeviceMesh | dist.ProcessGroup, transport: TransportNam
 
 
 def explain_transport(where: DeviceMesh | dist.ProcessGroup) -> str:
-    """Which transport carries the tensors of a group, and why the others do not: one line each, in the order of the choice."""
+    """Which transport carries the tensors of a group, and why the others do not: one line each, in the order of the choice.
+
+    On GPUs every rank of the group makes this call: a transport may ask what machines the others are on, and waits for them.
+    """
     transport = _transport_at(where)
     need = TransportRequirements.of(where.get_group(0) if isinstance(where, DeviceMesh) else where)
     lines = [f"{transport.axis}, {transport.world} ranks: {transport.name}"]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from dtensor_ring.comm.transport import Message, Pending, Transport, TransportRequirements
+from dtensor_ring.comm.transport import Message, MessageCollectives, Pending, TransportRequirements
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ class _Switchboard:
         raise TimeoutError(f"rank {target} waits for a message of rank {source}, which sent none ({why})")
 
 
-class LoopbackTransport(Transport):
+class LoopbackTransport(MessageCollectives):
     """One rank's end of an in-process exchange; `LoopbackTransport.run` starts a thread for each rank.
 
     Args:
@@ -146,32 +146,3 @@ class LoopbackTransport(Transport):
                     raise TimeoutError(f"rank {message.rank} never took what rank {self.rank} sent it")
 
         return Pending(finish)
-
-    @override
-    def _all_gather(self, tensor: Tensor) -> Pending[Tensor]:
-        gathered = self.empty((self.world, *tensor.shape), tensor)
-        gathered[self.rank] = tensor
-        others = [rank for rank in range(self.world) if rank != self.rank]
-        pending = self._exchange([Message(r, tensor) for r in others], [Message(r, gathered[r]) for r in others])
-        return Pending(lambda: (pending.wait(), gathered)[1])
-
-    @override
-    def _reduce_scatter(self, tensor: Tensor) -> Pending[Tensor]:
-        others = [rank for rank in range(self.world) if rank != self.rank]
-        parts = {rank: torch.empty_like(tensor[self.rank]) for rank in others}
-        pending = self._exchange([Message(r, tensor[r]) for r in others], [Message(r, parts[r]) for r in others])
-
-        def finish() -> Tensor:
-            pending.wait()
-            parts[self.rank] = tensor[self.rank]
-            # In the order of ranks, whoever came first, so that all runs give the same bits.
-            return torch.stack([parts[rank] for rank in range(self.world)]).sum(0)
-
-        return Pending(finish)
-
-    @override
-    def _all_reduce(self, tensor: Tensor, op: str) -> Tensor:
-        every = self._all_gather(tensor).wait()
-        if op in ("sum", "avg"):
-            return every.sum(0) if op == "sum" else every.sum(0) / self.world
-        return every.prod(0) if op == "product" else every.amax(0) if op == "max" else every.amin(0)

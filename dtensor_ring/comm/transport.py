@@ -135,10 +135,15 @@ class TransportRequirements:
         """
         if self.group is None:
             return [answer] * self.world
+        self.leave_answer(subject, answer)
         # `get` waits for the key, so a rank that asks first waits for the others here.
         store = store_of(self.group)
-        store.set(f"dtensor_ring/{subject}/{self.rank}", answer)
         return [store.get(f"dtensor_ring/{subject}/{rank}").decode() for rank in range(self.world)]
+
+    def leave_answer(self, subject: str, answer: str) -> None:
+        """This rank's part of `every_rank`, for the others: for a rank that need not know theirs."""
+        if self.group is not None:
+            store_of(self.group).set(f"dtensor_ring/{subject}/{self.rank}", answer)
 
 
 class Transport(ABC):
@@ -289,3 +294,41 @@ class Transport(ABC):
 
 def _bytes(messages: Sequence[Message]) -> int:
     return sum(message.tensor.nbytes for message in messages)
+
+
+class MessageCollectives(Transport):
+    """A transport whose collectives are made of messages: each rank sends its part to every other, and adds up by itself."""
+
+    @override
+    def _all_gather(self, tensor: Tensor) -> Pending[Tensor]:
+        gathered = self.empty((self.world, *tensor.shape), tensor)
+        gathered[self.rank] = tensor
+        others = [rank for rank in range(self.world) if rank != self.rank]
+        pending = self._exchange(_filled(others, [tensor] * self.world), _filled(others, gathered))
+        return Pending(lambda: (pending.wait(), gathered)[1])
+
+    @override
+    def _reduce_scatter(self, tensor: Tensor) -> Pending[Tensor]:
+        others = [rank for rank in range(self.world) if rank != self.rank]
+        parts = [torch.empty_like(tensor[self.rank]) for _ in range(self.world)]
+        pending = self._exchange(_filled(others, tensor), _filled(others, parts))
+
+        def finish() -> Tensor:
+            pending.wait()
+            parts[self.rank] = tensor[self.rank]
+            # In the order of ranks, whoever came first, so that all runs give the same bits.
+            return torch.stack(parts).sum(0)
+
+        return Pending(finish)
+
+    @override
+    def _all_reduce(self, tensor: Tensor, op: str) -> Tensor:
+        every = self._all_gather(tensor).wait()
+        if op in ("sum", "avg"):
+            return every.sum(0) if op == "sum" else every.sum(0) / self.world
+        return every.prod(0) if op == "product" else every.amax(0) if op == "max" else every.amin(0)
+
+
+def _filled(ranks: Sequence[int], parts: Sequence[Tensor] | Tensor) -> list[Message]:
+    """A message for each rank with its part; empty ones are left out, as `exchange` does."""
+    return [Message(rank, parts[rank]) for rank in ranks if parts[rank].numel()]

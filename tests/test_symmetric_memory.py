@@ -1,0 +1,246 @@
+"""When symmetric memory refuses, what it is made of where there is no GPU, and how a rank that stands still is noticed."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import line, refused
+
+from dtensor_ring import _torch
+from dtensor_ring.comm import SymmetricMemoryTransport, TransportRequirements, choose_transport, explain_transport, use_transport
+from dtensor_ring.comm import symmetric_memory as module
+from dtensor_ring.comm.lanes import Halt, Lane, Stage, Watch
+from dtensor_ring.comm.stream_memory import StreamMemory
+from dtensor_ring.comm.symmetric_memory import _misplaced, _Place, _unreadable
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+NEED = TransportRequirements(0, 2, "gloo")
+
+
+def places(*changes: dict) -> list[_Place]:
+    whole = [_Place("", "a", rank, f"GPU-{rank}", False) for rank in range(len(changes))]
+    return [place._replace(**change) for place, change in zip(whole, changes, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "reason"),
+    [
+        (places({}, {}, {}), None),
+        (places({}, {"reason": "needs a CUDA driver"}), "rank 1 needs a CUDA driver"),
+        (places({}, {}, {"host": "b"}), "needs all ranks on one machine: rank 0 is on a, rank 2 on b"),
+        (places({}, {}, {"device": 1}), "needs a GPU for each rank: ranks 1 and 2 both use cuda:1"),
+        (places({"device": 1, "shares": True}, {}), "needs a GPU for each rank: ranks 0 and 1 both use cuda:1"),
+        (places({"device": 1, "shares": True}, {"shares": True}), None),
+        (places({"shares": True}, {"shares": True, "host": "b"}), "needs all ranks on one machine"),
+    ],
+)
+def test_ranks_that_cannot_share_memory_are_refused_with_a_reason(ranks, reason):
+    found = _misplaced([_Place.read(place.text()) for place in ranks])
+    assert found == reason if reason is None else found.startswith(reason)
+
+
+def test_gpus_that_cannot_read_each_other_are_refused_by_the_rank_that_sees_both(monkeypatch):
+    class Properties(NamedTuple):
+        uuid: str
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: Properties(f"GPU-{i}"))
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda mine, other: {mine, other} != {0, 2})
+    ranks = places({}, {}, {}, {"uuid": "another's", "device": 2})
+    assert _unreadable(1, ranks) is None
+    assert _unreadable(0, ranks[:2]) is None
+    assert _unreadable(0, ranks) == "needs GPUs that read each other's memory, and cuda:0 cannot read cuda:2 of rank 2"
+    assert _unreadable(0, [ranks[0], ranks[1], ranks[3]]) is None, "of a GPU that this process does not see it cannot say"
+
+
+@no_gpu
+def test_without_a_gpu_it_is_refused_by_name_and_needs_no_answers():
+    with pytest.raises(NotImplementedError, match="symmetric_memory: needs a CUDA device for every rank, and PyTorch finds none"):
+        choose_transport("symmetric_memory", NEED)
+    assert "needs a process group" in SymmetricMemoryTransport.refuses(TransportRequirements(0, 2))
+
+
+def test_a_machine_is_asked_for_its_gpu_then_for_pytorch_then_for_the_driver(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(module, "lacks_symmetric_memory", lambda: "lacks a module")
+    monkeypatch.setattr(StreamMemory, "lacks", lambda: "lacks a driver")
+    assert SymmetricMemoryTransport.refuses(NEED) == "lacks a module"
+    monkeypatch.setattr(module, "lacks_symmetric_memory", lambda: None)
+    assert SymmetricMemoryTransport.refuses(NEED) == "lacks a driver"
+    monkeypatch.setattr(StreamMemory, "lacks", lambda: None)
+    assert SymmetricMemoryTransport.refuses(NEED) is None, "without a group there is nobody else to ask"
+
+
+def test_a_pytorch_without_symmetric_memory_and_one_with_another_backend_are_refused(monkeypatch):
+    from torch.distributed import _symmetric_memory as symmetric
+
+    monkeypatch.setattr(symmetric, "get_backend", lambda device: None)
+    assert _torch.lacks_symmetric_memory() is None
+    monkeypatch.setattr(symmetric, "get_backend", lambda device: "CUDA")
+    assert _torch.lacks_symmetric_memory() is None
+    monkeypatch.setattr(symmetric, "get_backend", lambda device: "NVSHMEM")
+    assert "backend 'CUDA', and this program has set 'NVSHMEM'" in _torch.lacks_symmetric_memory()
+    monkeypatch.delattr("torch.distributed._symmetric_memory")
+    monkeypatch.setitem(__import__("sys").modules, "torch.distributed._symmetric_memory", None)
+    assert "needs torch.distributed._symmetric_memory, which torch" in _torch.lacks_symmetric_memory()
+
+
+def test_a_driver_without_the_operations_is_refused(monkeypatch):
+    def load(name):
+        if name != "libcuda.so.1":
+            raise OSError(name)
+        return object()
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    assert StreamMemory.lacks() == "needs a CUDA driver of version 12 or later: libcuda.so.1 has no cuStreamWaitValue32_v2"
+
+    def fail(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", fail)
+    assert StreamMemory.lacks() == "needs the CUDA driver, and libcuda.so.1 cannot be loaded"
+
+
+class Driver:
+    """The driver's functions, which note their arguments."""
+
+    def __init__(self, status: int) -> None:
+        self.calls = []
+
+        def function(name):
+            def call(*args):
+                self.calls.append((name, *args))
+                return status
+
+            return call
+
+        self.cuStreamWaitValue32_v2, self.cuStreamWriteValue32_v2 = function("wait"), function("write")
+
+
+class FakeStream(NamedTuple):
+    cuda_stream: int = 5
+
+
+def test_waits_are_for_equal_values_and_an_error_of_the_driver_is_raised(monkeypatch):
+    driver = Driver(0)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
+    memory = StreamMemory()
+    memory.wait_for(FakeStream(), 4096, 1)
+    memory.write(FakeStream(), 8192, 0)
+    assert driver.calls == [("wait", 5, 4096, 1, 1), ("write", 5, 8192, 0, 0)]
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(801))
+    memory = StreamMemory()
+    with pytest.raises(RuntimeError, match="refuses to wait a word of memory on a stream: error 801"):
+        memory.wait_for(FakeStream(), 0, 0)
+    with pytest.raises(RuntimeError, match="refuses to write a word of memory on a stream: error 801"):
+        memory.write(FakeStream(), 0, 0)
+
+
+@no_gpu
+def test_on_cpus_a_group_refuses_on_all_ranks_and_one_rank_may_ask_alone(pools):
+    pools.run(2, asked_for)
+
+
+def asked_for():
+    mesh = line()
+    refused(lambda: use_transport(mesh, "symmetric_memory"), NotImplementedError, "needs a CUDA device for every rank")
+    if dist.get_rank() == 0:
+        text = explain_transport(mesh)
+        assert "symmetric_memory: needs a CUDA device for every rank" in text
+
+
+class Writes:
+    """Stands for the driver: writes at once, unless held back."""
+
+    def __init__(self) -> None:
+        self.held = False
+        self.waiting = []
+
+    def write(self, stream: object, address: int, value: int) -> None:
+        self.waiting.append((address, value))
+        if not self.held:
+            self.release()
+
+    def release(self, count: int | None = None) -> None:
+        for address, value in self.waiting[:count]:
+            ctypes.c_uint32.from_address(address).value = value
+        del self.waiting[:count]
+
+
+@pytest.fixture
+def lane():
+    writes, word = Writes(), torch.zeros(1, dtype=torch.int32)
+    lane = Lane(FakeStream(), writes, word.data_ptr())
+    lane.writes, lane.word = writes, word
+    return lane
+
+
+def test_a_lane_is_in_the_first_stage_that_it_has_not_passed(lane):
+    assert lane.look(0.0) is None
+    lane.writes.held = True
+    for peer in (None, 1, 2, None):
+        lane.passes(peer, "an exchange", "axis")
+    assert lane.look(10.0) is None, "it waits for work of this rank itself"
+    lane.writes.release(1)
+    assert lane.look(20.0) == Halt(Stage(2, 1, "an exchange", "axis"), 0.0)
+    assert lane.look(25.0) == Halt(Stage(2, 1, "an exchange", "axis"), 5.0)
+    lane.writes.release(1)
+    assert lane.look(26.0) == Halt(Stage(3, 2, "an exchange", "axis"), 0.0), "another stage, seen for the first time"
+    lane.writes.release(1)
+    assert lane.look(40.0) is None
+    lane.writes.release()
+    assert lane.look(50.0) is None
+    assert not lane._ahead, "what is over is forgotten"
+
+
+def test_a_lane_counts_on_where_its_word_wraps(lane):
+    lane._count = (1 << 32) - 2
+    lane.writes.release()
+    lane.word.fill_(-2)
+    lane.writes.held = True
+    for peer in (1, 2, 3):
+        lane.passes(peer, "call", "axis")
+    assert lane.look(0.0).stage.peer == 1
+    lane.writes.release(2)  # the second writes 0
+    assert lane.word.item() == 0
+    assert lane.look(1.0).stage.peer == 3
+
+
+def test_the_watch_reports_the_lane_that_stands_longest_once(lane):
+    halts, reported = [], threading.Event()
+
+    def report(halt: Halt) -> None:
+        halts.append(halt)
+        reported.set()
+
+    lane.writes.held = True
+    watch = Watch([lane], 0.4, report)
+    watch.start()
+    lane.passes(None, "begun", "axis")
+    assert not reported.wait(0.8), "own work may take as long as it likes"
+    lane.passes(3, "a call", "axis")
+    lane.writes.release(1)
+    start = time.monotonic()
+    assert reported.wait(10)
+    assert time.monotonic() - start >= 0.35
+    watch._thread.join(10)
+    assert not watch._thread.is_alive()
+    assert watch.halt is halts[0]
+    assert (watch.halt.stage.peer, watch.halt.stage.activity) == (3, "a call")
+    assert watch.halt.seconds >= 0.4
+    assert len(halts) == 1
+
+
+def test_a_watch_that_is_stopped_ends(lane):
+    watch = Watch([lane], 1000.0, lambda halt: None)
+    watch.start()
+    watch.stop.set()
+    watch._thread.join(10)
+    assert not watch._thread.is_alive()
+    assert watch.halt is None
