@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from itertools import permutations
 from typing import NamedTuple
+from weakref import ref
 
 import pytest
 import torch
@@ -13,11 +19,19 @@ import torch.distributed as dist
 from helpers import line, refused
 
 from dtensor_ring import _torch
-from dtensor_ring.comm import SymmetricMemoryTransport, TransportRequirements, choose_transport, explain_transport, use_transport
+from dtensor_ring.comm import (
+    Message,
+    SymmetricMemoryTransport,
+    TransportRequirements,
+    choose_transport,
+    explain_transport,
+    use_transport,
+)
 from dtensor_ring.comm import symmetric_memory as module
 from dtensor_ring.comm.lanes import Halt, Lane, Stage, Watch
+from dtensor_ring.comm.mailboxes import Slots
 from dtensor_ring.comm.stream_memory import StreamMemory
-from dtensor_ring.comm.symmetric_memory import _misplaced, _Place, _unreadable
+from dtensor_ring.comm.symmetric_memory import _Line, _Mapped, _misplaced, _Place, _unreadable
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 NEED = TransportRequirements(0, 2, "gloo")
@@ -153,6 +167,131 @@ def asked_for():
     if dist.get_rank() == 0:
         text = explain_transport(mesh)
         assert "symmetric_memory: needs a CUDA device for every rank" in text
+
+
+class HostMemory:
+    """Stream memory operations on the host's own memory, done at once: a wait blocks the thread that asks for it.
+
+    So a rank does all its work in one order, as where all streams of a process share one queue of the GPU.
+    """
+
+    def wait_for(self, stream: object, address: int, value: int) -> None:
+        until = time.monotonic() + 30
+        while ctypes.c_uint32.from_address(address).value != value:
+            assert time.monotonic() < until, "a flag never came"
+            time.sleep(0)
+
+    def write(self, stream: object, address: int, value: int) -> None:
+        ctypes.c_uint32.from_address(address).value = value
+
+
+class HostStream:
+    def __init__(self, *args, **keywords) -> None:
+        self.waited = []
+
+    def wait_event(self, event: object) -> None:
+        self.waited.append(event)
+
+
+@pytest.fixture
+def on_host(monkeypatch):
+    """Lets `_Line` run on tensors of the host."""
+    monkeypatch.setattr(module, "StreamMemory", HostMemory)
+    monkeypatch.setattr(module, "Stream", HostStream)
+    monkeypatch.setattr(module, "_now", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "current")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+
+def lines_of(world: int, size: int) -> list[_Line]:
+    slots = Slots(world, size)
+    buffers = [torch.full((slots.nbytes,), 99, dtype=torch.uint8) for _ in range(world)]
+    for buffer in buffers:
+        buffer[: slots.flag_bytes] = 0
+    mapped = [_Mapped([*buffers], [buffer.data_ptr() for buffer in buffers], [*buffers]) for _ in range(world)]
+    return [_Line(rank, torch.device("cpu"), slots, mapped[rank], 1000.0) for rank in range(world)]
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool)
+
+
+@pytest.mark.parametrize("world", [2, 3, 5, pytest.param(8, marks=pytest.mark.slow)])
+def test_ranks_as_threads_deliver_every_bit_of_random_calls(on_host, world):
+    lines, calls, pairs = lines_of(world, 512), [], list(permutations(range(world), 2))
+    generator, choices = torch.Generator().manual_seed(world), random.Random(world)
+    for _ in range(40):
+        sent = {}
+        for pair in pairs:
+            shapes = [(choices.choice([1, 7, 300]), choices.choice([1, 3])) for _ in range(choices.choice([0, 1, 2]))]
+            sent[pair] = [torch.randint(0, 99, s, generator=generator).to(choices.choice(DTYPES)) for s in shapes]
+        calls.append(sent)
+    got = [{pair: [torch.zeros_like(x) for x in each] for pair, each in sent.items()} for sent in calls]
+
+    def work(line: _Line) -> None:
+        for sent, arrived in zip(calls, got, strict=True):
+            out = [Message(target, x) for (source, target), each in sent.items() if source == line.rank for x in each]
+            into = [Message(source, x) for (source, target), each in arrived.items() if target == line.rank for x in each]
+            ended = line.start(out, into, "call", "axis")
+            assert ended == [lane.stream for lane, used in ((line._out, out), (line._in, into)) if used]
+
+    try:
+        with ThreadPoolExecutor(world) as threads:
+            list(threads.map(work, lines))
+        for sent, arrived in zip(calls, got, strict=True):
+            for pair in pairs:
+                assert all(torch.equal(a, b) for a, b in zip(sent[pair], arrived[pair], strict=True)), pair
+        for line in lines:
+            assert line._out.look(0.0) is None
+            assert line._in.look(0.0) is None, "every stage is over"
+            assert set(line._in.stream.waited) == {"current"}, "it begins after what the caller did before"
+    finally:
+        for line in lines:
+            line.close()
+
+
+def test_a_message_on_another_device_is_refused(on_host):
+    line, other = lines_of(2, 512)
+    try:
+        with pytest.raises(
+            RuntimeError, match=r"a call: symmetric memory of axis lies on cpu, and a message on meta: call torch\.cuda"
+        ):
+            line.start([], [Message(1, torch.empty(3, device="meta"))], "a call", "axis")
+    finally:
+        line.close()
+        other.close()
+
+
+def test_a_line_ends_with_its_transport_and_frees_what_it_mapped(on_host):
+    class Owner:
+        pass
+
+    line, other = lines_of(2, 512)
+    other.close()
+    owner, buffer = Owner(), ref(line._mapped.kept[0])
+    line.closes_with(owner)
+    assert buffer() is not None
+    del owner
+    gc.collect()
+    assert line.watch.stop.is_set()
+    assert buffer() is None
+
+
+def test_a_line_that_halts_logs_what_it_waited_for_and_fails_the_device(on_host, monkeypatch, caplog):
+    failed = []
+    monkeypatch.setattr(module, "fail_device", failed.append)
+    monkeypatch.setattr(module, "never_free", failed.append)
+    line, other = lines_of(2, 512)
+    line._halted(Halt(Stage(3, 1, "a call", "mesh axis 'cp'"), 12.34))
+    assert caplog.messages == [
+        "a call: rank 0 of mesh axis 'cp' waited 12.3 s for rank 1. The device is failed, so that the host does not wait for it."
+    ]
+    kept, device = failed
+    assert len(kept) == 3, "the buffers, and the words that the device may still write"
+    assert kept[-1] is line._words
+    assert device == torch.device("cpu")
+    line.close()
+    other.close()
 
 
 class Writes:

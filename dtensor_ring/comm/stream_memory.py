@@ -5,8 +5,9 @@
 
 PyTorch has a write (`_SymmetricMemory.stream_write_value32`) and, for waiting, kernels of one thread: such a kernel starts only
 when an attention kernel that fills the GPU leaves it room, and the transfer behind it would start as late. These operations take
-no room. They are part of every driver since CUDA 12 and are called through `ctypes`; a `wait` in PyTorch would let us drop this
-file.
+no room. On one H100, beside matrix products, a word is seen after 0.03 ms and a kernel of one thread begins after 1.4 ms; two
+processes that share the GPU answer each other in 15 us by words, and in 4.5 ms by such kernels. The operations are part of every
+driver since CUDA 12 and are called through `ctypes`; a `wait` in PyTorch would let us drop this file.
 """
 
 from __future__ import annotations

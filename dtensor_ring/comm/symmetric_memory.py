@@ -184,7 +184,7 @@ class _Line:
         self._mapped = mapped
         self._boxes = Mailboxes(rank, slots)
         self._memory = StreamMemory()
-        self._words = torch.zeros(2, dtype=torch.int32, pin_memory=True)
+        self._words = torch.zeros(2, dtype=torch.int32, pin_memory=torch.cuda.is_available())
         addresses = [self._words.data_ptr() + 4 * i for i in range(2)]
         # High priority: a transfer that is late costs more than a kernel that is.
         self._out, self._in = (Lane(Stream(device, priority=-1), self._memory, address) for address in addresses)
