@@ -28,13 +28,13 @@ a round has no part in it, and two ranks cut alike what they send each other, si
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import NamedTuple
 
-SLOTS = 2  # that a rank has for each other rank
+SLOTS = 2  # that a rank has for each other rank: a bit says whose turn it is
 ALIGNMENT = 256  # bytes: copy engines are slow on odd addresses
 _WORD = 4  # bytes of a flag
 
@@ -133,12 +133,16 @@ class Mailboxes:
     Args:
         rank: this rank.
         slots: where slots lie.
+
+    Attributes:
+        turns: the next slot for, and from, each other rank, as the bits of an integer. From it and the sizes of messages follow all
+            parcels of a call, and what it is afterwards.
     """
 
     def __init__(self, rank: int, slots: Slots) -> None:
         self.rank = rank
         self.slots = slots
-        self._used: Counter[tuple[bool, int]] = Counter()
+        self.turns = 0
 
     def parcels(self, sends: Sequence[tuple[int, int]], receives: Sequence[tuple[int, int]]) -> list[Parcel]:
         """The parcels of one call, in the order in which the rank starts them: round by round, outgoing ones first.
@@ -177,7 +181,8 @@ class Mailboxes:
                 end += -(-(stop - start) // ALIGNMENT) * ALIGNMENT
                 start = stop
         parcels = []
+        bit = 2 * peer + outgoing
         for pieces in filled:
-            parcels.append(Parcel(peer, outgoing, self._used[outgoing, peer] % SLOTS, tuple(pieces)))
-            self._used[outgoing, peer] += 1
+            parcels.append(Parcel(peer, outgoing, self.turns >> bit & 1, tuple(pieces)))
+            self.turns ^= 1 << bit
         return parcels

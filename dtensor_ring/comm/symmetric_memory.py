@@ -27,7 +27,8 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ClassVar, NamedTuple
 from weakref import ref
 
@@ -39,7 +40,7 @@ from typing_extensions import override
 
 from dtensor_ring._torch import fail_device, lacks_symmetric_memory, map_symmetric, never_free, symmetric_buffer
 from dtensor_ring.comm.lanes import Halt, Lane, Watch
-from dtensor_ring.comm.mailboxes import Mailboxes, Parcel, Slots, Wait, Write
+from dtensor_ring.comm.mailboxes import Mailboxes, Parcel, Piece, Slots, Wait, Write
 from dtensor_ring.comm.process_group import ProcessGroupTransport
 from dtensor_ring.comm.rank_checks import meet, refused_together
 from dtensor_ring.comm.stream_memory import StreamMemory
@@ -48,6 +49,8 @@ from dtensor_ring.comm.transport import Message, MessageCollectives, Pending, Si
 _LOG = logging.getLogger(__name__)
 _OVERLAP = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 _MIB = 1 << 20
+_MOST_KEPT = 128  # calls whose parcels a group keeps, each of about 1 KiB a parcel
+Sizes = tuple[tuple[int, int], ...]  # of messages: rank and bytes
 
 
 class SymmetricMemoryTransport(ProcessGroupTransport, MessageCollectives):
@@ -174,6 +177,18 @@ class _Mapped(NamedTuple):
     views: list[Tensor]
 
 
+class _Carriage(NamedTuple):
+    """A parcel on its way: its lane and peer, what the lane does before its pieces are copied and after, and where they lie."""
+
+    lane: Lane
+    peer: int
+    outgoing: bool
+    before: list[Callable[[], None]]
+    pieces: tuple[Piece, ...]
+    places: list[Tensor]
+    after: list[Callable[[], None]]
+
+
 class _Line:
     """This rank's streams, and the buffers of all ranks."""
 
@@ -183,6 +198,7 @@ class _Line:
         self._slots = slots
         self._mapped = mapped
         self._boxes = Mailboxes(rank, slots)
+        self._kept: dict[tuple[int, Sizes, Sizes], tuple[list[_Carriage], int]] = {}
         self._memory = StreamMemory()
         self._words = torch.zeros(2, dtype=torch.int32, pin_memory=torch.cuda.is_available())
         addresses = [self._words.data_ptr() + 4 * i for i in range(2)]
@@ -202,36 +218,56 @@ class _Line:
                 )
         # What is replayed writes the numbers of its capture, which say nothing.
         watched = not torch.cuda.is_current_stream_capturing()
-        tensors = {True: [_bytes(message.tensor) for message in sends], False: [_bytes(message.tensor) for message in receives]}
+        tensors = [_bytes(message.tensor) for message in receives], [_bytes(message.tensor) for message in sends]
         begun = _now(torch.cuda.current_stream(self.device))
         lanes = [lane for lane, messages in ((self._out, sends), (self._in, receives)) if messages]
         for lane in lanes:
             lane.stream.wait_event(begun)
             if watched:
                 lane.passes(None, activity, axis)
-        sizes = [[(message.rank, message.tensor.nbytes) for message in messages] for messages in (sends, receives)]
-        for parcel in self._boxes.parcels(*sizes):
-            lane = self._out if parcel.outgoing else self._in
-            self._carry(lane.stream, parcel, tensors[parcel.outgoing])
+        sizes = [tuple((message.rank, message.tensor.nbytes) for message in messages) for messages in (sends, receives)]
+        for carriage in self._carriages(*sizes):
+            messages = tensors[carriage.outgoing]
+            for prepare in carriage.before:
+                prepare()
+            with torch.cuda.stream(carriage.lane.stream):
+                for (number, start, stop, _), there in zip(carriage.pieces, carriage.places, strict=True):
+                    here = messages[number][start:stop]
+                    there.copy_(here) if carriage.outgoing else here.copy_(there)
+            for conclude in carriage.after:
+                conclude()
             if watched:
-                lane.passes(parcel.peer, activity, axis)
+                carriage.lane.passes(carriage.peer, activity, axis)
         return [_now(lane.stream) for lane in lanes]
 
-    def _carry(self, stream: Stream, parcel: Parcel, messages: Sequence[Tensor]) -> None:
-        addresses, views = self._mapped.addresses, self._mapped.views
+    def _carriages(self, sends: Sizes, receives: Sizes) -> list[_Carriage]:
+        """The parcels of a call, ready to be carried; kept, since layers send the same sizes again and again."""
+        key = self._boxes.turns, sends, receives
+        found = self._kept.get(key)
+        if found is None:
+            parcels = self._boxes.parcels(sends, receives)
+            found = [self._carriage(parcel) for parcel in parcels], self._boxes.turns
+            if len(self._kept) >= _MOST_KEPT:
+                self._kept.clear()
+            self._kept[key] = found
+        carriages, self._boxes.turns = found
+        return carriages
+
+    def _carriage(self, parcel: Parcel) -> _Carriage:
+        addresses, lane = self._mapped.addresses, self._out if parcel.outgoing else self._in
+        around: list[list[Callable[[], None]]] = [[]]
         for step in self._slots.steps(self.rank, parcel):
             if isinstance(step, Wait):
-                self._memory.wait_for(stream, addresses[self.rank] + step.word, step.value)
+                around[-1].append(partial(self._memory.wait_for, lane.stream, addresses[self.rank] + step.word, step.value))
             elif isinstance(step, Write):
-                self._memory.write(stream, addresses[step.rank] + step.word, step.value)
+                around[-1].append(partial(self._memory.write, lane.stream, addresses[step.rank] + step.word, step.value))
             else:
-                source, target = (self.rank, parcel.peer) if parcel.outgoing else (parcel.peer, self.rank)
-                place = self._slots.place(source, target, parcel.slot)
-                with torch.cuda.stream(stream):
-                    for number, start, stop, at in parcel.pieces:
-                        there = views[source][place + at : place + at + stop - start]
-                        here = messages[number][start:stop]
-                        there.copy_(here) if parcel.outgoing else here.copy_(there)
+                around.append([])
+        before, after = around
+        source, target = (self.rank, parcel.peer) if parcel.outgoing else (parcel.peer, self.rank)
+        slot = self._mapped.views[source][self._slots.place(source, target, parcel.slot) :]
+        places = [slot[piece.at : piece.at + piece.stop - piece.start] for piece in parcel.pieces]
+        return _Carriage(lane, parcel.peer, parcel.outgoing, before, parcel.pieces, places, after)
 
     def described(self, halt: Halt) -> str:
         """What a halt means, as the beginning of an error."""
@@ -256,6 +292,7 @@ class _Line:
         """Stop looking, and free the buffers; others keep what they have mapped until they free theirs."""
         self.watch.stop.set()
         atexit.unregister(self.leave)
+        self._kept.clear()
         self._mapped.views.clear()
         self._mapped.kept.clear()
 
