@@ -276,14 +276,18 @@ def replayed():
         end.exchange([Message(target, sent)], [Message(source, got)]).wait()
         return got * 2
 
-    graph, early = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError, match="makes buffers, which a CUDA graph cannot capture"), torch.cuda.graph(early):
-        sent.zero_()  # PyTorch warns of a graph that is empty
-        once()
+    def captured() -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got.zero_()  # PyTorch warns of a graph that is empty
+            doubled = once()
+        return graph, doubled
+
+    with pytest.raises(RuntimeError, match="makes buffers, which a CUDA graph cannot capture"):
+        captured()
     once()
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        doubled = once()
+    graph, doubled = captured()
     for number in range(1, 8):
         sent.fill_(rank + 10 * number)
         if number % 3:
