@@ -39,6 +39,7 @@ if TYPE_CHECKING or not (sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)
         full_tensor,
         redistribute,
     )
+    from dtensor_ring.planning.cost_model import CostModel
     from dtensor_ring.planning.documents import Documents
     from dtensor_ring.replicas import average_gradients, check_replicas
     from dtensor_ring.tools.explain import explain
@@ -52,6 +53,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Contiguous",
+    "CostModel",
     "Documents",
     "RingPlan",
     "ShardedBatch",
@@ -71,6 +73,7 @@ __all__ = [
 
 
 _ROOMS = {
+    "CostModel": "dtensor_ring.planning.cost_model",
     "Documents": "dtensor_ring.planning.documents",
     "ShardedBatch": "dtensor_ring.data",
     "shard_batch": "dtensor_ring.data",

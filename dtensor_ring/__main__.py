@@ -34,6 +34,15 @@ examples:
   python -m dtensor_ring plan --world 1024 --length 10M --summary
   python -m dtensor_ring kernels
   python -m dtensor_ring transports
+  python -m dtensor_ring calibrate --out mine.json
+"""
+_ABOUT_CALIBRATE = """\
+Measure this machine's GPU for a minute and write its figures as JSON: kernels,
+merging, copying, host time. Read them with dtensor_ring.CostModel.load, and
+pass them as cost_model= to ring_attention, ring_plan or explain, or as
+--cost-model to plan. Its "link" is null: then ranks take what the transport
+says of theirs; write {"near": bytes a second inside a host, "far": between
+hosts, "latency": seconds} there for another one.
 """
 _ABOUT_PLAN = """\
 Print a plan: who holds what, which step computes each score, what every step
@@ -71,8 +80,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     _add_plan_arguments(planning)
     commands.add_parser("kernels", help="which kernel supports which argument, and why not", formatter_class=_formatter)
+    calibrating = commands.add_parser(
+        "calibrate",
+        help="measure this machine's GPU, for predicting times and choosing stages",
+        description=_ABOUT_CALIBRATE,
+        formatter_class=_formatter,
+    )
+    calibrating.add_argument("--out", required=True, metavar="FILE", help="the JSON file to write")
     commands.add_parser("transports", help="which transport connects which ranks, and why not", formatter_class=_formatter)
     options = parser.parse_args(arguments)
+    if options.command == "calibrate":
+        return _calibrate(options.out, calibrating)
     if options.command != "plan":
         from dtensor_ring import debug  # it asks the kernels and transports, which need torch
 
@@ -82,6 +100,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _write(_plan(options) + "\n")
     except ValueError as error:
         planning.error(str(error))  # what the planner refuses is a wrong argument to whoever typed it: one line, and status 2
+    return 0
+
+
+def _calibrate(path: str, parser: argparse.ArgumentParser) -> int:
+    import torch
+
+    from dtensor_ring.tools.calibrate import calibrate
+
+    try:
+        model = calibrate(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        model.save(path)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    _write(f"{model.device}, {', '.join(name for name, _ in model.kernels)}: {path}, digest {model.digest}\n")
     return 0
 
 

@@ -13,11 +13,12 @@ from torch.distributed.tensor import DTensor
 
 from dtensor_ring.comm import several_ranks
 from dtensor_ring.ops.agree import refused_by_all
-from dtensor_ring.ops.arguments import Arguments, Strategy
+from dtensor_ring.ops.arguments import Arguments, Strategy, text_of_model
 from dtensor_ring.ops.attend import attend
 from dtensor_ring.ops.kernels import KernelName
 from dtensor_ring.ops.place import Place, place_alone, place_of
 from dtensor_ring.ops.prepare import Inputs, prepare
+from dtensor_ring.planning.cost_model import CostModel
 from dtensor_ring.planning.documents import Documents
 
 T = TypeVar("T", Tensor, DTensor)
@@ -44,6 +45,7 @@ def ring_attention(
     kernel: KernelName | None = None,
     stages: int | None = None,
     memory: int | None = None,
+    cost_model: CostModel | None = None,
 ) -> T: ...
 
 
@@ -67,6 +69,7 @@ def ring_attention(
     kernel: KernelName | None = None,
     stages: int | None = None,
     memory: int | None = None,
+    cost_model: CostModel | None = None,
 ) -> tuple[T, T]: ...
 
 
@@ -90,6 +93,7 @@ def ring_attention(
     kernel: KernelName | None = None,
     stages: int | None = None,
     memory: int | None = None,
+    cost_model: CostModel | None = None,
 ) -> T | tuple[T, T]: ...
 
 
@@ -112,6 +116,7 @@ def ring_attention(
     kernel: KernelName | None = None,
     stages: int | None = None,
     memory: int | None = None,
+    cost_model: CostModel | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scaled dot-product attention of a sequence spread over the ranks of a mesh axis; CAUSAL unless you say is_causal=False.
 
@@ -152,9 +157,11 @@ def ring_attention(
             ones stand first.
         stages: transfers in which "ring" fetches the other ranks' keys, from 1 on; more than W - 1 are W - 1. One
             transfer is hidden behind the rank's own keys and needs the fewest merges; W - 1 need the least memory.
-        memory: bytes that the buffers of stages may take in a backward pass; the fewest stages that stay within are chosen, or
-            W - 1. None is the keys and values of 512k tokens: 2 GiB for 8 key heads of 128 in bfloat16. Never read off the device,
-            since ranks must choose alike. Pass one of `stages` and `memory`.
+        memory: bytes that the buffers of stages may take in a backward pass; of the stages that stay within, the
+            fastest by `cost_model` are chosen, or W - 1. None is the keys and values of 512k tokens: 2 GiB for 8 key heads of 128
+            in bfloat16. Never read off the device, since ranks must choose alike. Pass one of `stages` and `memory`.
+        cost_model: figures of the machine, by which the stages are chosen, the same on every rank; None is those of H100, H200 or
+            A100 where all ranks have such a GPU and exchange over NCCL, and elsewhere the fewest stages that `memory` allows.
 
     Returns:
         out, or (out, lse) with `return_lse`.
@@ -168,7 +175,9 @@ def ring_attention(
     """
     # What is refused up to the comparison of ranks is told to all of them. After it they are in transfers, where nobody listens.
     inputs = Inputs(q, k, v, sinks, alibi_slopes, documents)
-    asked = Arguments(is_causal, window, scale, softcap, dropout_p, deterministic, strategy, kernel, 0, stages, memory)
+    asked = Arguments(
+        is_causal, window, scale, softcap, dropout_p, deterministic, strategy, kernel, 0, stages, memory, text_of_model(cost_model)
+    )
     with refused_by_all(q, k, v):
         prepared = prepare(inputs, asked, _place(q, k, v, strategy), "ring_attention")
     out, lse = attend(q, k, v, prepared, return_lse=return_lse)

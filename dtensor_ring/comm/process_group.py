@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Sequence
 from typing import ClassVar, TypeVar
@@ -14,8 +15,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import override
 
 from dtensor_ring._torch import all_gather_flat, reduce_scatter_flat, store_of
-from dtensor_ring.comm.rank_checks import meet
+from dtensor_ring.comm.rank_checks import meet, number_of
 from dtensor_ring.comm.transport import Message, Pending, SilentRankError, Transport, TransportRequirements
+from dtensor_ring.planning.cost_model import Link
+from dtensor_ring.planning.devices import KNOWN, device_named, link_of_hosts
 
 T = TypeVar("T")
 
@@ -71,6 +74,7 @@ class ProcessGroupTransport(Transport):
         super().__init__(dist.get_rank(group), dist.get_world_size(group), f"process group {group.group_name!r}")
         self._reference = ref(group)
         self._has_met = False
+        self._link: tuple[Link | None] | None = None  # in a tuple once it was asked for
 
     @property
     def _group(self) -> dist.ProcessGroup:
@@ -78,6 +82,22 @@ class ProcessGroupTransport(Transport):
         if group is None:
             raise RuntimeError(f"the process group of {self.axis} was destroyed")
         return group
+
+    @property
+    @override
+    def known_link(self) -> Link | None:
+        """By the hosts and the GPUs of the ranks, which meet once for it; None on gloo, and where GPUs or links are not known."""
+        if self._link is None:
+            is_known = self.world > 1 and self._is_nccl()
+            self._link = (self._ask_link(torch.cuda.get_device_name(self.value_device())) if is_known else None,)
+        return self._link[0]
+
+    def _ask_link(self, device: str) -> Link | None:
+        """The link of ranks that each say their host and their GPU."""
+        devices = ["", *KNOWN]
+        mine = [number_of(socket.gethostname()), devices.index(device_named(device))]
+        answers = meet(self, "which hosts and GPUs ranks are on", mine)
+        return link_of_hosts([host for host, _ in answers], [devices[number] for _, number in answers])
 
     def _is_nccl(self) -> bool:
         return "nccl" in dist.get_backend(self._group) and torch.cuda.is_available()

@@ -19,6 +19,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dtensor_ring._torch import named_in_profiles, store_of
+from dtensor_ring.planning.cost_model import Link
 
 T = TypeVar("T")
 
@@ -271,6 +272,14 @@ class Transport(ABC):
     def note_of(self, rank: int) -> str:
         """Give the text that a rank has left."""
         return "its own output says why"
+
+    @property
+    def known_link(self) -> Link | None:
+        """How fast the ranks exchange, by which "ring" chooses its stages; None where that is not known. The same on every rank.
+
+        Asked in attention, by every rank of the group: a transport may ask the others the first time.
+        """
+        return None
 
     def value_device(self) -> torch.device:
         """The device on which small values must lie to be exchanged."""

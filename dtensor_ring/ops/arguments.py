@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dtensor_ring.ops.kernels import KernelName
+from dtensor_ring.planning.cost_model import CostModel
 from dtensor_ring.planning.problem import StrategyName
 
 Strategy = Literal[StrategyName, "local"]
@@ -79,6 +80,7 @@ class Arguments(NamedTuple):
     kv_head_group_size: int = 0
     stages: int | None = None
     memory: int | None = None
+    cost_model: str | None = None  # the text of a `CostModel`
 
 
 # What cannot change once a call is remembered by it.
@@ -134,6 +136,17 @@ def check_stages(asked: Arguments) -> None:
         raise ValueError(
             f"memory={asked.memory} chooses the stages, and stages={asked.stages} are chosen already: pass one of them"
         )
+
+
+def text_of_model(cost_model: CostModel | None) -> str | None:
+    """What calls have of a model; raises TypeError for anything else."""
+    if cost_model is None:
+        return None
+    if not isinstance(cost_model, CostModel):
+        raise TypeError(
+            f"cost_model is a dtensor_ring.CostModel, found {type(cost_model).__name__}: read a file with CostModel.load(path)"
+        )
+    return cost_model.text
 
 
 def check_extras(batch: int, heads: int, sinks: Tensor | None, alibi_slopes: Tensor | None) -> None:

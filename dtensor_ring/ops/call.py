@@ -20,11 +20,16 @@ import torch
 
 from dtensor_ring.ops.block_kinds import block_grain, each_kind
 from dtensor_ring.ops.kernels import Kernel, KernelRequirements, SoftmaxParams, choose_kernel
+from dtensor_ring.planning.cost_model import Link
+from dtensor_ring.planning.costs import AttentionShape
+from dtensor_ring.planning.devices import model_for
 from dtensor_ring.planning.documents import Documents, Slices
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
+from dtensor_ring.planning.predict import Predictor
 from dtensor_ring.planning.problem import AttentionProblem
 from dtensor_ring.planning.schedule import ends_together
+from dtensor_ring.planning.stage_choice import choose_stages
 from dtensor_ring.planning.stages import BUFFERED_TOKENS
 
 AUTO = "auto"
@@ -54,6 +59,7 @@ class AttentionCall:
         kv_head_group_size: key heads whose keys travel at a time, 0 for all.
         stages: transfers of "ring", 0 for as few as `memory` allows.
         memory: bytes that the buffers of stages may take, 0 for the default.
+        cost_model: the text of the model that stages are chosen by, "" for that of the device.
     """
 
     band: Band
@@ -68,6 +74,7 @@ class AttentionCall:
     kv_head_group_size: int = 0
     stages: int = 0
     memory: int = 0
+    cost_model: str = ""
 
     def __str__(self) -> str:
         """The text that `parse` reads: no float is rounded."""
@@ -76,7 +83,7 @@ class AttentionCall:
             f"mask={self.band.text} layout={self.layout} strategy={self.strategy} kernel={self.kernel} scale={self.scale!r} "
             f"softcap={self.softcap!r} dropout_p={self.dropout_p!r} deterministic={int(self.deterministic)} "
             f"training={int(self.training)} kv_head_group_size={self.kv_head_group_size} "
-            f"stages={self.stages} memory={self.memory}"
+            f"stages={self.stages} memory={self.memory} cost_model={self.cost_model}"
         )
 
     # The operators parse their text in every call, forward and backward, and a run has a handful of texts.
@@ -98,6 +105,7 @@ class AttentionCall:
             int(words["kv_head_group_size"]),
             int(words["stages"]),
             int(words["memory"]),
+            words["cost_model"],
         )
 
     @property
@@ -120,7 +128,31 @@ class AttentionCall:
         """
         q_length, k_length = lengths
         problem = AttentionProblem(self.layout, self.band, q_length, k_length, world, self.default_strategy, documents)
-        return problem.staged(self.stages, self.memory // token_bytes if self.memory and token_bytes else BUFFERED_TOKENS)
+        return problem.staged(self.stages, self._most_tokens(token_bytes))
+
+    def _most_tokens(self, token_bytes: int) -> int:
+        return self.memory // token_bytes if self.memory and token_bytes else BUFFERED_TOKENS
+
+    def by_speed(self, problem: AttentionProblem, kernel: str, shape: AttentionShape, link: Link | None) -> AttentionProblem:
+        """The problem in the stages that are fastest by a model, of those that memory allows, where the call leaves them open.
+
+        Everything that is read here is the same on all ranks. With dropout and ALiBi the fewest stay: masks and distances depend
+        on a plan, which forward and backward must have alike, whatever transport a group is given in between.
+
+        Args:
+            problem: that of `problem`, with the strategy chosen.
+            kernel: the name of the kernel chosen for it.
+            shape: sizes of this rank's tensors.
+            link: how ranks exchange, as the transport knows it.
+        """
+        model = model_for(self.cost_model, link)
+        if model is None or self.stages or self.dropout_p or problem.strategy != "ring":
+            return problem
+        if self.kv_head_group_size:  # each group of heads is an attention of its own
+            group = min(self.kv_head_group_size, shape.kv_heads)
+            shape = shape._replace(heads=shape.heads * group // shape.kv_heads, kv_heads=group)
+        token_bytes = shape.kv_numbers * shape.itemsize
+        return choose_stages(problem, Predictor(model, kernel, shape, model.over(link)), self._most_tokens(token_bytes))
 
     def need(
         self, device: str, dtype: torch.dtype, head_dim: int, v_head_dim: int, rows: int | None = None, heads: int | None = None

@@ -39,6 +39,8 @@ from dtensor_ring.ops.executors.ulysses import UlyssesExecutor
 from dtensor_ring.ops.kernels import Kernel, SoftmaxParams, kernel_number, kernel_numbered, settings
 from dtensor_ring.placements import SequencePlacement, redistribute
 from dtensor_ring.placements.redistribute import wrap
+from dtensor_ring.planning.cost_model import Link
+from dtensor_ring.planning.costs import AttentionShape
 from dtensor_ring.planning.documents import Documents, Slices
 from dtensor_ring.planning.problem import AttentionProblem
 from dtensor_ring.planning.schedule import plan
@@ -86,7 +88,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Out and lse of this rank's queries, and what backward must do alike."""
     transport = transport_of(resolve_group(group) if group else None)
-    resolved = _resolved_call(call, q, v, alibi, documents, lengths, transport.world)
+    resolved = _resolved_call(call, q, v, alibi, documents, lengths, transport)
     executor = _executor(resolved, transport, (sinks, alibi), origin)
     replay = _replay(AttentionCall.parse(call), resolved.kernel)
     with _without_autocast(q.device.type), _named(resolved, executor, transport, (q, k, v), "forward"):
@@ -117,7 +119,7 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv of this rank's shares, and its part of dsinks, empty without sinks."""
     transport = transport_of(resolve_group(group) if group else None)
-    resolved = _resolved_call(call, q, v, alibi, documents, lengths, transport.world, _kernel_name(replay))
+    resolved = _resolved_call(call, q, v, alibi, documents, lengths, transport, _kernel_name(replay))
     executor = _executor(resolved, transport, (sinks, alibi), origin)
     # Gradients may be expanded: that of `out.sum()` has stride 0 in every dim, which kernels do not take.
     tensors = dout.contiguous(), _inner(q), _inner(k), _inner(v), out, lse
@@ -287,27 +289,42 @@ def _resolved_bytes(resolved: _Resolved, *_others: object) -> int:
 @cached("calls resolved to kernels", most_bytes=2 << 20, most_entries=64, size=_resolved_bytes)
 def _resolved(
     call: str,
-    kind: tuple[str, torch.dtype, int, int, int, int],
+    kind: tuple[str, torch.dtype],
     sizes: tuple[int, int, int],
-    token_bytes: int,
+    shape: AttentionShape,
+    link: Link | None,
     documents: Documents | Slices | None,
     has_alibi: bool,
     _settings: tuple[bool, bool],
 ) -> _Resolved:
     """What `AttentionCall.choose` decides.
 
-    `kind` is what kernels are asked of tensors, `sizes` the lengths of queries and of keys, and the world. The last argument is
-    what kernels read of PyTorch's settings.
+    `kind` is the device type and dtype of tensors, `sizes` the lengths of queries and of keys, and the world; kernels are judged by
+    `kind` and `shape`, stages chosen by `shape` and `link`. The last argument is what kernels read of PyTorch's settings: a choice that is remembered without it
+    would outlive it.
     """
     asked = AttentionCall.parse(call)
     *lengths, world = sizes
-    problem = asked.problem(lengths, world, documents, token_bytes)
-    strategy, kernel = asked.choose(asked.need(*kind), has_alibi, problem)
-    return _Resolved(replace(problem, strategy=strategy), kernel, asked.softmax, asked.kv_head_group_size)
+    problem = asked.problem(lengths, world, documents, shape.kv_numbers * shape.itemsize)
+    need = asked.need(*kind, shape.head_dim, shape.v_head_dim, shape.batch, shape.heads)
+    strategy, kernel = asked.choose(need, has_alibi, problem)
+    problem = replace(problem, strategy=strategy)
+    if not has_alibi:
+        staged = asked.by_speed(problem, kernel.name, shape, link)
+        if staged != problem:  # other stages may give the kernel other kinds of blocks
+            problem, kernel = staged, asked.choose(need, has_alibi, staged).kernel
+    return _Resolved(problem, kernel, asked.softmax, asked.kv_head_group_size)
 
 
 def _resolved_call(
-    call: str, q: Tensor, v: Tensor, alibi: Tensor | None, documents: Tensor, lengths: Pair, world: int, kernel: str | None = None
+    call: str,
+    q: Tensor,
+    v: Tensor,
+    alibi: Tensor | None,
+    documents: Tensor,
+    lengths: Pair,
+    transport: Transport,
+    kernel: str | None = None,
 ) -> _Resolved:
     """How a call is carried out; in backward by the `kernel` that forward has used.
 
@@ -315,10 +332,10 @@ def _resolved_call(
         NotImplementedError: the kernel of forward refuses in backward, since a setting that it reads was changed in between.
     """
     q_length, k_length = lengths
-    kind = q.device.type, q.dtype, q.shape[3], v.shape[3], q.shape[0], q.shape[2]
-    bounds = Documents.unpack(documents)
-    token_bytes = v.shape[0] * v.shape[2] * (q.shape[3] + v.shape[3]) * q.dtype.itemsize
-    rest = kind, (q_length, k_length, world), token_bytes, bounds, alibi is not None, settings()
+    kind, size = (q.device.type, q.dtype), q.dtype.itemsize
+    shape = AttentionShape(q.shape[2], v.shape[2], q.shape[3], v.shape[3], q.shape[0], size, size)
+    bounds, sizes = Documents.unpack(documents), (q_length, k_length, transport.world)
+    rest = kind, sizes, shape, transport.known_link, bounds, alibi is not None, settings()
     resolved = _resolved(call, *rest)
     # Another kernel has other dropout masks. Where forward's is no longer the one to choose, it is asked for, and may refuse.
     if kernel is not None and resolved.kernel.name != kernel:

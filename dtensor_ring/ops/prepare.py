@@ -37,6 +37,7 @@ from dtensor_ring.ops.call import AUTO, AttentionCall
 from dtensor_ring.ops.kernels import check_kernel_name, settings
 from dtensor_ring.ops.place import Place
 from dtensor_ring.ops.sharding import sink_placements
+from dtensor_ring.planning.cost_model import CostModel
 from dtensor_ring.planning.documents import Documents, Slices, encoded_of
 from dtensor_ring.planning.head_sharing import refuses
 from dtensor_ring.planning.layout import Layout
@@ -169,6 +170,7 @@ def _check(
         str(q.dtype),
         f"mask {call.band.text}",
         replace(problem, strategy=strategy).exchange,
+        f"cost model {CostModel.of_text(call.cost_model).digest if call.cost_model else 'of the device'}",
         kernel.name,
         f"scale {call.scale}, softcap {call.softcap}, dropout_p {call.dropout_p}, deterministic {call.deterministic}",
         f"{'no ' if inputs.sinks is None else ''}sinks, {'no ' if inputs.alibi is None else ''}ALiBi",
@@ -195,6 +197,7 @@ def _call(asked: Arguments, layout: Layout, head_dim: int, training: bool) -> At
         asked.kv_head_group_size,
         asked.stages or 0,
         asked.memory or 0,
+        asked.cost_model or "",
     )
 
 

@@ -1,0 +1,213 @@
+"""In how many stages "ring" fetches keys where the caller leaves it open: by a `CostModel`, among those that memory allows.
+
+    8 ranks of 8192 tokens on H100       200 GB/s    1 stage      the rank's own keys hide it, and merging costs more than waiting
+                                         45 GB/s     3 stages     1 2 4: each hides behind the one before
+
+No plan is made: what a stage brings and computes is worked out from lengths, for the most loaded rank. So the choice takes less
+than a millisecond of a batch's planning for 64 ranks, and is the same on every rank: a function of what ranks compare.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+from dtensor_ring.planning.cost_model import BLOCK, Link, Work
+from dtensor_ring.planning.predict import Leg, Predictor, Seconds, walked
+from dtensor_ring.planning.problem import AttentionProblem
+from dtensor_ring.planning.stages import BUFFERED_TOKENS, stage_sizes
+from dtensor_ring.planning.totals import totals
+
+_WORTH = 1.005  # how much slower the fewest stages may be: less than what is predicted wrongly, and they need no tuning
+_DOCUMENTS = 1000  # of more, some stand for all
+_COUNTED = 200  # of so many, or fewer, every rank's part is counted
+_IN_A_ROW = 6  # stage counts that are looked at one by one; beyond them a few of each doubling
+
+
+class Share(NamedTuple):
+    """What the most loaded rank computes and fetches, worked out from lengths.
+
+    Attributes:
+        tokens: queries, and keys, that it holds.
+        own: scores of one head with its own keys.
+        other: scores of one head with the keys of each other rank, on average.
+        keys: keys that it fetches of each other rank, on average.
+        calls: kernel calls on the keys of several ranks.
+        touched: queries that these calls merge, in all.
+        calls_on_one: kernel calls on the keys of one rank.
+        touched_by_one: queries that these merge.
+        spread: whether each of several calls has its own part of the keys, and not all of them.
+    """
+
+    tokens: int
+    own: float
+    other: float
+    keys: float
+    calls: int
+    touched: float
+    calls_on_one: int
+    touched_by_one: float
+    spread: bool = True
+
+
+def choose_stages(problem: AttentionProblem, predictor: Predictor, most_tokens: int = BUFFERED_TOKENS) -> AttentionProblem:
+    """The problem with the stages that are predicted fastest, of those whose buffers stay within the keys of `most_tokens`.
+
+    What counts is the worse of a forward pass alone and of a training step, each beside its best; among stages that are within
+    half a hundredth of each other the fewest. Where no link is known, or ranks know only their own documents, the fewest.
+
+    Args:
+        problem: what is planned; its own stages are left aside.
+        predictor: the machine, the kernel, the sizes and the link, equal on all ranks.
+        most_tokens: as for `AttentionProblem.staged`.
+    """
+    fewest = problem.staged(0, most_tokens)
+    link, others = predictor.link, problem.world - 1
+    if link is None or fewest.stages in (0, others) or problem.is_halo or not problem.segmentation.is_shared:
+        return fewest
+    share = share_of(problem)
+    times = {count: staged_times(problem, share, predictor, count) for count in candidates(fewest.stages, others)}
+    forward, both = min(t.forward for t in times.values()), min(t.both for t in times.values())
+    losses = {count: max(t.forward / forward, t.both / both) for count, t in times.items()}
+    least = min(losses.values())
+    return problem.staged(next(count for count, loss in losses.items() if loss <= least * _WORTH))
+
+
+def candidates(fewest: int, others: int) -> list[int]:
+    """Numbers of stages that are compared: from the fewest on, which need the most memory, to one for each other rank."""
+    counts = list(range(fewest, min(fewest + _IN_A_ROW, others)))
+    while counts and counts[-1] + counts[-1] // 2 < others:
+        counts.append(counts[-1] + max(1, counts[-1] // 2))
+    return [*counts, others]
+
+
+def share_of(problem: AttentionProblem) -> Share:
+    """The share of the most loaded rank; with documents that of an average one."""
+    world, layout = problem.world, problem.layout
+    queries, keys = -(-problem.q_length // world), -(-problem.k_length // world)
+    scores, inside, reach = _documents(problem)
+    is_causal = problem.band.hi is None and problem.band.lo is not None
+    own, other, fetched = inside / world, (scores - inside) / (world * (world - 1)), float(keys)
+    if problem.documents is None and problem.band.lo is None and problem.band.hi is None:
+        return Share(queries, queries * keys, queries * keys, keys, 1, queries, 1, queries)
+    if problem.documents is None and is_causal:
+        # The last rank of contiguous shards sees all keys; elsewhere every rank has the same.
+        own = queries * keys / 2
+        other = 2 * own if layout.chunks == 1 else own
+    elif not layout.cut:
+        fetched = min(fetched, layout.chunks * reach / (world - 1))
+        if len(problem.bounds) == 1 and problem.segmentation.parts <= _COUNTED:
+            # Ranks differ by several times where documents lie as they fall.
+            counted = totals(problem)
+            most = counted.most_loaded
+            other, fetched = (max(counted.scores[most] - own, 0) / (world - 1), max(counted.fetched) / (world - 1))
+    if problem.documents is not None:
+        return Share(queries, own, other, fetched, 2, 2 * queries, 2, 2 * queries, spread=False)  # packed calls merge all queries
+    # In a zigzag all queries see the early keys of other ranks, and the later half of them the late keys too.
+    calls, touched = (2, 1.5 * queries) if layout.chunks > 1 else (1, queries)
+    return Share(queries, own, other, fetched, calls, touched, 1, queries)
+
+
+def _documents(problem: AttentionProblem) -> tuple[float, float, float]:
+    """Scores of one head; those whose query and key lie in one chunk of the layout; keys a chunk reaches back over, on average."""
+    band, chunk = problem.position_band, problem.k_length / (problem.world * max(1, problem.layout.chunks))
+    bounds = problem.bounds[0] or (0, problem.k_length)
+    every = -(-(len(bounds) - 1) // _DOCUMENTS)
+    # Of many documents every second, third ... stands for its neighbours.
+    lengths = [b - a for a, b in pairwise(bounds)][::every]
+    weight = problem.k_length / max(1, sum(lengths))
+    sides = [side for side in (band.lo, band.hi) if side is not None]
+    window = max(map(abs, sides)) + 1 if len(sides) == 2 else problem.k_length
+    halves = 1.0 if not sides else 0.5
+    scores = inside = reach = 0.0
+    for length in lengths:
+        seen = min(window, length)
+        of_document = length * seen * (halves * (2 - seen / length) if seen < length else halves)
+        # Two tokens a distance apart lie in one chunk as often as the distance leaves of the chunk.
+        together = 1 - seen / (3 * chunk) if seen <= chunk else chunk / seen - chunk**2 / (3 * seen**2)
+        scores += of_document
+        inside += of_document * (1 / problem.world if problem.layout.cut else max(0.0, together))
+        reach += length * seen / 2
+    return scores * weight, inside * weight, reach * weight / max(1, problem.k_length)
+
+
+def staged_times(problem: AttentionProblem, share: Share, predictor: Predictor, stages: int) -> Seconds:
+    """What a rank takes in so many stages."""
+    sizes = stage_sizes(problem.world - 1, stages)
+    edges = list(accumulate(sizes, initial=1))
+    speed = predictor.speed
+    fetches = [_seconds(problem, share, predictor, range(a, b)) for a, b in pairwise(edges)]
+    is_masked = problem.band.lo is not None or problem.band.hi is not None
+    rows = -(-share.tokens // BLOCK)
+    own_blocks = int(share.own / BLOCK**2) + (rows // 2 if is_masked else 0) + 1
+    own = Work(rows, rows if is_masked else 0, rows, own_blocks, rows)
+    batch, start = predictor.shape.batch, predictor.model.step * 1e-9
+    forward = [Leg(0.0, start + predictor.timed(own, batch, speed.forward) + _widening(share, predictor, stages))]
+    backward = []
+    # Most stages of many bring keys of as many ranks as others do.
+    computed = {size: _computed(share, predictor, size, stages) for size in set(sizes)}
+    for size, fetch in zip(sizes, fetches, strict=True):
+        once, again, returned = computed[size]
+        forward.append(Leg(fetch, once))
+        backward.append(Leg(fetch, again, fetch, returned))
+    backward.append(Leg(0.0, start + predictor.timed(own, batch, speed.backward)))
+    return predictor.with_host(Seconds(walked(forward), walked(backward)), 1 + stages)
+
+
+def _computed(share: Share, predictor: Predictor, size: int, stages: int) -> tuple[float, float, float]:
+    """Seconds that the keys of `size` ranks take: computing and merging forward, computing backward, adding what comes back."""
+    calls, touched = (share.calls, share.touched) if size > 1 else (share.calls_on_one, share.touched_by_one)
+    rows = int(touched) // (BLOCK * calls) + 1
+    columns = int(size * share.keys) // (BLOCK * (calls if share.spread else 1)) + 1
+    blocks = int(size * share.other / BLOCK**2 / calls) + 1
+    work, batch, speed = Work(rows, 0, columns, blocks, columns), predictor.shape.batch, predictor.speed
+    key_bytes = size * share.keys * _key_bytes(predictor)
+    moved = predictor.copying(4 * key_bytes) if size > 1 else 0.0  # put in order, and taken out for others
+    merged = predictor.merging(int(touched), _is_wide(share, stages))
+    summed = predictor.copying(3 * touched * _query_bytes(predictor))
+    moved += predictor.model.step * 1e-9
+    once, again = (calls * predictor.timed(work, batch, each) + moved for each in (speed.forward, speed.backward))
+    return once + merged, again + summed, predictor.copying(4 * key_bytes)
+
+
+def _widening(share: Share, predictor: Predictor, stages: int) -> float:
+    """The first block is widened where several come after it, and their sum rounded at the end."""
+    return predictor.copying(6 * share.tokens * _query_bytes(predictor)) if _is_wide(share, stages) else 0.0
+
+
+def _is_wide(share: Share, stages: int) -> bool:
+    return stages > 1 or share.calls > 1
+
+
+def _query_bytes(predictor: Predictor) -> int:
+    shape = predictor.shape
+    return shape.batch * shape.heads * shape.v_head_dim * shape.itemsize
+
+
+def _key_bytes(predictor: Predictor) -> int:
+    return predictor.shape.kv_numbers * predictor.shape.itemsize
+
+
+def _seconds(problem: AttentionProblem, share: Share, predictor: Predictor, distances: range) -> float:
+    """The transfer of the keys of ranks so far away, at the place in a host where it takes longest."""
+    assert predictor.link is not None, "asked where there is a link"
+    each = share.keys * _key_bytes(predictor)
+    far = _most_far(problem.world, predictor.link, distances)
+    return predictor.link.seconds((len(distances) - far) * each, far * each)
+
+
+def _most_far(world: int, link: Link, distances: range) -> int:
+    """How many of the ranks at these distances before a rank are on other hosts, at most."""
+    host = link.host
+    if not host or host >= world:
+        return 0
+    # A rank's own host has the ranks 1 .. place before it, and those world - host + 1 + place .. world - 1 before it, which are
+    # after it. The most are elsewhere where the stage begins just after the former, or ends just before the latter.
+    most = 0
+    for place in (distances.start - 1, distances.stop - 1 - world + host):
+        at = min(max(place, 0), host - 1)
+        most = max(most, min(distances.stop, world - host + 1 + at) - max(distances.start, at + 1))
+    return most
+
+
+__all__ = ["Share", "candidates", "choose_stages", "share_of", "staged_times"]
