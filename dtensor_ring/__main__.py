@@ -14,15 +14,18 @@ import sys
 from collections.abc import Sequence
 from typing import get_args
 
+from dtensor_ring.planning.cost_model import CostModel
 from dtensor_ring.planning.costs import LLAMA_8B, AttentionShape
+from dtensor_ring.planning.devices import KNOWN
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band, mask_text
+from dtensor_ring.planning.predict import Predictor
 from dtensor_ring.planning.problem import AttentionProblem, StrategyName
-from dtensor_ring.planning.stages import asked_stages
 from dtensor_ring.tools.drawing import draw, summary
 from dtensor_ring.tools.explain import shape_of_heads
 from dtensor_ring.tools.facts import facts
+from dtensor_ring.tools.predicted import predicted, predicted_text, predictor_for, staged_by
 
 _LENGTH = 64
 _UNITS = {"": 1, "k": 1000, "M": 1000**2, "G": 1000**3, "Ki": 1024, "Mi": 1024**2, "Gi": 1024**3}
@@ -62,6 +65,7 @@ examples:
   python -m dtensor_ring plan --world 64 --length 1M --rank 0,63
   python -m dtensor_ring plan --world 1024 --length 10M --summary
   python -m dtensor_ring plan --world 8 --length 64Ki --json
+  python -m dtensor_ring plan --world 8 --length 64Ki --summary --device h100
 """
 
 
@@ -184,6 +188,12 @@ def _add_plan_arguments(plan: argparse.ArgumentParser) -> None:
         metavar="DIM",
         help=f"numbers in a head, of 2 bytes (default: {sizes.head_dim})",
     )
+    plan.add_argument("--device", choices=tuple(KNOWN), help="predict times on this GPU, and choose the stages as there")
+    plan.add_argument("--cost-model", metavar="FILE", help="the same by figures that calibrate has measured")
+    plan.add_argument("--kernel", metavar="NAME", help="a kernel of these figures (default: torch_flash, or the first)")
+    plan.add_argument(
+        "--ranks-per-host", type=int, default=0, metavar="N", help="ranks on each host, for the links (default: all of them)"
+    )
     shown = plan.add_mutually_exclusive_group()
     shown.add_argument(
         "--rank",
@@ -197,16 +207,33 @@ def _add_plan_arguments(plan: argparse.ArgumentParser) -> None:
 
 
 def _plan(options: argparse.Namespace) -> str:
-    problem = _problem(options)
+    shape = _shape(options)
+    predictor = _predictor(options, shape)
+    problem = staged_by(_problem(options), predictor, options.stages)
     ranks = None
     if options.rank is not None:
         ranks = sorted({rank for some in options.rank for rank in some})  # a rank that is named twice is drawn once
         if ranks[-1] >= problem.world:
             raise ValueError(f"--rank {ranks[-1]}: the ranks of --world {problem.world} are 0 to {problem.world - 1}")
-    shape = _shape(options)
     if options.json:
-        return json.dumps(facts(problem, ranks, only_totals=options.summary, shape=shape), indent=2)
-    return summary(problem, shape) if options.summary else draw(problem, ranks, shape)
+        entries = facts(problem, ranks, only_totals=options.summary, shape=shape)
+        entries |= {} if predictor is None else {"predicted": predicted(problem, predictor)}
+        return json.dumps(entries, indent=2)
+    text = summary(problem, shape) if options.summary else draw(problem, ranks, shape)
+    return text if predictor is None else f"{text}\n\n{predicted_text(problem, predictor)}"
+
+
+def _predictor(options: argparse.Namespace, shape: AttentionShape) -> Predictor | None:
+    model = None
+    if options.cost_model is not None:
+        try:
+            model = CostModel.load(options.cost_model)
+        except OSError as error:
+            raise ValueError(f"--cost-model: {error}") from error
+    predictor = predictor_for(shape, options.device, model, options.kernel, options.ranks_per_host)
+    if predictor is None and (options.kernel or options.ranks_per_host):
+        raise ValueError("--kernel and --ranks-per-host are for predicted times: name a --device, or give a --cost-model")
+    return predictor
 
 
 def _problem(options: argparse.Namespace) -> AttentionProblem:
@@ -228,8 +255,7 @@ def _problem(options: argparse.Namespace) -> AttentionProblem:
     # A window says both of its sides, so it is not causal beside: a side ahead would be refused.
     is_causal = not options.full and options.window is None
     band = Band.parse(mask_text(is_causal, window))
-    stages = asked_stages(options.stages, options.strategy)
-    return AttentionProblem(layout, band, length, length, options.world, options.strategy, documents).staged(stages)
+    return AttentionProblem(layout, band, length, length, options.world, options.strategy, documents)
 
 
 def _shape(options: argparse.Namespace) -> AttentionShape:

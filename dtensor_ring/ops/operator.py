@@ -300,8 +300,8 @@ def _resolved(
     """What `AttentionCall.choose` decides.
 
     `kind` is the device type and dtype of tensors, `sizes` the lengths of queries and of keys, and the world; kernels are judged by
-    `kind` and `shape`, stages chosen by `shape` and `link`. The last argument is what kernels read of PyTorch's settings: a choice that is remembered without it
-    would outlive it.
+    `kind` and `shape`, stages chosen by `shape` and `link`. The last argument is what kernels read of PyTorch's settings: a choice
+    that is remembered without it would outlive it.
     """
     asked = AttentionCall.parse(call)
     *lengths, world = sizes

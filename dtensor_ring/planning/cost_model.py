@@ -16,7 +16,6 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -221,7 +220,6 @@ class CostModel:
             ) from error
 
     @classmethod
-    @lru_cache(maxsize=16)
     def of_text(cls, text: str) -> CostModel:
         """The model of a text."""
         return _of_json(json.loads(text))

@@ -25,7 +25,7 @@ from dtensor_ring.ops.kernels import KERNELS, Block, Kernel, KernelRequirements,
 from dtensor_ring.planning.cost_model import CostModel, KernelSpeed, Speed, Work
 from dtensor_ring.planning.devices import KNOWN
 
-HEADS, KV_HEADS, DTYPE = 32, 8, torch.bfloat16
+HEADS, KV_HEADS, DTYPE = 32, 8, torch.bfloat16  # heads as in an 8B Llama model
 TOKENS = 8192
 _CAUSAL, _FULL = (-1, 0), (-1, -1)
 Call = Callable[[], object]

@@ -20,13 +20,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, get_args
 
+from dtensor_ring.planning.cost_model import CostModel
 from dtensor_ring.planning.costs import AttentionShape, Costs, RankCost, cost_of, costs
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout, work_balance
 from dtensor_ring.planning.mask import Band, mask_text
+from dtensor_ring.planning.predict import Predictor, Seconds
 from dtensor_ring.planning.problem import AttentionProblem, StrategyName
-from dtensor_ring.planning.stages import asked_stages
 from dtensor_ring.tools.drawing import draw, summary
+from dtensor_ring.tools.predicted import predicted_text, predictor_for, staged_by
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,11 +52,13 @@ class Explanation:
         problem: the layout, mask, lengths, documents, ranks and strategy.
         shape: the sizes of the tensors.
         costs: what each rank holds, computes and sends in a forward pass.
+        predictor: what predicts times; None where no device and no cost model was named.
     """
 
     problem: AttentionProblem
     shape: AttentionShape
     costs: Costs
+    predictor: Predictor | None = None
 
     @property
     def balance(self) -> float:
@@ -96,6 +100,16 @@ class Explanation:
         # A plan is made for this rank alone; the totals of all ranks do without any.
         return cost_of(self.problem, rank, self.shape)
 
+    def seconds(self, rank: int | None = None) -> Seconds:
+        """What a rank, or the most loaded one, is predicted to take: `forward`, `backward` and `both`, in seconds.
+
+        Raises:
+            ValueError: `explain` was given neither a device nor a cost model.
+        """
+        if self.predictor is None:
+            raise ValueError("times are predicted for a device: explain(..., device='h100'), or cost_model=CostModel.load(path)")
+        return self.predictor.rank(self.problem, self.costs.most_loaded if rank is None else rank)
+
     def plot(self, ranks: Sequence[int] | None = None) -> str:
         """A drawing in text of 80 columns: who holds what, and what each rank computes and exchanges in each step.
 
@@ -105,7 +119,8 @@ class Explanation:
         return draw(self.problem, ranks, self.shape)
 
     def __str__(self) -> str:
-        return summary(self.problem, self.shape)
+        text = summary(self.problem, self.shape)
+        return text if self.predictor is None else f"{text}\n\n{predicted_text(self.problem, self.predictor)}"
 
 
 def explain(
@@ -124,11 +139,16 @@ def explain(
     v_head_dim: int | None = None,
     batch: int = 1,
     itemsize: int = 2,
+    device: str | None = None,
+    cost_model: CostModel | None = None,
+    kernel: str | None = None,
+    ranks_per_host: int = 0,
 ) -> Explanation:
     """Says what `ring_attention` would compute and send, rank by rank. Makes no tensors and asks no other rank.
 
         print(explain(Zigzag(1, per_document=True), 65536, 8, documents))        # a summary
         explain(Zigzag(1), 65536, 8).balance, .work, .bytes                      # of all ranks, without a plan
+        explain(Zigzag(1), 65536, 8, device="h100").seconds().both               # predicted, of the most loaded rank
         print(explain(Zigzag(1), 64, 4, strategy="gather").plot())               # a drawing
 
     Args:
@@ -147,10 +167,14 @@ def explain(
         v_head_dim: numbers in a value; None is `head_dim`.
         batch: batch rows.
         itemsize: bytes of a number; the default is that of bfloat16.
+        device: "h100", "h200" or "a100", to predict times on it, and to choose the stages as there.
+        cost_model: figures of one's own, in place of the device's.
+        kernel: a kernel of these figures; None is "torch_flash", or the first.
+        ranks_per_host: ranks on each host; 0 is all of them.
 
     Raises:
         TypeError: a placement that has no layout, or a window of no integers.
-        ValueError: numbers, a window, documents or heads that do not fit.
+        ValueError: numbers, a window, documents or heads that do not fit; or a device or kernel without figures.
     """
     layout = _layout_of(placement)
     if world < 1 or length < 0:
@@ -162,9 +186,10 @@ def explain(
     if layout.cut and (packed is None or packed.rows != 1):
         raise ValueError(f"{layout} is cut document by document: pass documents=, one row for the whole batch, found {packed}")
     band = Band.parse(mask_text(is_causal, window))
-    problem = AttentionProblem(layout, band, length, length, world, strategy, packed).staged(asked_stages(stages, strategy))
     shape = shape_of_heads(heads, kv_heads, head_dim, v_head_dim, batch, itemsize)
-    return Explanation(problem, shape, costs(problem, shape))
+    predictor = predictor_for(shape, device, cost_model, kernel, ranks_per_host)
+    problem = staged_by(AttentionProblem(layout, band, length, length, world, strategy, packed), predictor, stages)
+    return Explanation(problem, shape, costs(problem, shape), predictor)
 
 
 def shape_of_heads(

@@ -51,9 +51,10 @@ from dtensor_ring.integrations.transformers.outputs import (
     gather_tokens,
     sum_over_tokens,
 )
-from dtensor_ring.ops.arguments import Arguments, Strategy, check_stages, check_strategy_name
+from dtensor_ring.ops.arguments import Arguments, Strategy, check_stages, check_strategy_name, text_of_model
 from dtensor_ring.ops.kernels import KernelName, check_kernel_name
 from dtensor_ring.placements import SequencePlacement, Zigzag
+from dtensor_ring.planning.cost_model import CostModel
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import work_balance
 
@@ -167,7 +168,8 @@ class RingPlan(dict[str, ParallelStyle]):
 
     def _stages(self) -> str:
         bound = "512k tokens' keys and values" if self._asked.memory is None else f"{self._asked.memory} bytes"
-        return f"as few as keep their buffers within {bound}"
+        model = "of the GPU" if self._asked.cost_model is None else CostModel.of_text(self._asked.cost_model).digest
+        return f"the fastest by cost model {model} that keep their buffers within {bound}"
 
     @property
     def _reach(self) -> int | None:
@@ -324,6 +326,7 @@ def ring_plan(
     *,
     stages: int | None = None,
     memory: int | None = None,
+    cost_model: CostModel | None = None,
 ) -> RingPlan:
     """A plan that makes a Hugging Face model sequence-parallel over one mesh axis.
 
@@ -348,12 +351,13 @@ def ring_plan(
         kernel: as in `ring_attention`.
         stages: as in `ring_attention`.
         memory: as in `ring_attention`.
+        cost_model: as in `ring_attention`.
 
     Returns:
         A dict for `parallelize_module`, with `gather`, `describe` and `undo`.
 
     Raises:
-        TypeError: not a transformers model, or stages or memory that are no whole number.
+        TypeError: not a transformers model, stages or memory that are no whole number, or no cost model.
         ValueError: the placement does not cut dim 1, there is no such strategy or kernel, or stages and memory do not fit it.
         NotImplementedError: the model has something that would be silently wrong on a part of a sequence.
     """
@@ -363,7 +367,7 @@ def ring_plan(
     check_kernel_name(kernel)
     placement = Zigzag(1) if placement is None else placement
     check_placement(placement)
-    asked = Arguments(strategy=strategy, kernel=kernel, stages=stages, memory=memory)
+    asked = Arguments(strategy=strategy, kernel=kernel, stages=stages, memory=memory, cost_model=text_of_model(cost_model))
     check_stages(asked)
     return RingPlan(model, placement, asked)
 
