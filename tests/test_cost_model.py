@@ -152,7 +152,7 @@ def test_a_host_that_cannot_keep_up_is_what_counts():
 
 def test_a_model_survives_its_text_and_its_file_and_others_have_other_digests(tmp_path):
     path = tmp_path / "model.json"
-    for model in (*KNOWN.values(), replace(H100, link=FAST, device="a name", source="it's \"mine\"")):
+    for model in (*KNOWN.values(), replace(H100, link=FAST, device="a name", source='it\'s "mine"')):
         model.save(path)
         assert CostModel.load(path) == CostModel.of_text(model.text) == model
         assert " " not in model.text
@@ -183,7 +183,7 @@ def test_files_that_hold_no_model_are_refused(tmp_path, change, text):
 
 def test_what_is_no_model_is_refused_by_attention():
     x = torch.randn(1, 4, 2, 8)
-    with pytest.raises(TypeError, match="cost_model is a dtensor_ring.CostModel, found str"):
+    with pytest.raises(TypeError, match=r"cost_model is a dtensor_ring\.CostModel, found str"):
         ring_attention(x, x, x, cost_model="h100")  # type: ignore[arg-type]
 
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 
 from dtensor_ring.ops.executors.merge import merge_
+from dtensor_ring.ops.executors.parts import OutputPart
 from dtensor_ring.ops.kernels import KERNELS, Block, Kernel, KernelRequirements, Saved, SoftmaxParams, VarlenMetadata, VarlenSegment
 from dtensor_ring.planning.cost_model import CostModel, KernelSpeed, Speed, Work
 from dtensor_ring.planning.devices import KNOWN
@@ -158,11 +159,10 @@ def _segments(shape: Shape) -> Iterator[VarlenSegment]:
 
 
 def bandwidths(device: torch.device, effort: Effort, tokens: int = TOKENS) -> tuple[float, float]:
-    """Bytes a second of merging into a float32 out, and of copying keys."""
-    out = torch.randn((1, tokens, HEADS, 128), device=device)
-    block = torch.randn(out.shape, device=device, dtype=DTYPE)
+    """Bytes a second of merging a block into a running out, and of copying keys."""
+    out, block = (torch.randn((1, tokens, HEADS, 128), device=device, dtype=DTYPE) for _ in range(2))
     lse, block_lse = (torch.randn((1, HEADS, tokens), device=device) for _ in range(2))
-    merged = _times(lambda: merge_(out, lse, block, block_lse), device, effort)
+    merged = _times(lambda: merge_(out, lse, [OutputPart(0, block, block_lse)]), device, effort)
     copied = _times(lambda: block.clone(), device, effort)
     return (2 * out.nbytes + block.nbytes) / merged * 1e9, 2 * block.nbytes / copied * 1e9
 
