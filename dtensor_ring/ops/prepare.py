@@ -114,7 +114,7 @@ def prepare(inputs: Inputs, asked: Arguments, place: Place, name: str, *, traini
         training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:4])
     if torch.compiler.is_compiling():
         _check_strategy(asked.strategy, inputs, place)
-        kind = inputs.q.device.type, inputs.q.dtype, inputs.q.shape[3], inputs.v.shape[3]
+        kind = inputs.q.device.type, inputs.q.dtype, constant_number(inputs.q.shape[3]), constant_number(inputs.v.shape[3])
         call = _constant(_as_constants(asked), str(place.layout), kind, training, inputs.alibi is not None)
     else:
         checked = _remembered(inputs, asked, place, documents, name, training)
