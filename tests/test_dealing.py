@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtensor_ring.planning.blocks import BLOCK, half_blocks
-from dtensor_ring.planning.deck import Deck
+from dtensor_ring.planning.deck import Deck, Part
 from dtensor_ring.planning.document_sharding import Chunks, share_documents
 from dtensor_ring.planning.documents import Documents
 
@@ -81,6 +81,52 @@ def test_half_blocks_are_those_that_hold_a_score_that_is_needed(first, count, re
         seen = {key // BLOCK for q in (queries[0], queries[-1]) for key in (q, 0 if reach is None else max(0, q - reach + 1))}
         wanted += 2 * (max(seen) - min(seen) + 1) - 1
     assert half_blocks(first, count, reach) == wanted
+
+
+def walked(parts: list[Part], tokens: int) -> tuple[int, int]:
+    """Half blocks of the parts that `tokens` cover whole, and tokens of the next."""
+    work = 0
+    for part in parts:
+        if tokens < part.size:
+            break
+        tokens, work = tokens - part.size, work + part.work
+    return work, tokens
+
+
+@given(packings.filter(any), st.integers(0, 2000), st.randoms(use_true_random=False))
+def test_a_look_is_what_a_walk_over_what_is_left_finds(lengths, pair_above, drawn):
+    deck = Deck(lengths, pair_above)
+    while deck.tokens:
+        parts = deck.parts[deck.low : deck.high]
+        assert deck.tokens == sum(part.size for part in parts)
+        assert deck.work == sum(part.work for part in parts)
+        assert [part.size for part in parts[1:-1]] == [part.length for part in parts[1:-1]]
+        total = drawn.randint(1, deck.tokens)
+        cheap = drawn.randint(*deck.span(total)) if total < deck.tokens else total
+        looks = deck.look_from_cheap_end(cheap), deck.look_from_dear_end(total - cheap)
+        for look, order, tokens in ((looks[0], parts, cheap), (looks[1], parts[::-1], total - cheap)):
+            if tokens < deck.tokens:
+                assert (look.work, look.count) == walked(order, tokens)
+        counts = {looks[0].index: looks[0].count}
+        counts[looks[1].index] = counts.get(looks[1].index, 0) + looks[1].count
+        cuts = [deck.cut(index, count, drawn.randint(-1, 1)) for index, count in counts.items()]
+        left, taken = deck.tokens, list(deck.take(*looks, cuts))
+        assert sum(count for _, _, count in taken) == total == left - deck.tokens
+
+
+@given(st.integers(1, 60_000), st.integers(2 * BLOCK, 5000))
+def test_nested_pairs_leave_the_middle_of_a_document(length, count):
+    deck = Deck([length], 0)
+    while deck.tokens > count:
+        cut = deck.cut(0, count, 0)
+        # Cuts are rounded to a block's end, half a block at most, and a piece of less than half a block goes to the other.
+        assert abs(cut.rest.first - (length - cut.rest.last)) <= 3 * BLOCK
+        assert len(cut.pieces) == 2 or count < 3 * BLOCK
+        assert cut.odd <= 1
+        # So a token costs what it costs in the whole document, but for rows that are not full.
+        whole = half_blocks(0, length)
+        assert abs(cut.work * length - whole * count) <= 3 * (2 * length // BLOCK + 2) * length
+        list(deck.take(deck.look_from_cheap_end(count), deck.look_from_dear_end(0), [cut]))
 
 
 @given(packings, st.lists(st.integers(0, 50), min_size=2, max_size=9))
