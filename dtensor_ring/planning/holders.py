@@ -75,8 +75,8 @@ class _Stair(NamedTuple):
         first, end = bisect_left(self.ranks, ranks.start), bisect_left(self.ranks, ranks.stop)
         if first == end:
             return None
-        edges = self.parts[first], self.parts[end - 1]
-        return min(part.start for part in edges), max(part.stop for part in edges)
+        low, high = self.parts[first], self.parts[end - 1]
+        return (low.start, high.stop) if low.start <= high.start else (high.start, low.stop)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
