@@ -72,8 +72,8 @@ def test_gradients_are_refused_where_pytorch_is_told_to_be_deterministic():
     ("gpu", "version", "reason"),
     [
         ((9, 0), 91900, None),
-        ((9, 0), 91500, None),
-        ((9, 0), 91499, "needs cuDNN 9.15 or newer, found 91499"),
+        ((9, 0), 92600, None),
+        ((9, 0), 91899, "needs cuDNN 9.19 or newer, found 91899"),
         ((9, 0), None, "this build of PyTorch has no cuDNN"),
         ((8, 9), 91900, "needs compute capability 9.0, this GPU has 8.9"),
         ((10, 0), 91900, "is for Hopper GPUs (compute capability 9)"),
