@@ -17,7 +17,7 @@ from benchmarks.cases import Case
 from benchmarks.problems import problem_of
 from dtensor_ring.comm import LoopbackTransport
 from dtensor_ring.ops.executors.plan_executor import Executor
-from dtensor_ring.ops.kernels import KERNELS, Kernel, SoftmaxParams
+from dtensor_ring.ops.kernels import KERNELS, Kernel, Saved, SoftmaxParams
 from dtensor_ring.planning.problem import AttentionProblem
 from dtensor_ring.planning.schedule import plan
 
@@ -100,7 +100,7 @@ def _attention(problem: AttentionProblem, kernel: Kernel, softmax: SoftmaxParams
         executor = Executor(plan(problem, transport.rank), transport, kernel, softmax)
         q, k, v, dout = (x[:, tokens[transport.rank]].contiguous() for x in whole)
         out, lse = executor.forward(q, k, v)
-        return [out, *executor.backward(dout, q, k, v, out, lse)[:3]]
+        return [out, *executor.backward(Saved(q, k, v, out, lse), dout)[:3]]
 
     shares = LoopbackTransport.run(problem.world, one_rank)
     results = []

@@ -134,7 +134,7 @@ def attention_calls(mesh: DeviceMesh, tokens: int, device: str) -> dict[str, Cal
 
     def executor_both() -> tuple[Tensor, ...]:
         out, lse = executor.forward(q, k, v)
-        return executor.backward(dout, q, k, v, out, lse)[:3]
+        return executor.backward(Saved(q, k, v, out, lse), dout)[:3]
 
     def without_gradients(act: Callable[[], Tensor]) -> Callable[[], Tensor]:
         return torch.no_grad()(act)

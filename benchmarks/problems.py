@@ -8,7 +8,7 @@ from benchmarks.cases import Case
 from benchmarks.timing import Call
 from dtensor_ring.comm import Transport
 from dtensor_ring.ops.executors.plan_executor import Executor
-from dtensor_ring.ops.kernels import Kernel, SoftmaxParams
+from dtensor_ring.ops.kernels import Kernel, Saved, SoftmaxParams
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.kernel_calls import KernelCall
 from dtensor_ring.planning.layout import Layout
@@ -38,7 +38,7 @@ def calls_of(case: Case, transport: Transport, kernel: Kernel, device: torch.dev
 
     def both() -> None:
         out, lse = executor.forward(q, k, v)
-        executor.backward(dout, q, k, v, out, lse)
+        executor.backward(Saved(q, k, v, out, lse), dout)
 
     return lambda: executor.forward(q, k, v), both
 

@@ -18,7 +18,7 @@ from dtensor_ring import Contiguous, Stripe, Zigzag, from_local, ring_attention
 from dtensor_ring.comm import LoopbackTransport
 from dtensor_ring.ops.call import AttentionCall
 from dtensor_ring.ops.executors.plan_executor import Executor
-from dtensor_ring.ops.kernels import KERNELS, Kernel, SoftmaxParams
+from dtensor_ring.ops.kernels import KERNELS, Kernel, Saved, SoftmaxParams
 from dtensor_ring.ops.kernels.math import keep_mask
 from dtensor_ring.ops.reference import reference_attention
 from dtensor_ring.planning.documents import Documents
@@ -235,7 +235,7 @@ def run_loopback(
         executor = Executor(plan(problem, transport.rank), transport, computes, softmax, alibi=case.alibi)
         out, lse = executor.forward(q, k, v, seed=SEED)
         sent = transport.traffic.bytes
-        grads = executor.backward(dout, q, k, v, out, lse, seed=SEED)[:3]
+        grads = executor.backward(Saved(q, k, v, out, lse), dout, seed=SEED)[:3]
         return (out, lse, *grads), (sent, transport.traffic.bytes)
 
     results = LoopbackTransport.run(world, rank_body)

@@ -14,7 +14,7 @@ from dtensor_ring.ops.executors.head_groups import in_groups
 from dtensor_ring.ops.executors.plan_executor import Executor
 from dtensor_ring.ops.executors.protocol import AttentionExecutor
 from dtensor_ring.ops.executors.ulysses import UlyssesExecutor
-from dtensor_ring.ops.kernels import KERNELS, SoftmaxParams
+from dtensor_ring.ops.kernels import KERNELS, Saved, SoftmaxParams
 from dtensor_ring.planning.costs import AttentionShape, RankCost, cost_of, costs
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout
@@ -45,7 +45,7 @@ def run(case: Case, layout: str, world: int, strategy: str, group: int = 0) -> l
         assert transport.traffic.messages == 0, "explaining sends nothing"
         out, lse = executor.forward(q, k, v)
         forward = transport.traffic.copy()
-        executor.backward(dout, q, k, v, out, lse)
+        executor.backward(Saved(q, k, v, out, lse), dout)
         backward = transport.traffic.since(forward)
         assert (forward.messages, forward.bytes) == cost.forward
         assert (backward.messages, backward.bytes) == cost.backward

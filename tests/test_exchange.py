@@ -13,7 +13,7 @@ from dtensor_ring.comm import LoopbackTransport
 from dtensor_ring.ops.executors.exchange import Exchange
 from dtensor_ring.ops.executors.gradients import GradSum
 from dtensor_ring.ops.executors.plan_executor import Executor
-from dtensor_ring.ops.kernels import KERNELS, SoftmaxParams
+from dtensor_ring.ops.kernels import KERNELS, Saved, SoftmaxParams
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band, mask_text
@@ -230,7 +230,7 @@ def test_packed_results_are_bitwise_the_same_in_twenty_runs(layout, strategy):
         runs = []
         for _ in range(20):
             out, lse = executor.forward(q, k, v, SEED)
-            runs.append((out, lse, *executor.backward(dout, q, k, v, out, lse, SEED)[:3]))
+            runs.append((out, lse, *executor.backward(Saved(q, k, v, out, lse), dout, SEED)[:3]))
         return runs
 
     for first, *others in LoopbackTransport.run(3, rank_body):

@@ -9,7 +9,7 @@ from helpers import SEED, make_case, share
 from dtensor_ring.comm import LoopbackTransport
 from dtensor_ring.ops.executors.head_groups import in_groups
 from dtensor_ring.ops.executors.plan_executor import Executor
-from dtensor_ring.ops.kernels import SoftmaxParams
+from dtensor_ring.ops.kernels import Saved, SoftmaxParams
 from dtensor_ring.ops.kernels.math import MathKernel
 from dtensor_ring.planning.schedule import plan
 
@@ -44,7 +44,7 @@ def attend(case, at_once: int, layout: str, strategy: str, extras: bool):
         whole = Executor(plan(problem, transport.rank), transport, kernel, softmax, sinks, alibi, origin=(3, 5))
         executor = in_groups(whole, at_once)
         out, lse = executor.forward(q, k, v, SEED)
-        grads = executor.backward(dout, q, k, v, out, lse, SEED)
+        grads = executor.backward(Saved(q, k, v, out, lse), dout, SEED)
         return (
             (out, lse, *(x for x in grads if x is not None)),
             kernel.blocks,

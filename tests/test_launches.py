@@ -15,7 +15,7 @@ from dtensor_ring.comm import LoopbackTransport, Pending
 from dtensor_ring.ops.executors import gradients, merge
 from dtensor_ring.ops.executors.parts import MOST_OUTPUTS
 from dtensor_ring.ops.executors.plan_executor import Executor
-from dtensor_ring.ops.kernels import Kernel, Result, SoftmaxParams
+from dtensor_ring.ops.kernels import Kernel, Result, Saved, SoftmaxParams
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
@@ -113,7 +113,7 @@ def launches(monkeypatch):
             lse = torch.zeros(batch, HEADS, LOCAL)
             executor = Executor(each, transport, CountedKernel(), SoftmaxParams(0.3))
             found = []
-            for act in (lambda: executor.forward(q, k, v), lambda: executor.backward(dout, q, k, v, out, lse)):
+            for act in (lambda: executor.forward(q, k, v), lambda: executor.backward(Saved(q, k, v, out, lse), dout)):
                 for _ in range(2):  # index tensors are made the first time
                     here.counting = Launches()
                     with here.counting:

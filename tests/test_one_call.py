@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dtensor_ring.comm import AloneTransport, LoopbackTransport
 from dtensor_ring.ops.dtypes import accumulate_dtype
 from dtensor_ring.ops.executors.plan_executor import Executor
-from dtensor_ring.ops.kernels import Kernel, Result, SoftmaxParams
+from dtensor_ring.ops.kernels import Kernel, Result, Saved, SoftmaxParams
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
@@ -89,7 +89,7 @@ def test_on_one_rank_the_kernels_tensors_are_the_result_and_no_other_operator_ru
     executor.forward(q, k, v)  # what is kept between calls is made the first time
     with Names() as seen:
         out, lse = executor.forward(q, k, v)
-        dq, dk, dv, dsinks = executor.backward(dout, q, k, v, out, lse)
+        dq, dk, dv, dsinks = executor.backward(Saved(q, k, v, out, lse), dout)
     assert pointers(out, lse, dq, dk, dv) == pointers(kernel.out, kernel.lse, *kernel.grads)
     assert dsinks is None
     assert [x.shape for x in (out, lse, dq, dk, dv)] == [q.shape, (1, HEADS, LENGTH), q.shape, k.shape, v.shape]
@@ -103,7 +103,7 @@ def test_two_batch_rows_copy_no_more_than_the_lse_of_a_packed_call(documents):
     kernel = PreparedKernel(q, k, v, documents is not None)
     executor = Executor(plan(problem_of(documents), 0), AloneTransport(), kernel, SoftmaxParams(0.3))
     out, lse = executor.forward(q, k, v)
-    dq, dk, dv, _ = executor.backward(dout, q, k, v, out, lse)
+    dq, dk, dv, _ = executor.backward(Saved(q, k, v, out, lse), dout)
     assert pointers(out, dq, dk, dv) == pointers(kernel.out, *kernel.grads)
     given = kernel.lse if documents is None else kernel.lse.view(HEADS, 2, LENGTH).transpose(0, 1)
     assert torch.equal(lse, given)
@@ -119,7 +119,7 @@ def test_on_gathered_keys_the_kernels_out_lse_and_dq_are_the_result():
         kernel = PreparedKernel(q, gathered, gathered, packed=False)
         executor = Executor(plan(problem, transport.rank), transport, kernel, SoftmaxParams(0.3))
         out, lse = executor.forward(q, k, v)
-        dq, dk, dv, _ = executor.backward(dout, q, k, v, out, lse)
+        dq, dk, dv, _ = executor.backward(Saved(q, k, v, out, lse), dout)
         assert pointers(out, lse, dq) == pointers(kernel.out, kernel.lse, kernel.grads[0])
         return kernel.grads[1:], (dk, dv)
 
@@ -134,7 +134,7 @@ def test_what_a_kernel_returns_in_a_wider_dtype_is_rounded_to_that_of_the_inputs
     kernel = PreparedKernel(q, k, v, packed=False, dtype=torch.float32)
     executor = Executor(plan(problem_of(None), 0), AloneTransport(), kernel, SoftmaxParams(0.3))
     out, lse = executor.forward(q, k, v)
-    grads = executor.backward(dout, q, k, v, out, lse)[:3]
+    grads = executor.backward(Saved(q, k, v, out, lse), dout)[:3]
     for mine, given in zip((out, *grads), (kernel.out, *kernel.grads), strict=True):
         assert torch.equal(mine, given.bfloat16())
 
@@ -149,7 +149,7 @@ def test_sinks_enter_once(documents):
     weights = torch.stack([given_lse, sinks[:, None].expand(-1, LENGTH)[None]])
     torch.testing.assert_close(lse, weights.logsumexp(0), rtol=0, atol=1e-13)
     torch.testing.assert_close(out, given_out * weights.softmax(0)[0].transpose(1, 2)[..., None], rtol=0, atol=1e-13)
-    *grads, dsinks = executor.backward(dout, q, k, v, out, lse)
+    *grads, dsinks = executor.backward(Saved(q, k, v, out, lse), dout)
     assert pointers(*grads) == pointers(*kernel.grads)
     wanted = -(weights.softmax(0)[1].transpose(1, 2) * (dout * out).sum(-1)).sum((0, 1))
     torch.testing.assert_close(dsinks, wanted, rtol=0, atol=1e-12)

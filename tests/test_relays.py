@@ -13,7 +13,7 @@ from helpers import LAYOUTS, SEED, Case, assert_exact, assert_like_kernel, make_
 
 from dtensor_ring.comm import LoopbackTransport
 from dtensor_ring.ops.executors.plan_executor import Executor
-from dtensor_ring.ops.kernels import KERNELS, SoftmaxParams
+from dtensor_ring.ops.kernels import KERNELS, Saved, SoftmaxParams
 from dtensor_ring.planning import schedule
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.kernel_calls import Step, TokenRange, document_tiles, step_of
@@ -57,7 +57,7 @@ def run(case: Case, layout: str, world: int, strategy: str, kernel: str, order: 
         cost = executor.explain(q, k, v)
         out, lse = executor.forward(q, k, v, SEED)
         forward = transport.traffic.copy()
-        grads = executor.backward(dout, q, k, v, out, lse, SEED)[:3]
+        grads = executor.backward(Saved(q, k, v, out, lse), dout, SEED)[:3]
         backward = transport.traffic.since(forward)
         assert ((forward.messages, forward.bytes), (backward.messages, backward.bytes)) == (cost.forward, cost.backward)
         return rank, (out, lse, *grads)

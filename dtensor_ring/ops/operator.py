@@ -36,7 +36,7 @@ from dtensor_ring.ops.executors.head_groups import in_groups
 from dtensor_ring.ops.executors.plan_executor import Executor
 from dtensor_ring.ops.executors.protocol import AttentionExecutor
 from dtensor_ring.ops.executors.ulysses import UlyssesExecutor
-from dtensor_ring.ops.kernels import Kernel, SoftmaxParams, kernel_number, kernel_numbered, settings
+from dtensor_ring.ops.kernels import Kernel, Saved, SoftmaxParams, kernel_number, kernel_numbered, settings
 from dtensor_ring.placements import SequencePlacement, redistribute
 from dtensor_ring.placements.redistribute import wrap
 from dtensor_ring.planning.cost_model import Link
@@ -122,9 +122,9 @@ def _attention_backward(
     resolved = _resolved_call(call, q, v, alibi, documents, lengths, transport, _kernel_name(replay))
     executor = _executor(resolved, transport, (sinks, alibi), origin)
     # Gradients may be expanded: that of `out.sum()` has stride 0 in every dim, which kernels do not take.
-    tensors = dout.contiguous(), _inner(q), _inner(k), _inner(v), out, lse
+    saved, dout = Saved(_inner(q), _inner(k), _inner(v), out, lse), dout.contiguous()
     with _without_autocast(q.device.type), _named(resolved, executor, transport, (q, k, v), "backward"):
-        dq, dk, dv, dsinks = executor.backward(*tensors, _seed(replay))
+        dq, dk, dv, dsinks = executor.backward(saved, dout, _seed(replay))
     # The schema has four tensors, so no gradient is an empty one.
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 

@@ -16,6 +16,7 @@ from dtensor_ring.comm import Pending, Transfers
 from dtensor_ring.ops.executors.exchange import Direction, Pair
 from dtensor_ring.ops.executors.plan_executor import Executor
 from dtensor_ring.ops.executors.protocol import AttentionExecutor
+from dtensor_ring.ops.kernels import Saved
 from dtensor_ring.planning.costs import RankCost, Sent
 
 _Visit = tuple[Executor, slice, Tensor, Tensor, Pending[Pair] | None]
@@ -53,24 +54,15 @@ class HeadGroupsExecutor(AttentionExecutor):
         return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 1)
 
     @override
-    def backward(
-        self,
-        dout_BSHD: Tensor,
-        q_BSHD: Tensor,
-        k_BSHD: Tensor,
-        v_BSHD: Tensor,
-        out_BSHD: Tensor,
-        lse_BHS: Tensor,
-        seed: int = 0,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def backward(self, saved: Saved, dout_BSHD: Tensor, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """As `Executor.backward`, with the gradients of all groups put side by side."""
-        if self.kv_heads == k_BSHD.shape[2]:
-            return self.executor.backward(dout_BSHD, q_BSHD, k_BSHD, v_BSHD, out_BSHD, lse_BHS, seed)
+        if self.kv_heads == saved.k.shape[2]:
+            return self.executor.backward(saved, dout_BSHD, seed)
         parts: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
         with Transfers() as transfers:
-            for part, h, k, v, coming in self._visits(transfers, (q_BSHD, k_BSHD, v_BSHD), "backward"):
-                blocks = dout_BSHD[:, :, h], q_BSHD[:, :, h], k, v, out_BSHD[:, :, h], lse_BHS[:, h]
-                parts.append(part.backward(*blocks, seed, coming))
+            for part, h, k, v, coming in self._visits(transfers, saved[:3], "backward"):
+                of_group = Saved(saved.q[:, :, h], k, v, saved.out[:, :, h], saved.lse[:, h])
+                parts.append(part.backward(of_group, dout_BSHD[:, :, h], seed, coming))
         dq, dk, dv = (torch.cat(grads, 2) for grads in zip(*(part[:3] for part in parts), strict=True))
         dsinks = [part[3] for part in parts if part[3] is not None]
         return dq, dk, dv, torch.cat(dsinks) if dsinks else None

@@ -117,25 +117,17 @@ class Executor(AttentionExecutor):
         return total.result()
 
     def backward(
-        self,
-        dout_BSHD: Tensor,
-        q_BSHD: Tensor,
-        k_BSHD: Tensor,
-        v_BSHD: Tensor,
-        out_BSHD: Tensor,
-        lse_BHS: Tensor,
-        seed: int = 0,
-        coming: Pending[Pair] | None = None,
+        self, saved: Saved, dout_BSHD: Tensor, seed: int = 0, coming: Pending[Pair] | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """dq, dk, dv of this rank's shares in the dtypes of q, k, v, and this rank's part of dsinks (H,)."""
         # Out and lse are those of the whole attention, sinks included: from them a kernel recomputes each weight as it finally was,
         # so that the gradients of single blocks just add up.
-        saved, only = Saved(q_BSHD, k_BSHD, v_BSHD, out_BSHD, lse_BHS), self._only_call(q_BSHD, seed)
+        only = self._only_call(saved.q, seed)
         if only is not None:
             dq, dk, dv = self._backward_alone(saved, dout_BSHD, *only, coming)
         else:
             dq, dk, dv = self._backward(saved, dout_BSHD, seed, coming)
-        dsinks = None if self.sinks is None else sink_gradient(dout_BSHD, out_BSHD, lse_BHS, self.sinks)
+        dsinks = None if self.sinks is None else sink_gradient(dout_BSHD, saved.out, saved.lse, self.sinks)
         return dq, dk, dv, dsinks
 
     def _backward(self, saved: Saved, dout: Tensor, seed: int, coming: Pending[Pair] | None) -> Gradients:

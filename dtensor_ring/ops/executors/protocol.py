@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from dtensor_ring.ops.dtypes import accumulate_dtype
-from dtensor_ring.ops.kernels import Kernel
+from dtensor_ring.ops.kernels import Kernel, Saved
 from dtensor_ring.planning.costs import AttentionShape, RankCost
 
 
@@ -24,17 +24,11 @@ class AttentionExecutor(ABC):
         """
 
     @abstractmethod
-    def backward(
-        self,
-        dout_BSHD: Tensor,
-        q_BSHD: Tensor,
-        k_BSHD: Tensor,
-        v_BSHD: Tensor,
-        out_BSHD: Tensor,
-        lse_BHS: Tensor,
-        seed: int = 0,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """dq, dk, dv of this rank's shares in the dtypes of q, k, v, and this rank's part of dsinks (H,), None without sinks."""
+    def backward(self, saved: Saved, dout_BSHD: Tensor, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """dq, dk, dv of this rank's shares in the dtypes of q, k, v, and this rank's part of dsinks (H,), None without sinks.
+
+        `saved` has what `forward` took and gave; its out and lse are of the whole attention.
+        """
 
     @abstractmethod
     def explain(self, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> RankCost:

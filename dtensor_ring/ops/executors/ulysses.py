@@ -23,7 +23,7 @@ from dtensor_ring.ops.dtypes import accumulate_dtype
 from dtensor_ring.ops.executors.exchange import Activity
 from dtensor_ring.ops.executors.plan_executor import Executor
 from dtensor_ring.ops.executors.protocol import AttentionExecutor, shape_of
-from dtensor_ring.ops.kernels import Kernel, SoftmaxParams
+from dtensor_ring.ops.kernels import Kernel, Saved, SoftmaxParams
 from dtensor_ring.planning.costs import RankCost, cost_by_heads
 from dtensor_ring.planning.head_sharing import copies_of_key_heads
 from dtensor_ring.planning.problem import AttentionProblem
@@ -64,36 +64,19 @@ class UlyssesExecutor(AttentionExecutor):
             by_head, by_token = (1, Chunks(), heads), (2, self.problem.split, self.problem.q_length)
             return self._to_tokens(out, heads), exchange_dims(lse, by_head, by_token, self.transport)
 
-    def backward(
-        self,
-        dout_BSHD: Tensor,
-        q_BSHD: Tensor,
-        k_BSHD: Tensor,
-        v_BSHD: Tensor,
-        out_BSHD: Tensor,
-        lse_BHS: Tensor,
-        seed: int = 0,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def backward(self, saved: Saved, dout_BSHD: Tensor, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """dq, dk, dv of this rank's shares, and the part of dsinks (H,) of its heads."""
         with self.transport.during(Activity(self.problem, "backward", "tokens to heads and back")):
-            return self._backward(dout_BSHD, q_BSHD, k_BSHD, v_BSHD, out_BSHD, lse_BHS, seed)
+            return self._backward(saved, dout_BSHD, seed)
 
-    def _backward(
-        self,
-        dout_BSHD: Tensor,
-        q_BSHD: Tensor,
-        k_BSHD: Tensor,
-        v_BSHD: Tensor,
-        out_BSHD: Tensor,
-        lse_BHS: Tensor,
-        seed: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        heads, kv_heads = q_BSHD.shape[2], k_BSHD.shape[2]
+    def _backward(self, saved: Saved, dout_BSHD: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        heads, kv_heads = saved.q.shape[2], saved.k.shape[2]
         # Autograd keeps what the operator took and gave, which is this rank's tokens of all heads: so they travel to heads once
         # more.
-        dout, q, out = (self._to_heads(x) for x in (dout_BSHD, q_BSHD, out_BSHD))
-        lse = exchange_dims(lse_BHS, (2, self.problem.split, self.problem.q_length), (1, Chunks(), heads), self.transport)
-        dq, dk, dv, dmine = self._inner(heads).backward(dout, q, self._kv(k_BSHD), self._kv(v_BSHD), out, lse, seed)
+        dout, q, out = (self._to_heads(x) for x in (dout_BSHD, saved.q, saved.out))
+        lse = exchange_dims(saved.lse, (2, self.problem.split, self.problem.q_length), (1, Chunks(), heads), self.transport)
+        by_head = Saved(q, self._kv(saved.k), self._kv(saved.v), out, lse)
+        dq, dk, dv, dmine = self._inner(heads).backward(by_head, dout, seed)
         # Every rank gives the part of its own heads and zeros for the rest; whoever holds the sinks sums the parts over ranks, as
         # with the other strategies, where each rank has the part of its own queries.
         dsinks = None
