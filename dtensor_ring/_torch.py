@@ -390,15 +390,6 @@ def map_symmetric(buffer: Tensor, group: dist.ProcessGroup) -> tuple[object, lis
     return handle, list(handle.buffer_ptrs), views
 
 
-def fail_device(device: torch.device) -> None:
-    """Let every later call of CUDA in this process raise, those that wait now included: the context is lost.
-
-    For a device that waits for what will never come, where the host may be inside a call that only ends with the device.
-    """
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
-        torch._assert_async(torch.zeros(1, device=device), "dtensor_ring: a rank waited in vain, see the error before")
-
-
 def never_free(value: object) -> None:
     """Keep an object until the process has ended, without running what its end would run."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import random
 import threading
 import time
@@ -21,7 +22,9 @@ from helpers import line, refused
 from dtensor_ring import _torch
 from dtensor_ring.comm import (
     Message,
+    SilentRankError,
     SymmetricMemoryTransport,
+    Transport,
     TransportRequirements,
     choose_transport,
     explain_transport,
@@ -277,19 +280,35 @@ def test_a_line_ends_with_its_transport_and_frees_what_it_mapped(on_host):
     assert buffer() is None
 
 
-def test_a_line_that_halts_logs_what_it_waited_for_and_fails_the_device(on_host, monkeypatch, caplog):
-    failed = []
-    monkeypatch.setattr(module, "fail_device", failed.append)
-    monkeypatch.setattr(module, "never_free", failed.append)
+def test_a_line_that_halts_logs_what_it_waited_for_and_frees_nothing(on_host, monkeypatch, caplog):
+    kept = []
+    monkeypatch.setattr(module, "never_free", kept.append)
     line, other = lines_of(2, 512)
     line._halted(Halt(Stage(3, 1, "a call", "mesh axis 'cp'"), 12.34))
     assert caplog.messages == [
-        "a call: rank 0 of mesh axis 'cp' waited 12.3 s for rank 1. The device is failed, so that the host does not wait for it."
+        "a call: rank 0 of mesh axis 'cp' waited 12.3 s for rank 1. If the GPU still waits in 60 s, this process is ended."
     ]
-    kept, device = failed
-    assert len(kept) == 3, "the buffers, and the words that the device may still write"
-    assert kept[-1] is line._words
-    assert device == torch.device("cpu")
+    (held,) = kept
+    assert len(held) == 3, "the buffers, and the words that the device may still write"
+    assert held[-1] is line._words
+    line.close()
+    other.close()
+
+
+def test_after_a_halt_transfers_and_waits_raise(on_host, monkeypatch):
+    """On a transport without a group, as far as it goes: a halt is raised before anything is sent or waited for."""
+    line, other = lines_of(2, 512)
+    transport = object.__new__(SymmetricMemoryTransport)
+    Transport.__init__(transport, 0, 2, "mesh axis 'cp'")
+    transport._line, transport._lock = line, threading.Lock()
+    monkeypatch.setattr(transport, "_whereabouts", lambda what: "Rank 1 says nothing.")
+    pending = transport.exchange([], [])
+    line.watch.halt = Halt(Stage(3, 1, "a call", "mesh axis 'cp'"), 12.34)
+    text = r"a call: rank 0 of mesh axis 'cp' waited 12\.3 s for rank 1\. Rank 1 says nothing\."
+    with pytest.raises(SilentRankError, match=text):
+        pending.wait()
+    with pytest.raises(SilentRankError, match=text):
+        transport.exchange([], [])
     line.close()
     other.close()
 
@@ -351,15 +370,17 @@ def test_a_lane_counts_on_where_its_word_wraps(lane):
     assert lane.look(1.0).stage.peer == 3
 
 
-def test_the_watch_reports_the_lane_that_stands_longest_once(lane):
-    halts, reported = [], threading.Event()
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_the_watch_reports_a_lane_that_stands_still_once_and_ends_the_process_if_it_still_does(lane, monkeypatch, goes_on):
+    halts, reported, ended = [], threading.Event(), []
+    monkeypatch.setattr(os, "abort", lambda: ended.append(time.monotonic()))
 
     def report(halt: Halt) -> None:
         halts.append(halt)
         reported.set()
 
     lane.writes.held = True
-    watch = Watch([lane], 0.4, report)
+    watch = Watch([lane], 0.4, 0.3, report)
     watch.start()
     lane.passes(None, "begun", "axis")
     assert not reported.wait(0.8), "own work may take as long as it likes"
@@ -368,16 +389,20 @@ def test_the_watch_reports_the_lane_that_stands_longest_once(lane):
     start = time.monotonic()
     assert reported.wait(10)
     assert time.monotonic() - start >= 0.35
+    if goes_on:
+        lane.writes.release()
     watch._thread.join(10)
     assert not watch._thread.is_alive()
     assert watch.halt is halts[0]
     assert (watch.halt.stage.peer, watch.halt.stage.activity) == (3, "a call")
     assert watch.halt.seconds >= 0.4
     assert len(halts) == 1
+    assert len(ended) == (not goes_on)
+    assert all(time - start >= 0.7 for time in ended), "after its grace"
 
 
 def test_a_watch_that_is_stopped_ends(lane):
-    watch = Watch([lane], 1000.0, lambda halt: None)
+    watch = Watch([lane], 1000.0, 1000.0, lambda halt: None)
     watch.start()
     watch.stop.set()
     watch._thread.join(10)

@@ -12,6 +12,7 @@ CUDA from its thread would break a graph that another thread captures.
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 import time
 from collections import deque
@@ -85,17 +86,22 @@ class Lane:
 class Watch:
     """A thread that looks at lanes until one stands still for `patience` seconds, or it is told to stop.
 
+    Where one still stands `grace` seconds after that was reported, the process is ended: the host may be in a call of CUDA that
+    returns only when the lane goes on, and no error could be raised there.
+
     Args:
         lanes: what to look at.
         patience: seconds.
+        grace: seconds.
         report: called once with the halt, in the watch's thread.
     """
 
-    def __init__(self, lanes: list[Lane], patience: float, report: Callable[[Halt], None]) -> None:
+    def __init__(self, lanes: list[Lane], patience: float, grace: float, report: Callable[[Halt], None]) -> None:
         self.halt: Halt | None = None
         self.stop = threading.Event()
         self._lanes = lanes
         self._patience = patience
+        self._grace = grace
         self._report = report
         # A daemon: a rank whose work is over must end, whatever its lanes wait for.
         self._thread = threading.Thread(target=self._run, name="dtensor_ring watch", daemon=True)
@@ -106,9 +112,17 @@ class Watch:
 
     def _run(self) -> None:
         while not self.stop.wait(min(_LONGEST_NAP, self._patience / 4)):
-            halts = [halt for lane in self._lanes if (halt := lane.look(time.monotonic())) is not None]
-            longest = max(halts, key=lambda halt: halt.seconds, default=None)
-            if longest is not None and longest.seconds >= self._patience:
-                self.halt = longest
-                self._report(longest)
+            halt = self._standing()
+            if halt is not None:
+                self.halt = halt
+                self._report(halt)
+                time.sleep(self._grace)
+                if self._standing() is not None:
+                    os.abort()
                 return
+
+    def _standing(self) -> Halt | None:
+        """The lane that has stood still for longest, if longer than there is patience."""
+        halts = [halt for lane in self._lanes if (halt := lane.look(time.monotonic())) is not None]
+        longest = max(halts, key=lambda halt: halt.seconds, default=None)
+        return longest if longest is not None and longest.seconds >= self._patience else None

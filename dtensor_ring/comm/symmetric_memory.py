@@ -10,10 +10,10 @@ twice: into a slot by its sender, on the GPU's own memory, and out of it by its 
 contiguous bytes; the second is done by a copy engine, so that no multiprocessor is taken from attention while keys travel. Ranks
 wait for one another on the GPU, by words of the buffers (`stream_memory`), and the host waits for nothing.
 
-A rank that waits in vain shows when its GPU has stood at one parcel for `patience` seconds, seen by a thread (`lanes`): the error
-is logged, names rank, peer and what the transfer was part of, and is raised by the next transfer or wait. As the host may be
-inside a call that ends only with the GPU, such as `loss.item()`, the thread also fails the device: from then on every call of CUDA
-in the process raises, so that no result of half a transfer is ever read. What a CUDA graph replays is not watched.
+A rank that waits in vain shows when its GPU has stood at one parcel for `patience` seconds, seen by a thread (`lanes`): the error,
+which names rank, peer and what the transfer was part of, is logged, and raised by the next transfer or wait. As the host may be
+inside a call that ends only with the GPU, such as `loss.item()`, the process is ended where the GPU still stands a minute later.
+The GPU never goes on past such a wait, so no result of half a transfer is ever read. What a CUDA graph replays is not watched.
 
 What ranks compare goes over the group itself, and so do collectives where the group is NCCL; on gloo those of CUDA tensors are
 made of messages. Transfers of CPU tensors are left to the group.
@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.cuda import Event, Stream
 from typing_extensions import override
 
-from dtensor_ring._torch import fail_device, lacks_symmetric_memory, map_symmetric, never_free, symmetric_buffer
+from dtensor_ring._torch import lacks_symmetric_memory, map_symmetric, never_free, symmetric_buffer
 from dtensor_ring.comm.lanes import Halt, Lane, Watch
 from dtensor_ring.comm.mailboxes import Mailboxes, Parcel, Piece, Slots, Wait, Write
 from dtensor_ring.comm.process_group import ProcessGroupTransport
@@ -48,6 +48,7 @@ from dtensor_ring.comm.transport import Message, MessageCollectives, Pending, Si
 
 _LOG = logging.getLogger(__name__)
 _OVERLAP = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
+_GRACE = 60.0  # seconds in which a process that waits in vain may end by its own error
 _MIB = 1 << 20
 _MOST_KEPT = 128  # calls whose parcels a group keeps, each of about 1 KiB a parcel
 Sizes = tuple[tuple[int, int], ...]  # of messages: rank and bytes
@@ -204,7 +205,7 @@ class _Line:
         addresses = [self._words.data_ptr() + 4 * i for i in range(2)]
         # High priority: a transfer that is late costs more than a kernel that is.
         self._out, self._in = (Lane(Stream(device, priority=-1), self._memory, address) for address in addresses)
-        self.watch = Watch([self._out, self._in], patience, self._halted)
+        self.watch = Watch([self._out, self._in], patience, _GRACE, self._halted)
         self.watch.start()
         atexit.register(self.leave)
 
@@ -275,10 +276,9 @@ class _Line:
         return f"{activity}: rank {self.rank} of {axis} waited {halt.seconds:.1f} s for rank {peer}"
 
     def _halted(self, halt: Halt) -> None:
-        # Logged here, since the host may be in a call of CUDA, whose error will not say what was waited for.
-        _LOG.error("%s. The device is failed, so that the host does not wait for it.", self.described(halt))
+        # Logged here, since the host may be in a call of CUDA that does not return, where nothing can be raised.
+        _LOG.error("%s. If the GPU still waits in %.0f s, this process is ended.", self.described(halt), _GRACE)
         self.leave()
-        fail_device(self.device)
 
     def leave(self) -> None:
         """Let the buffers be until the process ends: freeing them waits for the device, which may wait for ranks that are gone."""
