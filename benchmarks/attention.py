@@ -115,7 +115,18 @@ class Bench:
     def measure(self, case: Case, kernel: Kernel, who: str, session: Session) -> Row:
         """Check, then time, in turns with the kernel alone."""
         heads, link = f"{case.heads}:{case.kv_heads}", dist.get_backend(self.mesh.get_group())
-        start = who, case.name, case.layout, strategy_of(case), case.world, case.tokens, heads, kernel.name, link, case.strict
+        start = (
+            who,
+            case.name,
+            case.layout,
+            strategy_of(case, kernel.name),
+            case.world,
+            case.tokens,
+            heads,
+            kernel.name,
+            link,
+            case.strict,
+        )
         row = Row(*start, target=case.target)
         try:
             found = self.errors(small(case, self.check_tokens, case.world, 2 * case.world), kernel, session)

@@ -52,7 +52,9 @@ def _narrowed(mask: str, factor: float) -> str:
 
 def wrong_numbers(case: Case, kernel: Kernel, device: torch.device, dtype: torch.dtype, tokens: int = 256) -> str:
     """What is wrong with the case's plans on this kernel; empty if nothing is."""
-    problem = problem_of(small(case, tokens))
+    # In as many stages as are timed: fewer tokens left to themselves would have others.
+    stages = problem_of(case, kernel.name).stages
+    problem = problem_of(small(replace(case, stages=stages or None), tokens))
     shapes = [(1, problem.q_length, heads, case.head_dim) for heads in (case.heads, case.kv_heads, case.kv_heads, case.heads)]
     whole = [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
     softmax = SoftmaxParams(case.head_dim**-0.5)

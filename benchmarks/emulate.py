@@ -108,7 +108,17 @@ class Emulation:
     def measure(self, case: Case, kernel: Kernel) -> Row:
         """Check the case, then time it."""
         heads = f"{case.heads}:{case.kv_heads}"
-        named = case.name, case.layout, strategy_of(case), case.world, case.tokens, heads, kernel.name, str(case.link), case.strict
+        named = (
+            case.name,
+            case.layout,
+            strategy_of(case, kernel.name),
+            case.world,
+            case.tokens,
+            heads,
+            kernel.name,
+            str(case.link),
+            case.strict,
+        )
         row = Row(*named, target=case.target)
         with self.spending("checks"):
             row.wrong = self.check(case, kernel)
@@ -118,7 +128,7 @@ class Emulation:
             ideal, share = ideal_of(case)
             ideal_calls = self.calls(ideal, 0, kernel)
             ours = {rank: self.calls(case, rank, kernel) for rank in ranks_to_measure(case)}
-            row.calls = max(plan(problem_of(case), rank).calls for rank in ours)
+            row.calls = max(plan(problem_of(case, kernel.name), rank).calls for rank in ours)
         slowest = self.time(case, row, (ideal_calls, share), ours)
         with self.spending("host"):
             row.host = self.watch.host_time(ours[slowest][0]), self.watch.host_time(ours[slowest][1])

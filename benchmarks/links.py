@@ -26,6 +26,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dtensor_ring.comm import Message, Pending, Transport, TransportRequirements
 from dtensor_ring.comm.choose import _transports
+from dtensor_ring.planning import cost_model
+from dtensor_ring.planning.devices import device_named
 
 Model = Literal["copy_engine", "nccl"]
 
@@ -54,6 +56,10 @@ class Link:
         """`200 GB/s copy_engine`, `200/45 GB/s nccl 16 SMs`."""
         speed = f"{self.gigabytes:g}" + (f"/{self.between:g}" if self.node else "")
         return f"{speed} GB/s {self.model}" + (f" {self.multiprocessors} SMs" if self.model == "nccl" else "")
+
+    def known(self, device: str = "") -> cost_model.Link:
+        """The link as a transport says it of itself, between GPUs of a kind that `devices` knows."""
+        return cost_model.Link(self.gigabytes * 1e9, self.between * 1e9, self.latency, self.node, device)
 
     def seconds(self, rank: int, sizes: Sequence[tuple[int, int]]) -> float:
         """Time of the transfers of one step, given as (peer, bytes): both kinds of link work at once."""
@@ -87,6 +93,11 @@ class EmulatedTransport(Transport):
         super().__init__(rank, world, "an emulated axis")
         self.link, self.allocate = link, allocate
         self._carrier = carrier(device, link.model, link.multiprocessors)
+
+    @property
+    def known_link(self) -> cost_model.Link:
+        """The emulated link, between GPUs like the one that this runs on."""
+        return self.link.known(device_named(torch.cuda.get_device_name()) if torch.cuda.is_available() else "")
 
     def empty(self, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A random buffer."""

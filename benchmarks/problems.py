@@ -9,28 +9,36 @@ from benchmarks.timing import Call
 from dtensor_ring.comm import Transport
 from dtensor_ring.ops.executors.plan_executor import Executor
 from dtensor_ring.ops.kernels import Kernel, Saved, SoftmaxParams
+from dtensor_ring.planning.costs import AttentionShape
+from dtensor_ring.planning.devices import KNOWN
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.kernel_calls import KernelCall
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
+from dtensor_ring.planning.predict import Predictor
 from dtensor_ring.planning.problem import AttentionProblem
 from dtensor_ring.planning.schedule import Plan, plan
+from dtensor_ring.planning.stage_choice import choose_stages
 from dtensor_ring.planning.totals import totals
 
 BLOCK = 128  # queries and keys of the blocks that flash kernels compute
 
 
-def problem_of(case: Case) -> AttentionProblem:
-    """The attention of a case."""
+def problem_of(case: Case, kernel: str = "torch_flash") -> AttentionProblem:
+    """The attention of a case; where it leaves the stages open, those that are fastest with `kernel`."""
     layout, band = Layout.parse(case.layout), Band.parse(case.mask)
     documents = Documents.from_lengths(list(case.lengths)) if case.lengths else None
     problem = AttentionProblem(layout, band, case.length, case.length, case.world, case.strategy or "ring", documents)
-    return problem.staged(case.stages or 0)
+    if case.stages:
+        return problem.staged(case.stages)
+    # As the library chooses on the GPUs that we measure: over this link, by figures of H100, which hold for H200 too.
+    shape = AttentionShape(case.heads, case.kv_heads, case.head_dim, case.head_dim)
+    return choose_stages(problem, Predictor(KNOWN["h100"], kernel, shape, case.link.known()))
 
 
 def calls_of(case: Case, transport: Transport, kernel: Kernel, device: torch.device, dtype: torch.dtype) -> tuple[Call, Call]:
     """The forward pass of the transport's rank by its executor, and forward with backward, on random tensors."""
-    problem, rank = problem_of(case), transport.rank
+    problem, rank = problem_of(case, kernel.name), transport.rank
     executor = Executor(plan(problem, rank), transport, kernel, SoftmaxParams(case.head_dim**-0.5))
     heads = case.heads, case.kv_heads, case.kv_heads, case.heads
     shapes = [(1, problem.q_local(rank), each, case.head_dim) for each in heads]
@@ -49,9 +57,9 @@ def flops_of(case: Case) -> tuple[float, float]:
     return forward, 3.5 * forward
 
 
-def strategy_of(case: Case) -> str:
+def strategy_of(case: Case, kernel: str) -> str:
     """What tables call the strategy of a case, with its number of stages."""
-    problem = problem_of(case)
+    problem = problem_of(case, kernel)
     return f"ring/{problem.transfers}" if problem.strategy == "ring" and not problem.is_halo else problem.strategy
 
 
