@@ -1,9 +1,12 @@
 """Figures of GPUs that we know: what stages are chosen by where nobody passes a `CostModel` of their own.
 
-    h100    H100 SXM    kernels, merging and copying measured by `python -m dtensor_ring calibrate`, torch 2.11
+    h100    H100 SXM    kernels, merging and copying measured by `python -m dtensor_ring calibrate` with torch 2.11: `torch_flash`,
+                        whose kernels `flash_attn_2` has too, and cuDNN's. `flash_attn_4` takes .91 of cuDNN's time forward and
+                        .84 backward, as it did on 8192 causal tokens. `flash_attn_3` was not measured, and is taken for as fast as
+                        cuDNN: its authors found it 8 to 14 % faster forward (arXiv:2407.08608)
     h200    H200 SXM    those of h100: the same chip with faster memory, on which plans were found to take the same time within 5 %
-    a100    A100 SXM    h100's, scaled: kernels by what FlashAttention-2's authors report on both (arXiv:2307.08691, figure 5 and
-                        section 4.1: 335 TFLOP/s on H100, 200 on A100), memory by the bandwidths of the data sheets
+    a100    A100 SXM    not measured: h100's, kernels scaled by what FlashAttention-2 reaches at best, 73 % of 312 TFLOP/s
+                        (arXiv:2307.08691) beside 370 on H100 (arXiv:2407.08608), memory by the bandwidths of the data sheets
 
 What a step takes beside its calls is no kernel's time: 60 microseconds come closest to plans of 8 ranks in 7 stages.
 
@@ -19,24 +22,31 @@ from dataclasses import replace
 
 from dtensor_ring.planning.cost_model import CostModel, KernelSpeed, Link, Speed
 
+
+def _slower(speed: Speed, factor: float) -> Speed:
+    times = {name: getattr(speed, name) * factor for name in ("call", "row", "edge", "column", "block")}
+    return replace(speed, **times)
+
+
+_CUDNN = KernelSpeed(
+    forward=Speed(call=16377, row=0.0, edge=33.3, column=0.0, block=12.81, narrow=0.667, wide=1.85),
+    backward=Speed(call=20472, row=75.0, edge=87.9, column=56.6, block=37.47, narrow=0.603, wide=2.50),
+)
+_FLASH_2 = KernelSpeed(
+    forward=Speed(call=11436, row=7.7, edge=23.8, column=10.4, block=23.77, narrow=0.569, wide=2.03),
+    backward=Speed(call=24672, row=120.2, edge=4.4, column=49.5, block=67.15, narrow=0.568, wide=2.33),
+)
+_FLASH_4 = KernelSpeed(_slower(_CUDNN.forward, 0.91), _slower(_CUDNN.backward, 0.84))
+
 _H100 = CostModel(
     device="h100",
-    source="measured on one H100 80GB HBM3",
+    source="H100 80GB HBM3, torch 2.11; see planning/devices.py",
     kernels=(
-        (
-            "cudnn",
-            KernelSpeed(
-                forward=Speed(call=16377, row=0.0, edge=33.3, column=0.0, block=12.81, narrow=0.667, wide=1.85),
-                backward=Speed(call=20472, row=75.0, edge=87.9, column=56.6, block=37.47, narrow=0.603, wide=2.50),
-            ),
-        ),
-        (
-            "torch_flash",
-            KernelSpeed(
-                forward=Speed(call=11436, row=7.7, edge=23.8, column=10.4, block=23.77, narrow=0.569, wide=2.03),
-                backward=Speed(call=24672, row=120.2, edge=4.4, column=49.5, block=67.15, narrow=0.568, wide=2.33),
-            ),
-        ),
+        ("cudnn", _CUDNN),
+        ("flash_attn_2", _FLASH_2),
+        ("flash_attn_3", _CUDNN),
+        ("flash_attn_4", _FLASH_4),
+        ("torch_flash", _FLASH_2),
     ),
     multiprocessors=132,
     merge=2.83e12,
@@ -46,20 +56,15 @@ _H100 = CostModel(
     host_backward=288e3,
 )
 
-
-def _slower(speed: Speed, factor: float) -> Speed:
-    times = {name: getattr(speed, name) * factor for name in ("call", "row", "edge", "column", "block")}
-    return replace(speed, **times)
-
-
+_A100_SLOWER = 370 / (0.73 * 312)
 _A100 = replace(
     _H100,
     device="a100",
-    source="scaled from H100's figures",
+    source="scaled from H100's; see planning/devices.py",
     kernels=tuple(
-        (name, KernelSpeed(_slower(speed.forward, 335 / 200), _slower(speed.backward, 335 / 200)))
+        (name, KernelSpeed(_slower(speed.forward, _A100_SLOWER), _slower(speed.backward, _A100_SLOWER)))
         for name, speed in _H100.kernels
-        if name == "torch_flash"
+        if name in ("flash_attn_2", "torch_flash")
     ),
     multiprocessors=108,
     merge=_H100.merge * 2.0 / 3.35,
@@ -68,7 +73,7 @@ _A100 = replace(
 
 KNOWN: dict[str, CostModel] = {
     "h100": _H100,
-    "h200": replace(_H100, device="h200", source="H100's figures, measured on one H100 80GB HBM3"),
+    "h200": replace(_H100, device="h200", source="H100's figures; see planning/devices.py"),
     "a100": _A100,
 }
 
