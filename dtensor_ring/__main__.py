@@ -171,7 +171,7 @@ def _add_plan_arguments(plan: argparse.ArgumentParser) -> None:
         "--stages",
         type=int,
         metavar="N",
-        help="transfers of ring, up to one for each other rank (default: as few as ring_attention takes)",
+        help="transfers of ring, up to one for each other rank (default: as ring_attention takes on --device, or the fewest)",
     )
     sizes = LLAMA_8B
     plan.add_argument("--heads", type=int, default=sizes.heads, help=f"query heads (default: {sizes.heads})")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import ClassVar, TypeVar
 from weakref import ref
 
@@ -36,6 +37,14 @@ _LARGEST_TAG = (1 << 31) - 1  # a tag is a C int
 def axis_name(mesh: DeviceMesh, i: int) -> str:
     """Give the name of a mesh axis in quotes, such as `'cp'`, or its number where it has no name."""
     return repr(mesh.mesh_dim_names[i]) if mesh.mesh_dim_names else str(i)
+
+
+def _host() -> str:
+    """What tells this machine from others: two containers of one may have two names, and two machines may both be "localhost"."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()  # drawn when the machine started
+    except OSError:
+        return socket.gethostname()
 
 
 def several_ranks() -> bool:
@@ -95,7 +104,7 @@ class ProcessGroupTransport(Transport):
     def _ask_link(self, device: str) -> Link | None:
         """The link of ranks that each say their host and their GPU."""
         devices = ["", *KNOWN]
-        mine = [number_of(socket.gethostname()), devices.index(device_named(device))]
+        mine = [number_of(_host()), devices.index(device_named(device))]
         answers = meet(self, "which hosts and GPUs ranks are on", mine)
         return link_of_hosts([host for host, _ in answers], [devices[number] for _, number in answers])
 

@@ -160,7 +160,8 @@ def explain(
         is_causal: as for `ring_attention`, and by the same default.
         window: as for `ring_attention`.
         strategy: as for `ring_attention`.
-        stages: as for `ring_attention`: None is what it takes by default.
+        stages: as for `ring_attention`: None is what it takes by default on `device` or by `cost_model`, and without these where
+            no machine is known: the fewest that its memory allows.
         heads: query heads.
         kv_heads: key heads, which divide the query heads.
         head_dim: numbers in a query or key.
