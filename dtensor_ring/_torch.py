@@ -45,6 +45,7 @@ __all__ = [
     "dtensor_with",
     "has_tangent",
     "install_rule",
+    "is_capturing",
     "is_tracing",
     "lasting",
     "named_in_profiles",
@@ -64,6 +65,9 @@ Rule = Callable[[OpSchema], OutputSharding | None]
 # What `split_factor` of our placements raises. PyTorch's redistribute planner catches just this class and falls back to its
 # greedy path (since 2.12; 2.11 has no such class and raises). Gone once PyTorch has placements by users.
 NotDecodableError: type[Exception] = getattr(_dtensor_spec, "_StridedShardNotDecodableError", ValueError)
+
+# Inductor leaves an op with this tag out of the CUDA graphs that it captures; a PyTorch without it what has inputs on the CPU.
+OUTSIDE_OF_GRAPHS: tuple[torch.Tag, ...] = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
 
 # The collectives on flat tensors, under their names since 2.13 or, before, the ones that 2.13 deprecates.
 all_gather_flat: Callable[..., dist.Work | None] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -308,6 +312,11 @@ def register() -> None:
 def is_tracing() -> bool:
     """Whether a compiler runs the code on fake tensors, inside DTensor's dispatch too, where `is_compiling()` is False."""
     return _are_we_tracing()
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured on the current stream. No name of it is private: tests say here that one is."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def constant_when_compiled(function: F) -> F:

@@ -6,6 +6,7 @@ before = traffic(mesh["cp"])
 ...
 print(traffic(mesh["cp"]).since(before).bytes)
 print(sum(cache.bytes for cache in caches()))                          # what is kept between calls
+forget_captured()                                                      # what CUDA graphs read, once none is replayed any more
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dtensor_ring._renamed import renamed
 from dtensor_ring.cache import CacheUse, caches
+from dtensor_ring.captures import forget_captured
 from dtensor_ring.comm import TRANSPORTS, Traffic, TransportRequirements, explain_transport, transport_of
 from dtensor_ring.comm.rank_checks import check_every_call
 from dtensor_ring.ops.kernels import KERNELS, KernelRequirements
@@ -35,6 +37,7 @@ __all__ = [
     "check_every_call",
     "draw",
     "explain_transport",
+    "forget_captured",
     "kernel_table",
     "traffic",
     "transport_table",
@@ -43,7 +46,10 @@ __all__ = [
 
 @renamed(mesh="device_mesh")
 def traffic(device_mesh: DeviceMesh) -> Traffic:
-    """What this rank has sent over a mesh of one axis since its group was made, by attention and redistribution alike."""
+    """What this rank has sent over a mesh of one axis since its group was made, by attention and redistribution alike.
+
+    A call in a CUDA graph is counted when it is captured; what replays send is not.
+    """
     if device_mesh.ndim != 1:
         raise ValueError(f"traffic is counted for one mesh axis, such as mesh['cp'], found {device_mesh.ndim} axes")
     # A copy: the transport goes on counting in its own, and what was read before must stay what it was.

@@ -75,6 +75,11 @@ class LoopbackTransport(MessageCollectives):
         """Raises RuntimeError: `LoopbackTransport.run` makes all ends at once, with what they share."""
         raise RuntimeError("the ends of a loopback are made together, by LoopbackTransport.run")
 
+    @override
+    def refuses_capture(self) -> str | None:
+        """Refuses: a thread takes what another has left, which no replay would do again."""
+        return "connects threads of one process, which meet on the host"
+
     def __init__(self, rank: int, world: int, board: _Switchboard) -> None:
         super().__init__(rank, world)
         self._board = board

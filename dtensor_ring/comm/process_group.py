@@ -112,6 +112,11 @@ class ProcessGroupTransport(Transport):
         return "nccl" in dist.get_backend(self._group) and torch.cuda.is_available()
 
     @override
+    def refuses_capture(self) -> str | None:
+        """Refuses groups on other backends than NCCL."""
+        return None if self._is_nccl() else f"is on {dist.get_backend(self._group)}, which carries tensors through the host"
+
+    @override
     def value_device(self) -> torch.device:
         """The GPU for groups on NCCL, which moves nothing else, and the CPU for others."""
         return torch.device("cuda", torch.cuda.current_device()) if self._is_nccl() else torch.device("cpu")

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from dtensor_ring._torch import is_capturing
+from dtensor_ring.captures import check_not_capturing
 from dtensor_ring.comm.transport import SilentRankError, Transport
 
 _VALUES = 18  # integers of a record after its two first: whether the rank refuses, and the number of the call
@@ -63,9 +65,14 @@ def meet(transport: Transport, call: str, values: Sequence[int]) -> list[list[in
     Raises:
         ValueError, TypeError, NotImplementedError: a rank refuses the call (the class is that of its error), on every rank.
         RuntimeError: ranks are in different calls, on every rank.
+        RingCaptureError: a CUDA graph is being captured, on every rank that captures.
     """
     if transport.world == 1:
         return [list(values)]
+    check_not_capturing(
+        f"{call}: ranks of {transport.axis} compare it, for which the host waits",
+        "make the same call once before capturing; where it is compared every time, leave that out, as by run_check=False",
+    )
     assert len(values) <= _VALUES, "a record has room for so many values"
     # Ranks over different transports are in different calls: neither would ever get what the other sends.
     record = [0, number_of(f"{call}, over {transport.name}"), *values, *[0] * (_VALUES - len(values))]
@@ -171,6 +178,8 @@ def _send(transport: Transport, failure: Exception) -> None:
         return
     kind = next((i for i, kind in enumerate(_KINDS) if isinstance(failure, kind)), len(_KINDS) - 1)
     transport.leave_note(str(failure)[:_TEXT])  # before the meeting: who comes too late for this rank finds it too
+    if is_capturing():  # the record would be sent by the graph; and the others capture as well, and wait in no meeting
+        return
     transport.offer_values([1 + kind, 0, *[0] * _VALUES], _PATIENCE)
 
 

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
-from dtensor_ring._torch import named_in_profiles, store_of
+from dtensor_ring._torch import is_capturing, named_in_profiles, store_of
+from dtensor_ring.captures import check_not_capturing
 from dtensor_ring.planning.cost_model import Link
 
 T = TypeVar("T")
@@ -218,6 +219,7 @@ class Transport(ABC):
 
         Sends the bytes of `sends`, nothing else.
         """
+        self._check_capture()
         # Both sides leave out empty messages by the same rule, so neither waits: backends differ in what they do with them.
         sends = [message for message in sends if message.tensor.numel()]
         receives = [message for message in receives if message.tensor.numel()]
@@ -232,6 +234,7 @@ class Transport(ABC):
 
     def all_gather(self, tensor: Tensor) -> Pending[Tensor]:
         """Tensors of one shape from all ranks, stacked: (world, *shape). Sends the tensor to every other rank."""
+        self._check_capture()
         self._compare("all-gather", tensor)
         count = (self.world - 1) * tensor.nbytes
         self.traffic.add(self.world - 1, count)
@@ -241,6 +244,7 @@ class Transport(ABC):
     def reduce_scatter(self, tensor: Tensor) -> Pending[Tensor]:
         """The sum over ranks of slice `rank` of (world, *shape) tensors: (*shape). Sends every other rank its slice."""
         assert tensor.shape[0] == self.world, "reduce_scatter takes one slice a rank"
+        self._check_capture()
         self._compare("reduce-scatter", tensor)
         count = tensor.nbytes // self.world * (self.world - 1)
         self.traffic.add(self.world - 1, count)
@@ -249,6 +253,7 @@ class Transport(ABC):
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
         """The sum (or `op`: "sum", "avg", "max", "min", "product") over ranks. Counted as reduce-scatter and all-gather."""
+        self._check_capture()
         self._compare(f"all-reduce ({op})", tensor)
         self.traffic.add(2 * (self.world - 1), 2 * tensor.nbytes * (self.world - 1) // self.world)
         return self._all_reduce(tensor.contiguous(), op)
@@ -284,6 +289,19 @@ class Transport(ABC):
     def value_device(self) -> torch.device:
         """The device on which small values must lie to be exchanged."""
         return torch.device("cpu")
+
+    def refuses_capture(self) -> str | None:
+        """Why a CUDA graph cannot capture transfers of this end, or None if it can."""
+        return None
+
+    def _check_capture(self) -> None:
+        # Asked where every transfer passes: what is only recorded must not wait for other ranks on the host.
+        reason = self.refuses_capture() if is_capturing() else None
+        if reason is not None:
+            check_not_capturing(
+                f"{self.activity}: the transport {self.name!r} of {self.axis} {reason}",
+                "run what exchanges tensors outside of the graph",
+            )
 
     def _compare(self, collective: str, tensor: Tensor) -> None:  # noqa: B027  by default nothing is asked
         """Raises RuntimeError on every rank unless all start this collective on tensors of one shape; where that is asked."""

@@ -7,6 +7,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from dtensor_ring._torch import TensorCache
+from dtensor_ring.captures import check_not_capturing
 
 # flash-attn's functions take lengths on the GPU. Read for every layer, they would make the host wait for all work before.
 _read: TensorCache[tuple[int, ...]] = TensorCache()
@@ -18,11 +19,14 @@ def host_lengths(name: str, cu_seqlens: Tensor) -> tuple[int, ...]:
     Raises:
         TypeError: not one-dimensional integers.
         ValueError: does not start at 0, or decreases.
+        RingCaptureError: it would have to be read while a CUDA graph is being captured.
     """
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
         raise TypeError(f"{name} must be a 1-D integer tensor, found {cu_seqlens!r}")
     values = _read.get(cu_seqlens) if _is_kept(cu_seqlens) else None
     if values is None:
+        if cu_seqlens.is_cuda:
+            check_not_capturing(f"the host reads {name} off the GPU", "make the same call once before, with the very same tensor")
         values = tuple(cu_seqlens.tolist())
         if not values or values[0] != 0 or any(b < a for a, b in pairwise(values)):
             raise ValueError(f"{name} must start at 0 and never decrease, found {values[:8]}{'...' if len(values) > 8 else ''}")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from dtensor_ring._torch import is_tracing
+from dtensor_ring.captures import check_not_capturing
 from dtensor_ring.comm import Transport, transport_along, transport_of
 from dtensor_ring.comm.rank_checks import is_agreed, meet, number_of, refused_together, remember
 from dtensor_ring.ops.arguments import BSHD, Order
@@ -81,11 +82,18 @@ def check_agreement(transport: Transport, facts: Facts, documents: str) -> None:
     Raises:
         ValueError, TypeError, NotImplementedError: a rank refuses this call, on every rank.
         RuntimeError: ranks are in different calls, on every rank.
+        RingCaptureError: the call is new, and a CUDA graph is being captured; on every rank that captures.
         ValueError: ranks differ, or a share does not hold the tokens that the layout gives its rank; on every rank.
     """
     # Two texts and not one: the first is worked out once for all calls like this one, while documents are new with every batch.
     call = facts.key, documents
     if not is_agreed(transport, call) and not is_tracing():  # fake tensors: nobody is there to compare with
+        # On one rank too, where nothing is compared: what is captured there must not fail on two.
+        check_not_capturing(
+            f"{facts.name} over {transport.axis}: ranks compare a call that is new, for which the host waits",
+            "make the same call once before capturing, forward and backward, with the same shapes, arguments and documents, and "
+            "capture it outside of check_every_call",
+        )
         _compare(transport, facts, documents or "no documents")
         remember(transport, call)
 

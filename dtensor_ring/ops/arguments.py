@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from dtensor_ring.captures import check_not_capturing
 from dtensor_ring.ops.kernels import KernelName
 from dtensor_ring.planning.cost_model import CostModel
 from dtensor_ring.planning.problem import StrategyName
@@ -109,6 +110,8 @@ def _plain(name: str, number: Any, kind: type) -> Any:  # noqa: ANN401
         return number
     if isinstance(number, Tensor) and number.requires_grad:
         raise NotImplementedError(f"{name} gets no gradient: pass {name}.item(), or multiply q, or out, by what is learned")
+    if isinstance(number, Tensor) and number.is_cuda:
+        check_not_capturing(f"the host reads {name} off the GPU", f"pass {name} as a number, which a replay then goes on with")
     return kind(number)
 
 

@@ -26,8 +26,9 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor
 
-from dtensor_ring._torch import lasting, local_of, named_in_profiles, resolve_group
+from dtensor_ring._torch import OUTSIDE_OF_GRAPHS, is_capturing, lasting, local_of, named_in_profiles, resolve_group
 from dtensor_ring.cache import cached
+from dtensor_ring.captures import check_not_capturing
 from dtensor_ring.comm import Transport, transport_of
 from dtensor_ring.ops.call import AttentionCall
 from dtensor_ring.ops.dtypes import accumulate_dtype
@@ -87,6 +88,8 @@ def _attention(
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Out and lse of this rank's queries, and what backward must do alike."""
+    if is_capturing():
+        _check_captured(call)
     transport = transport_of(resolve_group(group) if group else None)
     resolved = _resolved_call(call, q, v, alibi, documents, lengths, transport)
     executor = _executor(resolved, transport, (sinks, alibi), origin)
@@ -118,6 +121,8 @@ def _attention_backward(
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv of this rank's shares, and its part of dsinks, empty without sinks."""
+    if is_capturing():
+        _check_captured(call)
     transport = transport_of(resolve_group(group) if group else None)
     resolved = _resolved_call(call, q, v, alibi, documents, lengths, transport, _kernel_name(replay))
     executor = _executor(resolved, transport, (sinks, alibi), origin)
@@ -181,9 +186,11 @@ def refuse_second_gradient(*_context: object) -> NoReturn:
 
 def register() -> None:
     """Define the operators, for every backend: the implementation asks the tensors for their device."""
+    # In a CUDA graph the host's part of a call would be that of the capture: its documents, its kernel, its seed of dropout.
+    tags = torch.Tag.pt2_compliant_tag, *OUTSIDE_OF_GRAPHS
     # `nondeterministic_seeded` keeps compilers from merging or repeating calls with dropout as if they drew the same mask.
-    torch.library.define("dtensor_ring::attention", _FORWARD, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded))
-    torch.library.define("dtensor_ring::attention_backward", _BACKWARD, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.define("dtensor_ring::attention", _FORWARD, tags=(*tags, torch.Tag.nondeterministic_seeded))
+    torch.library.define("dtensor_ring::attention_backward", _BACKWARD, tags=tags)
     torch.library.impl("dtensor_ring::attention", "CompositeExplicitAutograd", _attention)
     torch.library.impl("dtensor_ring::attention_backward", "CompositeExplicitAutograd", _attention_backward)
     torch.library.register_fake("dtensor_ring::attention", _fake)
@@ -192,7 +199,7 @@ def register() -> None:
     torch.library.register_autograd("dtensor_ring::attention", _backward, setup_context=_setup_context)
     torch.library.register_autograd("dtensor_ring::attention_backward", refuse_second_gradient)
     name = "dtensor_ring::without_gradient_of_lse"
-    torch.library.define(name, "(Tensor dout, Tensor dlse) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.define(name, "(Tensor dout, Tensor dlse) -> Tensor", tags=tags)
     torch.library.impl(name, "CompositeExplicitAutograd", _without_gradient_of_lse)
     torch.library.register_fake(name, _fake_without_gradient_of_lse)
     torch.library.register_torch_dispatch(name, DTensor, _on_local_tensors)
@@ -280,6 +287,16 @@ class _Resolved(NamedTuple):
     kernel: Kernel
     softmax: SoftmaxParams
     kv_head_group_size: int
+
+
+def _check_captured(call: str) -> None:
+    """Raises RingCaptureError for a call that a replay would get wrong."""
+    dropout_p = AttentionCall.parse(call).dropout_p
+    if dropout_p:
+        check_not_capturing(
+            f"attention with dropout_p={dropout_p} draws its seed on the host, so that every replay would drop the same weights",
+            "capture it with dropout_p=0, or leave this layer out of the graph",
+        )
 
 
 def _resolved_bytes(resolved: _Resolved, *_others: object) -> int:

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from dtensor_ring._torch import constant_number, constant_when_compiled, local_of
 from dtensor_ring.cache import Cache
+from dtensor_ring.captures import check_not_capturing
 from dtensor_ring.ops.agree import Facts, check_agreement
 from dtensor_ring.ops.arguments import (
     Arguments,
@@ -260,6 +261,8 @@ def _whole(documents: Documents | Tensor | Sequence[int], place: Place) -> Docum
         raise TypeError("inside torch.compile documents must be a Documents, made outside of the compiled function")
     if q_length != k_length:
         raise ValueError(f"documents need queries and keys of one length, found {q_length} and {k_length}")
+    if isinstance(documents, Tensor) and documents.is_cuda:
+        check_not_capturing("the host reads documents= off the GPU", "pass a Documents, which a replay then goes on with")
     documents = Documents.of(documents, q_length)
     if documents.rows not in (1, batch):
         raise ValueError(

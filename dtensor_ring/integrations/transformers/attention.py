@@ -9,13 +9,15 @@ the whole comes with the batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from dtensor_ring._torch import is_capturing
 from dtensor_ring.integrations.transformers.layer_call import read_layer_call
 from dtensor_ring.ops.agree import refused_in_group
 from dtensor_ring.ops.arguments import Arguments
@@ -48,6 +50,33 @@ class RingBatch:
     count: Tensor | None = None
 
 
+@dataclass(slots=True)
+class Graphs:
+    """What the CUDA graphs of one attention module were captured with.
+
+    Attributes:
+        batches: length and documents of each batch that the module was captured with.
+        ran: the batch that the module last ran with on the host; in a later batch it ran not, or was replayed.
+    """
+
+    batches: set[tuple[int, Documents | None]] = field(default_factory=set)
+    ran: RingBatch | None = None
+
+    def refuses(self, batch: RingBatch) -> str | None:
+        """Why what the module gave for a batch was wrong, where a graph gave it; None where it may be right."""
+        if not self.batches or self.ran is batch or (batch.length, batch.documents) in self.batches:
+            return None
+        known = "; ".join(_batch_text(*captured) for captured in self.batches)
+        return (
+            f"was replayed from a CUDA graph on a batch of {_batch_text(batch.length, batch.documents)}, and was captured with "
+            f"{known}: a graph holds the length and documents of its batch, so capture one for each, or run this batch without"
+        )
+
+
+def _batch_text(length: int, documents: Documents | None) -> str:
+    return f"{length} tokens in {'one document' if documents is None else documents}"
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionState:
     """How one attention module runs: set on it by `parallelize_module`."""
@@ -55,6 +84,7 @@ class AttentionState:
     mesh: DeviceMesh
     layout: Layout
     asked: Arguments
+    graphs: Graphs = field(default_factory=Graphs)
 
 
 def register() -> None:
@@ -89,6 +119,11 @@ def ring_attention_forward(
             f"{type(module).__name__} was called without {KEYWORD!r}: call the parallelized model itself with the whole batch, not "
             "a module inside it"
         )
+    if not torch.compiler.is_compiling():
+        if is_capturing():
+            state.graphs.batches.add((ring_batch.length, ring_batch.documents))
+        else:
+            state.graphs.ran = ring_batch
     layer = read_layer_call(module, *tensors, **keywords)
     # The empty mask is the one that `_enter` passed. Any other was made inside the model, of this rank's tokens alone.
     if layer.mask is not None and layer.mask.numel():

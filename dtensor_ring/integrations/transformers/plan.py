@@ -29,6 +29,7 @@ from typing_extensions import override
 
 from dtensor_ring._renamed import renamed
 from dtensor_ring._torch import tensors_in
+from dtensor_ring.captures import RingCaptureError, check_not_capturing
 from dtensor_ring.comm import several_ranks, transport_along
 from dtensor_ring.comm.rank_checks import refused_together
 from dtensor_ring.data.batch import (
@@ -42,7 +43,16 @@ from dtensor_ring.data.batch import (
     warn_of_imbalance,
 )
 from dtensor_ring.data.batch_reading import find_documents, sequence_length
-from dtensor_ring.integrations.transformers.attention import KEYWORD, NAME, NO_MASK, STATE, AttentionState, RingBatch, register
+from dtensor_ring.integrations.transformers.attention import (
+    KEYWORD,
+    NAME,
+    NO_MASK,
+    STATE,
+    AttentionState,
+    Graphs,
+    RingBatch,
+    register,
+)
 from dtensor_ring.integrations.transformers.checks import check_call, check_length, check_model
 from dtensor_ring.integrations.transformers.outputs import (
     Convention,
@@ -225,6 +235,14 @@ class RingPlan(dict[str, ParallelStyle]):
                 "its config object: give each model its own, copy.deepcopy(config), and undo() and apply the plan again"
             )
 
+    def _check_replayed(self, batch: RingBatch) -> None:
+        """Raises RingCaptureError where a layer was replayed from a graph that was captured with no batch like this one."""
+        for module in self._marked:
+            graphs: Graphs = getattr(module, STATE).graphs
+            reason = graphs.refuses(batch) if graphs.batches else None
+            if reason is not None:
+                raise RingCaptureError(f"{type(module).__name__} of layer {module.layer_idx} {reason}")
+
     def _warn_of_one_rank(self, mesh: DeviceMesh) -> None:
         """A mesh axis of one rank in a larger program is right for a setting of 1, and wrong for the axis of another use."""
         if mesh.size() == 1 and several_ranks() and not re.search(_SEQUENCE_AXIS, _axis(mesh).lower()):
@@ -271,6 +289,10 @@ class RingPlan(dict[str, ParallelStyle]):
         transport = transport_along(self._applied())
         with refused_together(lambda: [transport]):
             self._check_attention_name()
+            check_not_capturing(
+                f"a parallelized {type(self._model).__name__} reads its batch on the host",
+                "capture its layers, and call the model itself without a graph",
+            )
             # The model gets its arguments by name, since a batch is checked and cut by the names of its tensors.
             parameters = inspect.signature(self._model.forward).parameters
             named = dict(zip(parameters, args, strict=False))
@@ -306,6 +328,7 @@ class RingPlan(dict[str, ParallelStyle]):
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ANN401
         """Makes the mean over the whole batch of this rank's sum of losses, and remembers that these outputs are of this batch."""
         # From the keywords that `_enter` returned, not from the plan: they belong to this very forward pass.
+        self._check_replayed(kwargs[KEYWORD])
         count, documents = kwargs[KEYWORD].count, kwargs[KEYWORD].documents
         if self._placement.layout.cut and documents is not None:
             self._documents_of.update(dict.fromkeys(tensors_in(output), documents))

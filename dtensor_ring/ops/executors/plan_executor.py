@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dtensor_ring._torch import named_in_profiles
 from dtensor_ring.cache import cached
+from dtensor_ring.captures import kept_for_graphs
 from dtensor_ring.comm import Pending, Transfers, Transport
 from dtensor_ring.comm.rank_checks import number_of
 from dtensor_ring.ops.block_kinds import is_varlen
@@ -317,6 +318,7 @@ def _position_bytes(positions: _Positions, problem: AttentionProblem, *_others: 
 
 
 # Kept, since the cumulative lengths lie on the device: made for each call they would be a copy there for which the host waits.
+@kept_for_graphs
 @cached("segments of packed calls", most_bytes=8 << 20, most_entries=32, size=_varlen_bytes)
 def _varlen_metadata(problem: AttentionProblem, rank: int, batch: int, device: torch.device) -> _Varlen:
     """For each call of each step its segments in a whole batch; None for a dense block."""
@@ -348,6 +350,7 @@ def _segments(call: KernelCall, problem: AttentionProblem, batch: int, tokens: t
     ]
 
 
+@kept_for_graphs
 @cached("positions for dropout and ALiBi", most_bytes=16 << 20, most_entries=32, size=_position_bytes)
 def _positions(problem: AttentionProblem, rank: int, device: torch.device) -> _Positions:
     """Positions of this rank's queries, and of the keys in each step's buffer."""

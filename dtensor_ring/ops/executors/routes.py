@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dtensor_ring.cache import cached
+from dtensor_ring.captures import kept_for_graphs
 from dtensor_ring.planning.kernel_calls import Step
 from dtensor_ring.planning.problem import AttentionProblem
 from dtensor_ring.planning.schedule import KeySend, Plan, plan
@@ -121,6 +122,7 @@ def _route_bytes(kept: tuple[Route, ...], problem: AttentionProblem, *_others: o
 # Places depend on plan and batch, not on what travels: all layers and both passes of a step share them. Made anew they would cost
 # the host time that grows with the documents, and a copy to the GPU that the host waits for. The key has the batch, since a place
 # counts through all batch rows, and the device, where the index lies.
+@kept_for_graphs
 @cached("places of transfers", most_bytes=16 << 20, most_entries=32, size=_route_bytes)
 def routes(problem: AttentionProblem, rank: int, batch: int, device: torch.device) -> tuple[Route, ...]:
     """The routes of a plan's steps for a batch; plans whose exchange is collective have none."""
