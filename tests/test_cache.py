@@ -223,7 +223,7 @@ def test_every_cache_is_listed_with_its_limits_which_together_are_as_documented(
     assert {use.name for use in uses} == NAMES
     assert sum(use.most_bytes for use in uses) <= HOST_BYTES
     assert max(use.most_entries for use in uses) <= 128
-    device = "positions for dropout and ALiBi", "places of transfers", "segments of packed calls"
+    device = "index tensors of moves", "positions for dropout and ALiBi", "places of transfers", "segments of packed calls"
     on_device = [use for use in uses if use.name in device]
     assert sum(use.most_bytes for use in on_device) <= DEVICE_BYTES
 

@@ -242,8 +242,8 @@ def test_index_tensors_list_the_tokens_of_the_split(kind):
         layout = collectives.Chunks() if kind == "chunks" else Layout.parse(kind)
         documents = Documents.from_lengths([length // 3, 0, length - length // 3])
         split = PackedLayout(layout, documents) if kind == "zigzag/documents" else layout
-        order, counts = collectives._orders(split, length, world)
+        order, counts = collectives._orders(split, length, world, torch.device("cpu"))
         for rank, part in enumerate(order.split(counts)):
-            tokens = collectives._tokens(split, length, world, rank)
+            tokens = collectives._tokens(split, length, world, rank, torch.device("cpu"))
             assert tokens.dtype == torch.int64
             assert tokens.tolist() == part.tolist() == list(split.tokens(length, world, rank))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dtensor_ring._torch import lasting
 from dtensor_ring.cache import Cache
+from dtensor_ring.captures import kept_for_graphs
 from dtensor_ring.comm import Message, Transport
 from dtensor_ring.planning.layout import Layout, PackedLayout
 
@@ -33,8 +34,9 @@ class Chunks(NamedTuple):
 Split = Layout | PackedLayout | Chunks
 
 
-# Of one problem at a time there are a handful: a rank's tokens, how they move, and where they lie when all are gathered.
-_INDICES = Cache("index tensors of moves", most_bytes=32 << 20, most_entries=64)
+# Of one problem at a time there are a handful: a rank's tokens, how they move, and where they lie when all are gathered. They are
+# kept on the device that reads them: the host would wait for each copy there.
+_INDICES = Cache("index tensors of moves", most_bytes=24 << 20, most_entries=64)
 
 
 def _index_bytes(value: Tensor | tuple[Tensor | tuple[int, ...], ...], *key: object) -> int:
@@ -57,12 +59,13 @@ def _make_tokens(split: Split, length: int, world: int, rank: int) -> Tensor:
     return starts[run_of] + place // block * strides[run_of] + place % block
 
 
+@kept_for_graphs
 @_INDICES.keeps(_index_bytes)
-def _tokens(split: Split, length: int, world: int, rank: int) -> Tensor:
+def _tokens(split: Split, length: int, world: int, rank: int, device: torch.device) -> Tensor:
     # What is kept must serve any later call. Made under `inference_mode` or while a compiler traces, it would be an inference
     # tensor or a fake one.
     with lasting():
-        return _make_tokens(split, length, world, rank)
+        return _make_tokens(split, length, world, rank).to(device)
 
 
 def _make_orders(split: Split, length: int, world: int) -> tuple[Tensor, tuple[int, ...]]:
@@ -70,22 +73,34 @@ def _make_orders(split: Split, length: int, world: int) -> tuple[Tensor, tuple[i
     return torch.cat(every), tuple(len(tokens) for tokens in every)
 
 
+@kept_for_graphs
 @_INDICES.keeps(_index_bytes)
-def _orders(split: Split, length: int, world: int) -> tuple[Tensor, tuple[int, ...]]:
+def _orders(split: Split, length: int, world: int, device: torch.device) -> tuple[Tensor, tuple[int, ...]]:
     """List all ranks' tokens, one rank after another, and count those of each rank."""
     with lasting():
-        return _make_orders(split, length, world)
+        order, counts = _make_orders(split, length, world)
+        return order.to(device), counts
 
 
+@kept_for_graphs
 @_INDICES.keeps(_index_bytes)
-def _padded_places(split: Split, length: int, world: int) -> Tensor:
+def _places(split: Split, length: int, world: int, device: torch.device) -> tuple[Tensor, tuple[int, ...]]:
+    """Where each token stands in the order of `_orders`, and how many tokens each rank has."""
+    with lasting():
+        order, counts = _make_orders(split, length, world)
+        return torch.argsort(order).to(device), counts
+
+
+@kept_for_graphs
+@_INDICES.keeps(_index_bytes)
+def _padded_places(split: Split, length: int, world: int, device: torch.device) -> Tensor:
     """Where each token lies in shards padded to the largest and stacked: token t at rank * largest + place on the rank."""
     with lasting():
         order, counts = _make_orders(split, length, world)
         largest = max(counts)
         places = torch.empty(length, dtype=torch.int64)
         places[order] = torch.cat([rank * largest + torch.arange(count) for rank, count in enumerate(counts)])
-        return places
+        return places.to(device)
 
 
 def local_size(split: Split, length: int, world: int, rank: int) -> int:
@@ -95,13 +110,13 @@ def local_size(split: Split, length: int, world: int, rank: int) -> int:
 
 def take_shard(x: Tensor, dim: int, split: Split, world: int, rank: int) -> Tensor:
     """Copy a rank's share out of a whole tensor. Nothing is sent."""
-    return x.index_select(dim, _tokens(split, x.shape[dim], world, rank).to(x.device))
+    return x.index_select(dim, _tokens(split, x.shape[dim], world, rank, x.device))
 
 
 def _take_shards(x: Tensor, dim: int, split: Split, world: int) -> list[Tensor]:
     """Cut a whole tensor into every rank's share; the shares are copies."""
-    order, counts = _orders(split, x.shape[dim], world)
-    return [x.index_select(dim, tokens) for tokens in order.to(x.device).split(counts)]
+    order, counts = _orders(split, x.shape[dim], world, x.device)
+    return [x.index_select(dim, tokens) for tokens in order.split(counts)]
 
 
 def gather_shards(x: Tensor, dim: int, split: Split, length: int, transport: Transport) -> Tensor:
@@ -113,7 +128,7 @@ def gather_shards(x: Tensor, dim: int, split: Split, length: int, transport: Tra
     if first.shape[0] < largest:
         first = torch.cat([first, first.new_zeros((largest - first.shape[0], *first.shape[1:]))])
     stacked = transport.all_gather(first).wait().flatten(0, 1)
-    return stacked.index_select(0, _padded_places(split, length, transport.world).to(x.device)).movedim(0, dim).contiguous()
+    return stacked.index_select(0, _padded_places(split, length, transport.world, x.device)).movedim(0, dim).contiguous()
 
 
 def reduce_shards(x: Tensor, dim: int, split: Split, op: str, transport: Transport) -> Tensor:
@@ -127,16 +142,20 @@ def reduce_shards(x: Tensor, dim: int, split: Split, op: str, transport: Transpo
     counts = [local_size(split, length, world, rank) for rank in range(world)]
     largest = max(counts)
     stacked = first.new_zeros((world * largest, *first.shape[1:]))
-    stacked[_padded_places(split, length, world).to(x.device)] = first
+    stacked[_padded_places(split, length, world, x.device)] = first
     mine = transport.reduce_scatter(stacked.unflatten(0, (world, largest))).wait()[: counts[transport.rank]]
     return (mine / world if op == "avg" else mine).movedim(0, dim).contiguous()
 
 
+@kept_for_graphs
 @_INDICES.keeps(_index_bytes)
-def _moves(old: Split, new: Split, length: int, world: int, rank: int) -> tuple[Tensor, tuple[int, ...], Tensor, tuple[int, ...]]:
+def _moves(
+    old: Split, new: Split, length: int, world: int, rank: int, device: torch.device
+) -> tuple[Tensor, tuple[int, ...], Tensor, tuple[int, ...]]:
     """Local tokens by target rank, how many go to each; where each arriving token belongs, how many come from each."""
     with lasting():
-        return _make_moves(old, new, length, world, rank)
+        leaving_order, sent, arrival, received = _make_moves(old, new, length, world, rank)
+        return leaving_order.to(device), sent, arrival.to(device), received
 
 
 def _make_moves(
@@ -162,14 +181,14 @@ def _make_moves(
 
 def reshard(x: Tensor, dim: int, old: Split, new: Split, length: int, transport: Transport) -> Tensor:
     """From one split of a dim to another. Each rank sends exactly the tokens that change rank."""
-    leaving_order, sent, arrival, received = _moves(old, new, length, transport.world, transport.rank)
+    leaving_order, sent, arrival, received = _moves(old, new, length, transport.world, transport.rank, x.device)
     first = x.movedim(dim, 0)
     # One copy puts what leaves in the order of its targets; each target's part is then contiguous without a copy of its own.
-    leaving = first.index_select(0, leaving_order.to(x.device)).split(sent)
+    leaving = first.index_select(0, leaving_order).split(sent)
     arriving = list(transport.empty((sum(received), *first.shape[1:]), x).split(received))
     _swap(list(leaving), arriving, transport)
     out = torch.empty((sum(received), *first.shape[1:]), dtype=x.dtype, device=x.device)
-    out[arrival.to(x.device)] = torch.cat(arriving)
+    out[arrival] = torch.cat(arriving)
     return out.movedim(0, dim).contiguous()
 
 
@@ -184,13 +203,12 @@ def exchange_dims(x: Tensor, gathered: tuple[int, Split, int], scattered: tuple[
     assert x.shape[scatter_dim] == scatter_length, "the scattered dim is whole before the exchange"
     leaving = _take_shards(x, scatter_dim, scatter_split, world)
     shape = list(leaving[rank].shape)
-    order, counts = _orders(gather_split, gather_length, world)
+    places, counts = _places(gather_split, gather_length, world, x.device)
     arriving = [transport.empty((*shape[:gather_dim], count, *shape[gather_dim + 1 :]), x) for count in counts]
     _swap(leaving, arriving, transport)
-    # Blocks come in the order of ranks, tokens in that of each rank's storage. `order` lists the tokens in just this order, and
-    # sorting it gives the place of each.
+    # Blocks come in the order of ranks, tokens in that of each rank's storage: the order in which `places` counts.
     stacked = torch.cat(arriving, gather_dim)
-    return stacked.index_select(gather_dim, torch.argsort(order).to(x.device))
+    return stacked.index_select(gather_dim, places)
 
 
 def scatter_shards(x: Tensor, dim: int, split: Split, source: int, transport: Transport) -> Tensor:
