@@ -273,14 +273,6 @@ def test_what_cannot_be_captured_is_refused_by_name_and_can_be_captured_after_a_
     )
 
 
-def test_moves_between_placements_can_be_captured(mesh):
-    def act(x: Tensor) -> list[Tensor]:
-        placed = from_local(x, mesh, [Zigzag(1)], length=TOKENS, run_check=False)
-        return [full_tensor(redistribute(placed, [PLACEMENTS["stripe"]]))]
-
-    check_replays(act, lambda: make_inputs()[:1])
-
-
 class Projected(nn.Module):
     """A linear layer and attention."""
 
@@ -300,6 +292,11 @@ def gradients(module: nn.Module, *inputs: Tensor, dout: Tensor) -> list[Tensor]:
     return [out.detach().clone(), *(x.clone() for x in torch.autograd.grad(out, [leaf, *module.parameters()], dout))]
 
 
+# PyTorch keeps the autograd graph of its last warm-up, which ran on another stream, while it captures the backward pass.
+KEPT_BY_PYTORCH = pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match")
+
+
+@KEPT_BY_PYTORCH
 def test_a_module_of_make_graphed_callables_trains_as_without(mesh):
     module = Projected(mesh)
     sample = torch.randn(1, TOKENS, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -332,6 +329,7 @@ class Replaying(nn.Module):
         return self.graphed(hidden, *position_embeddings)
 
 
+@KEPT_BY_PYTORCH
 def test_layers_of_a_parallelized_model_train_as_without_graphs_and_another_packing_is_found(mesh):
     transformers = pytest.importorskip("transformers")
     from torch.distributed.tensor.parallel import parallelize_module
@@ -383,6 +381,7 @@ def test_compiled_with_reduce_overhead_attention_is_that_of_each_batch(mesh, pac
         placed = [from_local(z, mesh, [Zigzag(1)], length=TOKENS, run_check=False) for z in tensors]
         return ring_attention(*placed, documents=documents).to_local() * 3
 
+    torch._dynamo.reset()
     compiled = torch.compile(attend, mode="reduce-overhead", fullgraph=True)
     for number in range(6):
         documents = (DOCUMENTS, OTHERS)[number % 2] if packed else None
@@ -397,18 +396,31 @@ def test_compiled_with_reduce_overhead_attention_is_that_of_each_batch(mesh, pac
             torch.testing.assert_close(a, b)
 
 
+def moves(mesh, length: int) -> Act:
+    """A tensor moved from layout to layout, and put together."""
+
+    def act(x: Tensor, *_others: Tensor) -> list[Tensor]:
+        placed = from_local(x.detach(), mesh, [Zigzag(1)], length=length, run_check=False)
+        moved = redistribute(placed, [PLACEMENTS["stripe"]])
+        return [moved.to_local(), full_tensor(moved)]
+
+    return act
+
+
 def over_nccl(layout: str, options: str) -> None:
     """The law of one rank, with transfers that NCCL carries; traffic is counted at the capture alone."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
-    mesh, world = line("cuda"), dist.get_world_size()
-    documents = OPTIONS[options].get("documents")
-    length = world * TOKENS
-    chosen = OPTIONS[options] if documents is None else {**OPTIONS[options], "documents": doubled(documents)}
-    act = attention(mesh, PLACEMENTS[layout], length, **chosen)
+    mesh, length = line("cuda"), dist.get_world_size() * TOKENS
     inputs = make_inputs()
-    refused_in_a_graph(lambda: act(*inputs), RingCaptureError, "ranks compare a call that is new")
-    act(*inputs)
+    if options == "moves":
+        act = moves(mesh, length)
+    else:
+        chosen = dict(OPTIONS[options])
+        if "documents" in chosen:
+            chosen["documents"] = doubled(chosen["documents"])
+        act = attention(mesh, PLACEMENTS[layout], length, **chosen)
+        refused_in_a_graph(lambda: act(*inputs), RingCaptureError, "ranks compare a call that is new")
     graph = Captured(act, inputs)
     for _ in range(3):
         inputs = make_inputs()
@@ -425,3 +437,7 @@ def over_nccl(layout: str, options: str) -> None:
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous", "stripe"])
 def test_replays_over_two_gpus_are_bitwise_those_without_a_graph(pools, layout, options):
     pools.run(2, over_nccl, layout, options, device="cuda")
+
+
+def test_moves_between_placements_over_two_gpus_can_be_captured(pools):
+    pools.run(2, over_nccl, "zigzag", "moves", device="cuda")
