@@ -83,6 +83,14 @@ def test_half_blocks_are_those_that_hold_a_score_that_is_needed(first, count, re
     assert half_blocks(first, count, reach) == wanted
 
 
+@given(packings)
+def test_the_deck_is_sorted_by_what_a_token_costs(lengths):
+    costs = [part.work / part.length for part in Deck(lengths, 0).parts]
+    assert all(a <= b + 2**-20 for a, b in pairwise(costs))
+    # A text of few tokens takes a block alone: each of its tokens is dearer than one of a text that is long by far.
+    assert [part.length for part in Deck([1, 3000, 16, 0, 128, 64], 0).parts] == [128, 64, 16, 3000, 1]
+
+
 def walked(parts: list[Part], tokens: int) -> tuple[int, int]:
     """Half blocks of the parts that `tokens` cover whole, and tokens of the next."""
     work = 0
