@@ -37,6 +37,8 @@ def ops():
         ({"grain": 0}, None),
         ({"dtype": torch.float32}, "needs bfloat16 or float16, found torch.float32"),
         ({"head_dim": 256, "v_head_dim": 256}, None),
+        ({"head_dim": 8, "v_head_dim": 8}, None),
+        *(({"head_dim": d, "v_head_dim": d}, f"needs a head dim up to 128, or of 256, found {d}") for d in (136, 192, 248)),
         ({"head_dim": 264, "v_head_dim": 264}, "needs a head dim that is a multiple of 8 up to 256, found 264"),
         ({"head_dim": 68, "v_head_dim": 68}, "needs a head dim that is a multiple of 8 up to 256, found 68"),
         ({"v_head_dim": 64}, "needs one head dim for q, k and v, found 128 and 64"),

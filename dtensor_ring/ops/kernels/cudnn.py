@@ -54,6 +54,8 @@ class CudnnKernel(Kernel):
         reason = lacks_tensors(need) or has_no(need, "softcap", "dropout", "ALiBi") or _lacks_index(need)
         if reason is not None:
             return reason
+        if 128 < need.head_dim < 256:
+            return f"needs a head dim up to 128, or of 256, found {need.head_dim}"
         if need.grain is not None and need.grain % TILE:
             return (
                 f"needs blocks of whole tiles of {TILE} tokens, as full or causal attention without documents has over chunks of a "
