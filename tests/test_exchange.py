@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -163,6 +164,32 @@ def test_gradients_in_16_bits_are_summed_in_float32_own_part_first_then_by_peer(
         Exchange(plan(problem, transport.rank), transport, same_dtype).give_back(0, (grad, grad.clone()), own).wait()
         totals = own.result(torch.float32)
         assert all(torch.equal(total, wanted[transport.rank]) for total in totals)
+
+    LoopbackTransport.run(4, rank_body)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "stripe"])
+def test_gradients_of_one_stage_are_summed_in_float32_own_part_first_then_by_peer(layout):
+    """Also where each peer returns one range of keys, which needs no index."""
+    problem = replace(problem_of(layout, "ring", 4, "full", None), stages=1)
+    wanted = []
+    for owner in range(4):
+        total = torch.zeros(1, problem.k_local(owner), HEADS, DIM)
+        for index, rank in ((0, owner), *((1, rank) for rank in range(4) if rank != owner)):
+            grad, offset = gradients(problem, rank, index, 1, torch.bfloat16).float(), 0
+            for rows in plan(problem, rank).steps[index].keys:
+                if rows.owner == owner:
+                    total[:, rows.start : rows.stop] += grad[:, offset : offset + rows.size]
+                offset += rows.size
+        wanted.append(total)
+
+    def rank_body(transport):
+        like = shard(problem, transport.rank, 1, torch.bfloat16)
+        own, exchange = GradSum((like, like)), Exchange(plan(problem, transport.rank), transport, same_dtype)
+        for index in (0, 1):
+            grad = gradients(problem, transport.rank, index, 1, torch.bfloat16)
+            exchange.give_back(index, (grad, grad.clone()), own).wait()
+        assert all(torch.equal(total, wanted[transport.rank]) for total in own.result(torch.float32))
 
     LoopbackTransport.run(4, rank_body)
 

@@ -33,6 +33,7 @@ class Launches(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.counts = Counter()
+        self.rests = []
         self.inside = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -100,6 +101,8 @@ def launches(monkeypatch):
         whole = getattr(module, name)
 
         def counted(*arguments, whole=whole, name=name):
+            if name == "merge_":
+                here.counting.rests.append(arguments[3])
             with here.counting.one(name):
                 return whole(*arguments)
 
@@ -119,6 +122,11 @@ def launches(monkeypatch):
                     with here.counting:
                         act()
                 found.append(here.counting.counts)
+                if here.counting.rests:
+                    # What rounding drops is written only for a later merge, and never where no query is merged twice.
+                    *others, last = here.counting.rests
+                    assert not last.needed
+                    assert all(rests.needed == (each.q_parts > 2) for rests in others)
             return each, *found
 
         return QuietTransport.run(problem.world, rank_body)

@@ -118,6 +118,11 @@ def add_up(sums: Tensors, total: Tensors | None, parts: Sequence[GradPart], inde
         parts: of some tokens.
         indexed: of some tokens, or None for nothing.
     """
+    if total is sums and indexed is None and len(parts) == 1:
+        # PyTorch adds one part in place and converts it on the way, and calling it costs the host a quarter of a Triton kernel.
+        for x, part in zip(sums, parts[0].tensors, strict=True):
+            x[:, parts[0].start : parts[0].stop].add_(part)
+        return
     low, high = changed_tokens(sums, total, parts, indexed)
     if is_fused(sums[0]):
         from dtensor_ring.ops.executors._sum_cuda import fused_add_up
