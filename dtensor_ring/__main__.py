@@ -37,7 +37,6 @@ examples:
   python -m dtensor_ring plan --world 1024 --length 10M --summary
   python -m dtensor_ring kernels
   python -m dtensor_ring transports
-  python -m dtensor_ring calibrate --out mine.json
 """
 _ABOUT_CALIBRATE = """\
 Measure this machine's GPU for a minute and write its figures as JSON: kernels,
@@ -209,7 +208,7 @@ def _add_plan_arguments(plan: argparse.ArgumentParser) -> None:
 def _plan(options: argparse.Namespace) -> str:
     shape = _shape(options)
     predictor = _predictor(options, shape)
-    problem = staged_by(_problem(options), predictor, options.stages)
+    problem = _problem(options, predictor)
     ranks = None
     if options.rank is not None:
         ranks = sorted({rank for some in options.rank for rank in some})  # a rank that is named twice is drawn once
@@ -236,7 +235,7 @@ def _predictor(options: argparse.Namespace, shape: AttentionShape) -> Predictor 
     return predictor
 
 
-def _problem(options: argparse.Namespace) -> AttentionProblem:
+def _problem(options: argparse.Namespace, predictor: Predictor | None = None) -> AttentionProblem:
     if options.world < 1:
         raise ValueError(f"need at least one rank, found --world {options.world}")
     layout = Layout.parse(options.layout)
@@ -255,7 +254,8 @@ def _problem(options: argparse.Namespace) -> AttentionProblem:
     # A window says both of its sides, so it is not causal beside: a side ahead would be refused.
     is_causal = not options.full and options.window is None
     band = Band.parse(mask_text(is_causal, window))
-    return AttentionProblem(layout, band, length, length, options.world, options.strategy, documents)
+    problem = AttentionProblem(layout, band, length, length, options.world, options.strategy, documents)
+    return staged_by(problem, predictor, options.stages)
 
 
 def _shape(options: argparse.Namespace) -> AttentionShape:
