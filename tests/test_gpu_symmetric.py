@@ -279,7 +279,7 @@ def replayed():
             doubled = once()
         return graph, doubled
 
-    with pytest.raises(RuntimeError, match="makes buffers, which a CUDA graph cannot capture"):
+    with pytest.raises(RuntimeError, match="makes buffers, and a CUDA graph is being captured"):
         captured()
     once()
     torch.cuda.synchronize()

@@ -39,6 +39,7 @@ from torch.cuda import Event, Stream
 from typing_extensions import override
 
 from dtensor_ring._torch import lacks_symmetric_memory, map_symmetric, never_free, symmetric_buffer
+from dtensor_ring.captures import check_not_capturing
 from dtensor_ring.comm.lanes import Halt, Lane, Watch
 from dtensor_ring.comm.mailboxes import Mailboxes, Parcel, Piece, Slots, Wait, Write
 from dtensor_ring.comm.process_group import ProcessGroupTransport
@@ -121,6 +122,10 @@ class SymmetricMemoryTransport(ProcessGroupTransport, MessageCollectives):
         return Pending(finish)
 
     @override
+    def refuses_capture(self) -> None:
+        """Refuses nothing: copies and waits are work of streams, whatever the ranks' group runs on."""
+
+    @override
     def _all_gather(self, tensor: Tensor) -> Pending[Tensor]:
         return MessageCollectives._all_gather(self, tensor) if self._by_messages(tensor) else super()._all_gather(tensor)
 
@@ -139,11 +144,8 @@ class SymmetricMemoryTransport(ProcessGroupTransport, MessageCollectives):
     def _opened(self) -> _Line:
         """Make and map the buffers; every rank comes here at its first transfer."""
         device = torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"{self.activity}: the first transfer over {self.axis} makes buffers, which a CUDA graph cannot capture: run the "
-                "call once before it is captured"
-            )
+        what = f"{self.activity}: the first transfer over {self.axis} makes buffers"
+        check_not_capturing(what, "run the call once before it is captured")
         slots = Slots.within(self.world, self.slot_bytes, self.most_bytes)
         with refused_together(lambda: [self]):
             buffer = symmetric_buffer(slots.nbytes, device)
