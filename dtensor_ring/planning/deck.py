@@ -165,11 +165,11 @@ class Deck:
         once = part.length <= self._pair_above
         if count < _SMALLEST_PAIR or (once and shift <= 0):
             return Cut(part, count, 0) if shift < 0 else Cut(part, 0, count)
-        back = (count + part.first - (part.length - part.last) + 1) // 2 + (0 if once else shift * BLOCK)
-        back = min(max(back, 0), count)
-        cut_at = (part.last - back + BLOCK // 2) // BLOCK * BLOCK
-        back = part.last - cut_at
-        back += BLOCK * ((back < 0) - (back > count))
+        even = (count + part.first - (part.length - part.last) + 1) // 2
+        wanted = part.last - even - (0 if once else shift * BLOCK)
+        # The nearest end of a block, of those within what `count` tokens off the back would take.
+        lowest, highest = -(-(part.last - count) // BLOCK), part.last // BLOCK
+        back = part.last - BLOCK * min(max((wanted + BLOCK // 2) // BLOCK, lowest), highest)
         if back < _SMALLEST_PIECE:
             back = 0
         elif count - back < _SMALLEST_PIECE:
