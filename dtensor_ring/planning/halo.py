@@ -41,9 +41,10 @@ class HaloSteps:
                 continue
             low, high = reach
             for row, bounds in enumerate(self._bounds):
-                pieces = cut((_run(queries),), bounds)
-                pieces = [Piece(piece.run, piece.offset + queries.offset, piece.document) for piece in pieces]
-                near = cut((Run(low, high - low),), bounds)
+                own = cut((_run(queries),), bounds)
+                pieces = [Piece(piece.run, piece.offset + queries.offset, piece.document) for piece in own]
+                # A run of whole documents sees just itself.
+                near = own if (low, high) == (queries.start, queries.stop) else cut((Run(low, high - low),), bounds)
                 tiles += [(row, tile.moved(0, offset)) for tile in document_tiles(pieces, near, self._band)]
             keys += [_range_of(held) for held in self._keys.between(low, high)]
             offset += high - low
