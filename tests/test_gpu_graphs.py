@@ -23,7 +23,7 @@ from dtensor_ring.cache import _CACHES, Cache
 from dtensor_ring.captures import _HELD, RingCaptureError
 from dtensor_ring.comm import Pending, Transport
 from dtensor_ring.ops.executors.plan_executor import Executor
-from dtensor_ring.ops.kernels import KERNELS, SoftmaxParams
+from dtensor_ring.ops.kernels import KERNELS, Saved, SoftmaxParams
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
 from dtensor_ring.planning.problem import AttentionProblem
@@ -219,7 +219,7 @@ def test_replays_of_a_plan_with_transfers_read_what_left_the_caches(layout, stra
 
     def act(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
         out, lse = executor.forward(q, k, v)
-        return [out, lse, *executor.backward(dout, q, k, v, out, lse)]
+        return [out, lse, *executor.backward(Saved(q, k, v, out, lse), dout)]
 
     check_replays(act, make_inputs, forget_everything)
 
