@@ -112,7 +112,9 @@ def test_however_many_blocks_out_is_rounded_once(count, has_sinks, more, dtype):
         parts.append(OutputPart(start, out, torch.randn(2, 4, 20 - start, generator=generator)))
     sinks = torch.randn(4, generator=generator) if has_sinks else None
     wide, lse = parts[0].out.double(), parts[0].lse.double()
-    merge_(wide, lse, [OutputPart(part.start, part.out.double(), part.lse.double()) for part in parts[1:]], sinks_H=sinks)
+    for part in parts[1:]:
+        merge_(wide, lse, [OutputPart(part.start, part.out.double(), part.lse.double())])
+    merge_(wide, lse, [], sinks_H=sinks)
     total = OutputSum(torch.empty(2, 20, 4, 64, dtype=dtype), 64, count, count, sinks)
     for i, part in enumerate(parts):
         total.add(OutputPart(part.start, part.out.clone(), part.lse.clone()), more=more and i % 2 == 1)
@@ -134,12 +136,25 @@ def test_sinks_are_one_more_contribution_that_must_not_round_again():
     ]
     sinks = torch.randn(8, generator=generator)
     wide, lse = parts[0].out.double(), parts[0].lse.double()
-    merge_(wide, lse, [OutputPart(part.start, part.out.double(), part.lse.double()) for part in parts[1:]], sinks_H=sinks)
+    for part in parts[1:]:
+        merge_(wide, lse, [OutputPart(part.start, part.out.double(), part.lse.double())])
+    merge_(wide, lse, [], sinks_H=sinks)
     total = OutputSum(torch.empty(1, 40, 8, 64, dtype=torch.bfloat16), 64, 2, 3, sinks)
     for part in parts:
         total.add(part)
     error, of_one_rounding = (x.double() - wide for x in (total.result()[0], wide.bfloat16()))
     assert error.square().mean() <= 1.005 * of_one_rounding.square().mean()
+
+
+def test_a_first_block_of_some_queries_leaves_the_others_to_the_next():
+    (first, second), (out, lse) = blocks()
+    total = OutputSum(torch.empty_like(out), out.shape[3], parts=2, blocks=2)
+    total.add(OutputPart(4, first[0][:, 4:].contiguous(), first[1][:, :, 4:].contiguous()))
+    total.add(OutputPart(0, *second))
+    mine, mine_lse = total.result()
+    torch.testing.assert_close(mine[:, 4:], out[:, 4:], rtol=0, atol=1e-14)
+    torch.testing.assert_close(mine[:, :4], second[0][:, :4], rtol=0, atol=0)
+    torch.testing.assert_close(mine_lse[:, :, 4:], lse[:, :, 4:], rtol=0, atol=1e-14)
 
 
 def test_rows_with_no_block_stay_empty():

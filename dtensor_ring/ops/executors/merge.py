@@ -41,6 +41,7 @@ def merge_(
     Returns:
         What rounding drops of the new values, where it is needed: in place in `rests.kept` if that is given.
     """
+    assert len(parts) <= MOST_OUTPUTS, "a merge takes in as many blocks as its kernel has arguments for"
     if is_fused(out_BSHD):
         from dtensor_ring.ops.executors._merge_cuda import fused_merge_
 
