@@ -219,15 +219,22 @@ def lines_of(world: int, size: int) -> list[_Line]:
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool)
 
 
+@pytest.mark.parametrize("alike", [False, True])
 @pytest.mark.parametrize("world", [2, 3, 5, pytest.param(8, marks=pytest.mark.slow)])
-def test_ranks_as_threads_deliver_every_bit_of_random_calls(on_host, world):
+def test_ranks_as_threads_deliver_every_bit_of_random_calls(on_host, monkeypatch, world, alike):
+    """Of any sizes; or of few, so that calls meet again whose parcels are kept, each time with other slots in turn."""
+    monkeypatch.setattr(module, "_MOST_KEPT", 16)
     lines, calls, pairs = lines_of(world, 512), [], list(permutations(range(world), 2))
     generator, choices = torch.Generator().manual_seed(world), random.Random(world)
-    for _ in range(40):
+    for _ in range(60):
         sent = {}
         for pair in pairs:
             shapes = [(choices.choice([1, 7, 300]), choices.choice([1, 3])) for _ in range(choices.choice([0, 1, 2]))]
-            sent[pair] = [torch.randint(0, 99, s, generator=generator).to(choices.choice(DTYPES)) for s in shapes]
+            if alike:
+                shapes = [(100, 1)] * choices.choice([0, 1]) if pair in pairs[:3] else [(7, 1)]
+            sent[pair] = [
+                torch.randint(0, 99, s, generator=generator).to(torch.float32 if alike else choices.choice(DTYPES)) for s in shapes
+            ]
         calls.append(sent)
     got = [{pair: [torch.zeros_like(x) for x in each] for pair, each in sent.items()} for sent in calls]
 
@@ -247,6 +254,7 @@ def test_ranks_as_threads_deliver_every_bit_of_random_calls(on_host, world):
         for line in lines:
             assert line._out.look(0.0) is None
             assert line._in.look(0.0) is None, "every stage is over"
+            assert 0 < len(line._kept) <= 16
             assert set(line._in.stream.waited) == {"current"}, "it begins after what the caller did before"
     finally:
         for line in lines:
