@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -20,6 +19,8 @@ from dtensor_ring.comm.loopback import LoopbackTransport
 from dtensor_ring.debug import traffic
 from dtensor_ring.ops import operator
 from dtensor_ring.ops.call import AttentionCall
+from dtensor_ring.planning import schedule
+from dtensor_ring.planning import totals as totals_module
 from dtensor_ring.planning.cost_model import KernelSpeed, Link, Speed
 from dtensor_ring.planning.costs import AttentionShape
 from dtensor_ring.planning.devices import KNOWN, LINKS
@@ -132,15 +133,14 @@ def test_candidates_begin_with_the_fewest_and_end_with_one_for_each_other_rank()
         assert len(counts) <= 24
 
 
-def test_choosing_takes_a_fraction_of_a_plan():
-    problem, by = problem_of(64), predictor(200, host=8)
-    choose_stages(problem, by)
-    spent = []
-    for _ in range(5):
-        begin = time.process_time()
-        choose_stages(problem, by)
-        spent.append(time.process_time() - begin)
-    assert min(spent) < 0.005
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous", "zigzag/documents"])
+def test_choosing_makes_no_plan_and_no_step(layout):
+    problem = problem_of(64, layout=layout, lengths=[1024] * 512 if "documents" in layout else ())
+    with (
+        patch.object(schedule, "make_step", side_effect=AssertionError),
+        patch.object(totals_module, "plan", side_effect=AssertionError),
+    ):
+        assert choose_stages(problem, predictor(200, host=8)).transfers >= problem.staged().transfers
 
 
 def test_what_has_no_stages_to_choose_or_no_link_keeps_the_fewest():
