@@ -81,13 +81,14 @@ def test_out_lse_and_gradients_are_exact_for_mha_gqa_and_mqa(pools, world, famil
     pools.run(world, exact_results, family, variant, every)
 
 
-def sixteen_bits(family: str, dtype: torch.dtype):
-    world = dist.get_world_size()
-    for heads, mask in itertools.product(((4, 4), (4, 1)), ("causal", "full")):
+def sixteen_bits(family: str, dtype: torch.dtype, every: bool):
+    world, cells = dist.get_world_size(), [((4, 4), "causal"), ((4, 1), "full")]
+    for heads, mask in itertools.product(((4, 4), (4, 1)), ("causal", "full")) if every else cells:
         case = family_case(family, world, 512, heads=heads, mask=mask, dtype=dtype, dim=32)
         assert_like_kernel(on_ranks(family, "", case), *once(lambda case=case: (single_device(case, "torch_cpu"), case.exact())))
 
 
+@some_or_every
 @pytest.mark.parametrize(
     ("dtype", "family"),
     [
@@ -96,8 +97,8 @@ def sixteen_bits(family: str, dtype: torch.dtype):
         *(slow(torch.float16, family) for family in FAMILIES if family != "zigzag_ring_flash_attn"),
     ],
 )
-def test_sixteen_bits_stay_what_they_are_and_err_like_one_device(pools, family, dtype):
-    pools.run(4, sixteen_bits, family, dtype)
+def test_sixteen_bits_stay_what_they_are_and_err_like_one_device(pools, family, dtype, every):
+    pools.run(4, sixteen_bits, family, dtype, every)
 
 
 def own_test_shapes(family: str, heads: int):

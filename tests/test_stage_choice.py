@@ -137,7 +137,7 @@ def test_candidates_begin_with_the_fewest_and_end_with_one_for_each_other_rank()
 def test_choosing_makes_no_plan_and_no_step(layout):
     problem = problem_of(64, layout=layout, lengths=[1024] * 512 if "documents" in layout else ())
     with (
-        patch.object(schedule, "make_step", side_effect=AssertionError),
+        patch.object(schedule, "Steps", side_effect=AssertionError),
         patch.object(totals_module, "plan", side_effect=AssertionError),
     ):
         assert choose_stages(problem, predictor(200, host=8)).transfers >= problem.staged().transfers

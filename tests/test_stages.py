@@ -54,9 +54,9 @@ def test_more_stages_never_hold_more_and_the_fewest_that_fit_are_taken(others, t
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mask", ["causal", "full", "window"])
 def test_every_number_of_stages_is_exact(world, layout, mask, every):
-    for length in (1, 7, 33, 64) if every else (7, 33):
+    for i, length in enumerate((1, 7, 33, 64) if every else (7, 33)):
         case, exact = solved(length, mask=mask)
-        for stages in range(1, world):
+        for stages in range(1, world) if every else range(1 + (i + world) % 2, world, 2):
             assert_exact(run_loopback(case, layout, world, "ring", "math", stages)[0], exact)
 
 
