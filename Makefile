@@ -16,8 +16,8 @@ SEED ?= 1
 COUNT ?= 20
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 BIN := .venv/bin
-# Tests over two processes: the second starts in the middle, and takes from the other when it is done.
-WORKERS ?= 2
+# Tests over three processes, which take from each other when they are done: one more than cores, since some tests wait.
+WORKERS ?= 3
 SPREAD = --numprocesses $(WORKERS) --dist worksteal
 
 export HF_HUB_OFFLINE := 1

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.links import Link
 from benchmarks.record import RESULTS, load
 from benchmarks.targets import TARGETS, Target, family_of
 
@@ -147,6 +148,34 @@ def _ranks_row(row: Run) -> Sequence[str]:
     return *start, *pairs, _number(row["peak"]), _number(row["sent"])
 
 
+_NVLINK = f"{Link().gigabytes:g} GB/s"  # what real ranks of one host are emulated by
+
+
+def _beside(runs: Sequence[Run]) -> str:
+    """Rows of real ranks beside emulated ones of the same case, device and state of the code, which the notes tell apart."""
+    emulated: dict[tuple[object, ...], list[Run]] = {}
+    for run in runs:
+        for row in run["rows"] if run["benchmark"] == "emulate" else ():
+            if not row["link"].startswith(_NVLINK):
+                continue
+            emulated.setdefault(_measured_alike(run, row), []).append(row)
+    lines: list[Sequence[str]] = []
+    for run in runs:
+        for row in run["rows"] if run["benchmark"] == "attention" else ():
+            for twin in emulated.get(_measured_alike(run, row), ()):
+                parts = (f"{real / alone - 1:+.1%}" for real, alone in zip(row["ratio"], twin["ratio"], strict=True))
+                start = f"{row['case']}, {row['layout']}, {row['strategy']}", str(row["world"]), twin["link"]
+                lines.append((*start, _pair(row["ratio"], 3), _pair(twin["ratio"], 3), "; ".join(parts)))
+    header = ("", "ranks", "emulated link", "real ratio forward; both", "emulated", "real over emulated")
+    return table(header, lines) if lines else _NOTHING
+
+
+def _measured_alike(run: Run, row: Run) -> tuple[object, ...]:
+    """What a real and an emulated row must share to be set beside each other."""
+    note = run.get("note", "") if "Before" in run.get("note", "") else ""
+    return run["device"], note, *(row[key] for key in ("case", "layout", "strategy", "world", "tokens", "heads", "kernel"))
+
+
 def _layouts(runs: Sequence[Run]) -> str:
     parts = []
     for run in runs:
@@ -259,6 +288,7 @@ TABLES: dict[str, Callable[[Sequence[Run]], str]] = {
     "targets": _targets,
     "emulated": _emulated,
     "ranks": _ranks,
+    "beside": _beside,
     "layouts": _layouts,
     "train": _train,
     "host": _host,

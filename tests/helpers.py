@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import TypeVar, get_args
 
 import pytest
@@ -70,6 +73,29 @@ def blocks_touched(bounds: Sequence[int], chunks: Sequence[tuple[int, int]]) -> 
             blocks += 0.5 + sum(-(-min(row + 128, start - first + size) // 128) - 0.5 for row in ends)
             start, count = start + size, count - size
     return blocks
+
+
+def made_once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path:
+    """A file that one of the test processes makes for all of them."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each has a folder of its own in one for all
+        folder = folder.parent
+    path, claim = folder / name, folder / f"{name}.claim"
+    try:
+        claim.touch(exist_ok=False)
+    except FileExistsError:
+        deadline = time.monotonic() + 200
+        while not path.exists():
+            if claim.read_text() or time.monotonic() > deadline:
+                pytest.fail(f"another test process could not make {name}")
+            time.sleep(0.1)
+        return path
+    try:
+        make(folder / f"{name}.part")
+    except BaseException:
+        claim.write_text("failed")
+        raise
+    return (folder / f"{name}.part").rename(path)
 
 
 def line(device: str = "cpu") -> DeviceMesh:

@@ -61,7 +61,8 @@ def windowed(length: int, is_causal: bool, window: tuple[int, int], **options):
 @pytest.mark.parametrize("bounds", DOCUMENTS, ids=["whole", "packed", "rows"])
 def test_windows_and_documents_are_exact(layout, strategy, bounds, every):
     windows = (*MASKS.values(), *WINDOWS)
-    cells = itertools.product((1, 3, 4), windows) if every else zip(itertools.cycle((3, 4, 3, 4, 1)), windows, strict=False)
+    half = windows[LAYOUTS.index(layout) % 2 :: 2]  # the other half in the next layout
+    cells = itertools.product((1, 3, 4), windows) if every else zip(itertools.cycle((3, 4, 3, 4, 1)), half, strict=False)
     for world, (is_causal, window) in cells:
         case, exact = windowed(40, is_causal, window, documents=bounds and Documents(bounds))
         assert_exact(run_loopback(case, layout, world, strategy, FLASH_2_WINDOWS)[0], exact)

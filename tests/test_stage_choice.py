@@ -13,6 +13,7 @@ from helpers import line, refused
 from hypothesis import given
 from hypothesis import strategies as s
 
+from benchmarks.cases import long_tail
 from dtensor_ring import Zigzag, from_local, ring_attention
 from dtensor_ring.comm import transport_of
 from dtensor_ring.comm.loopback import LoopbackTransport
@@ -113,6 +114,20 @@ def test_the_share_of_one_sequence_is_that_of_its_totals(world):
         share, counted = share_of(problem), totals(problem)
         assert share.own + (world - 1) * share.other == pytest.approx(max(counted.scores), rel=0.01)
         assert (world - 1) * share.keys == max(counted.fetched)
+
+
+@pytest.mark.parametrize("mask", ["causal", "full"])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_share_of_documents_dealt_out_is_that_of_the_plan_that_fetches_the_most(mask, seed):
+    for world in (2, 8):
+        problem = problem_of(world, 4096, "zigzag/documents", mask, long_tail(seed, 4096 * world)).staged(1)
+        plans = [schedule.plan(problem, rank) for rank in range(world)]
+        fetched = [sum(step.key_count for step in each.steps[1:]) for each in plans]
+        share = share_of(problem)
+        assert (world - 1) * share.keys == max(fetched)
+        found = [(each.steps[0].cells, sum(step.cells for step in each.steps[1:])) for each in plans]
+        wanted = pytest.approx((share.own, (world - 1) * share.other), rel=0.01)
+        assert wanted in [pair for pair, keys in zip(found, fetched, strict=True) if keys == max(fetched)]
 
 
 def test_packed_batches_fetch_less_and_compute_more_of_it_alone():

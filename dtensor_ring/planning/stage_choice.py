@@ -9,12 +9,14 @@ than a millisecond of a batch's planning for 64 ranks, and is the same on every 
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from dtensor_ring.planning.cost_model import BLOCK, Link, Work
 from dtensor_ring.planning.predict import Leg, Predictor, Seconds, walked
 from dtensor_ring.planning.problem import AttentionProblem
+from dtensor_ring.planning.runs import Run, cut
 from dtensor_ring.planning.stages import BUFFERED_TOKENS, stage_sizes
 from dtensor_ring.planning.totals import totals
 
@@ -82,8 +84,10 @@ def candidates(fewest: int, others: int) -> list[int]:
 
 
 def share_of(problem: AttentionProblem) -> Share:
-    """The share of the most loaded rank; with documents that of an average one."""
+    """The share of the most loaded rank; with documents that of an average one, or of the one that fetches the most."""
     world, layout = problem.world, problem.layout
+    if layout.cut:
+        return max((_share_of_pieces(problem, runs) for runs in _dealt(problem)), key=lambda share: (share.keys, share.other))
     queries, keys = -(-problem.q_length // world), -(-problem.k_length // world)
     scores, inside, reach = _documents(problem)
     is_causal = problem.band.hi is None and problem.band.lo is not None
@@ -94,7 +98,7 @@ def share_of(problem: AttentionProblem) -> Share:
         # The last rank of contiguous shards sees all keys; elsewhere every rank has the same.
         own = queries * keys / 2
         other = 2 * own if layout.chunks == 1 else own
-    elif not layout.cut:
+    else:
         fetched = min(fetched, layout.chunks * reach / (world - 1))
         if len(problem.bounds) == 1 and problem.segmentation.parts <= _COUNTED:
             # Ranks differ by several times where documents lie as they fall.
@@ -106,6 +110,31 @@ def share_of(problem: AttentionProblem) -> Share:
     # In a zigzag all queries see the early keys of other ranks, and the later half of them the late keys too.
     calls, touched = (2, 1.5 * queries) if layout.chunks > 1 else (1, queries)
     return Share(queries, own, other, fetched, calls, touched, 1, queries)
+
+
+def _dealt(problem: AttentionProblem) -> tuple[tuple[Run, ...], ...]:
+    """The tokens of every rank in a layout that cuts documents, which the batch is laid out by anyway."""
+    return problem.layout.deal(problem.k_length, problem.world, problem.bounds[0])
+
+
+def _share_of_pieces(problem: AttentionProblem, runs: tuple[Run, ...]) -> Share:
+    """The share of a rank that holds pieces of documents, whose keys before or between them it fetches.
+
+    One piece [3, 5) of a document of 9 tokens, causal: 3 own scores, 6 with keys fetched, of which there are 3.
+    """
+    bounds, others = problem.bounds[0] or (0, problem.k_length), problem.world - 1
+    is_causal = problem.band.hi is None and problem.band.lo is not None
+    held, own, scores, seen, queries = Counter[int](), 0.0, 0.0, dict[int, int](), 0
+    for piece in cut(runs, problem.bounds[0]):  # those of one document in the order of their tokens
+        document, count, first = piece.document, piece.run.count, piece.run.start - bounds[piece.document]
+        whole = bounds[document + 1] - bounds[document]
+        own += count * (held[document] + count / 2 if is_causal else 2 * held[document] + count)
+        scores += count * (first + count / 2 if is_causal else whole)
+        seen[document] = first + count if is_causal else whole
+        queries += count if first > held[document] or (seen[document] > first + count) else 0
+        held[document] += count
+    fetched = sum(seen.values()) - held.total()
+    return Share(held.total(), own, (scores - own) / others, fetched / others, 2, queries, 2, queries, spread=False)
 
 
 def _documents(problem: AttentionProblem) -> tuple[float, float, float]:
@@ -126,7 +155,7 @@ def _documents(problem: AttentionProblem) -> tuple[float, float, float]:
         # Two tokens a distance apart lie in one chunk as often as the distance leaves of the chunk.
         together = 1 - seen / (3 * chunk) if seen <= chunk else chunk / seen - chunk**2 / (3 * seen**2)
         scores += of_document
-        inside += of_document * (1 / problem.world if problem.layout.cut else max(0.0, together))
+        inside += of_document * max(0.0, together)
         reach += length * seen / 2
     return scores * weight, inside * weight, reach * weight / max(1, problem.k_length)
 
