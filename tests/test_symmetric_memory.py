@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from helpers import line, refused
 
-from dtensor_ring import _torch
+from dtensor_ring import _torch_symmetric
 from dtensor_ring.comm import (
     Message,
     SilentRankError,
@@ -98,14 +98,14 @@ def test_a_pytorch_without_symmetric_memory_and_one_with_another_backend_are_ref
     from torch.distributed import _symmetric_memory as symmetric
 
     monkeypatch.setattr(symmetric, "get_backend", lambda device: None)
-    assert _torch.lacks_symmetric_memory() is None
+    assert _torch_symmetric.lacks_symmetric_memory() is None
     monkeypatch.setattr(symmetric, "get_backend", lambda device: "CUDA")
-    assert _torch.lacks_symmetric_memory() is None
+    assert _torch_symmetric.lacks_symmetric_memory() is None
     monkeypatch.setattr(symmetric, "get_backend", lambda device: "NVSHMEM")
-    assert "backend 'CUDA', and this program has set 'NVSHMEM'" in _torch.lacks_symmetric_memory()
+    assert "backend 'CUDA', and this program has set 'NVSHMEM'" in _torch_symmetric.lacks_symmetric_memory()
     monkeypatch.delattr("torch.distributed._symmetric_memory")
     monkeypatch.setitem(__import__("sys").modules, "torch.distributed._symmetric_memory", None)
-    assert "needs torch.distributed._symmetric_memory, which torch" in _torch.lacks_symmetric_memory()
+    assert "needs torch.distributed._symmetric_memory, which torch" in _torch_symmetric.lacks_symmetric_memory()
 
 
 def test_a_driver_without_the_operations_is_refused(monkeypatch):

@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.cuda import Event, Stream
 from typing_extensions import override
 
-from dtensor_ring._torch import lacks_symmetric_memory, map_symmetric, never_free, symmetric_buffer
+from dtensor_ring._torch_symmetric import lacks_symmetric_memory, map_symmetric, never_free, symmetric_buffer
 from dtensor_ring.captures import check_not_capturing
 from dtensor_ring.comm.lanes import Halt, Lane, Watch
 from dtensor_ring.comm.mailboxes import Mailboxes, Parcel, Piece, Slots, Wait, Write
