@@ -20,14 +20,13 @@ the exit status is 1. A figure that takes more than `--most` seconds is given up
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
@@ -35,6 +34,7 @@ from types import FrameType
 
 import torch
 
+from benchmarks.record import facts, save
 from dtensor_ring.cache import _CACHES, Cache
 from dtensor_ring.comm.collectives import take_shard
 from dtensor_ring.ops.executors.routes import routes
@@ -100,7 +100,7 @@ def main() -> None:
     print(f"{'milliseconds of CPU time':58}" + "".join(f"{f'W={world}':>10}" for world in options.worlds))
     rows = [measured(row, options) for part in options.parts for row in ROWS[part](options, packed)]
     if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+        save(options.json, facts("planning", torch.device("cpu"), tokens=TOKENS, worlds=options.worlds), rows)
     sys.exit(any(row.wrong for row in rows))
 
 

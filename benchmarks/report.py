@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.links import Link
 from benchmarks.record import RESULTS, load
-from benchmarks.targets import TARGETS, Target, family_of
+from benchmarks.targets import PLANNING, TARGETS, Target, family_of
 
 Run = dict[str, Any]  # as `record.save` writes it
 ROOT = Path(__file__).parents[1]
@@ -204,6 +204,33 @@ def _layouts_lines(rows: Sequence[Run]) -> Iterator[Sequence[str]]:
             yield name, row["kernel"], *(f"{x:.3f}" for x in row["over_ms"])
 
 
+def _planning(runs: Sequence[Run]) -> str:
+    parts = []
+    for run in runs:
+        if run["benchmark"] == "planning":
+            header = ("", "case", "documents", *(f"W={world}" for world in run["worlds"]))
+            lines = [
+                (row["part"], row["case"], str(row["documents"]), *(_planned(row, str(world)) for world in run["worlds"]))
+                for row in run["rows"]
+            ]
+            parts += [headline(run), table(header, lines)]
+    return "\n\n".join(parts) or _NOTHING
+
+
+def _planned(row: Run, world: str) -> str:
+    """Milliseconds; bold where a plan takes longer than `PLANNING` allows for as many documents."""
+    if row["wrong"]:
+        return f"wrong: {row['wrong']}"
+    if world not in row["ms"]:
+        return ""
+    took = row["ms"][world]
+    if took is None:
+        return "**given up**"
+    most = next((most for documents, most in PLANNING if row["documents"] <= documents), None)
+    missed = row["part"] == "plan" and most is not None and took > most
+    return f"**{took:.1f}**" if missed else f"{took:.1f}"
+
+
 def _train(runs: Sequence[Run]) -> str:
     header = ("model", "attention", "layers", "W", "tokens a rank", "ms forward; step", "tokens/s a GPU", "MFU", "peak GiB")
     return _per_run("train_step", runs, (*header, "plain SDPA's time over it: forward; step"), _train_row)
@@ -289,6 +316,7 @@ TABLES: dict[str, Callable[[Sequence[Run]], str]] = {
     "emulated": _emulated,
     "ranks": _ranks,
     "beside": _beside,
+    "planning": _planning,
     "layouts": _layouts,
     "train": _train,
     "host": _host,

@@ -25,6 +25,7 @@ MODEL = "8B shapes, W=1, 8k and 16k tokens: plain SDPA's time over ours"
 # A kernel of several packages or names: the first that does not refuse is measured.
 FAMILIES = {"FA2": ("torch_flash", "flash_attn_2"), "FA4": ("flash_attn_4",), "cuDNN": ("cudnn", "torch_cudnn")}
 SLACK = 0.01
+PLANNING = ((1000, 30.0), (10_000, 250.0))  # milliseconds that a rank's plan of a new batch of up to so many documents may take
 SLOW = Link(gigabytes=45.0)
 NODES = Link(node=8)
 PACKED = "zigzag/documents"  # the layout that the library proposes for packed documents

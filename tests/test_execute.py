@@ -53,6 +53,13 @@ def test_a_thousand_tokens_are_exact(world, layout, strategy):
         assert_exact(run_loopback(case, layout, world, strategy, "torch_cpu")[0], exact)
 
 
+@pytest.mark.parametrize("world", [5, 8])
+def test_ranks_that_exchange_nothing_in_a_step_wait_for_their_transfers_in_the_order_of_the_others(world):
+    for length, mask in itertools.product((2, 3, world - 1), ("causal", "full")):
+        case, exact = solved(length, mask=mask)
+        assert_exact(run_loopback(case, "zigzag", world, "ring", "math")[0], exact)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("strategy", STRATEGIES)

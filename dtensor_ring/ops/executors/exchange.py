@@ -254,8 +254,10 @@ class Returns:
                 grads = _pair(grad.to(accumulate_dtype(grad.dtype)) for grad in grads)
             self._waiting[index] = grads
             return
-        # The own keys' gradients are there at once. They become the result, and what returns meanwhile is added to them.
-        if not self._exchange.has_peers(index):
+        # The own keys' gradients, which come last, are there at once. They become the result, and what returns meanwhile is added
+        # to them. In any other step all ranks wait for the return before it, also one that exchanges nothing in this step: a
+        # transport may deliver only what is waited for, and ranks that wait in another order than others wait in a circle.
+        if index == 0 and not self._exchange.has_peers(index):
             self._exchange.give_back(index, grads, self._own).wait()
             return
         # One return at a time is under way: its buffers, a step's keys in float32, are the most that a backward pass adds.
