@@ -25,7 +25,7 @@ DTYPES = {"float32": (torch.float32,) * 2, "bfloat16": (torch.bfloat16,) * 2, "f
 DTYPES["bfloat16 into float32"] = (torch.float32, torch.bfloat16)
 # Batch, tokens, heads, head dim: tiles of 16 rows with and without a rest, head dims that are no power of two.
 SHAPES = [(2, 17, 3, 80), (1, 16, 1, 64), (1, 1, 1, 1), (3, 7, 2, 24), (1, 5, 3, 128), (2, 0, 2, 8)]
-WAYS = ("one", "two", "two of some", "new rest", "kept rest", "last rest", "sinks", "sinks alone")
+WAYS = ("one", "two", "two of some", "new rest", "kept rest", "last rest", "sinks", "sinks alone", "NaN", "NaN sinks")
 CASES = [
     (way, dtype, shape)
     for way in WAYS
@@ -59,6 +59,8 @@ def inputs(way: str, dtypes: tuple[torch.dtype, torch.dtype], shape: tuple[int, 
     first, second = block(dtypes[1], tokens, slice(2, 6)), block(dtypes[1], tokens, slice(1, 3))
     lse[:, :, 6:7], first[1][:, :, 6:7] = -1e4, 1e4
     second[1][:, :, 7:8] = 300
+    if way == "NaN":
+        first[0][:, 4:5], first[1][:, :, 4:5], second[0][:, 5:6], second[1][:, :, 5:6] = (torch.nan,) * 4
     parts = [OutputPart(0, *first), OutputPart(0, *second)]
     if way == "two of some":  # they overlap, and neither reaches either end
         low, high = tokens // 4, tokens - tokens // 4
@@ -72,7 +74,7 @@ def inputs(way: str, dtypes: tuple[torch.dtype, torch.dtype], shape: tuple[int, 
     rest[:, :3] = 0  # as that of an out of 0
     rests = Rests(rest if way in ("kept rest", "last rest") else None, way in ("new rest", "kept rest"))
     sinks = torch.randn(heads, generator=generator)
-    sinks[:1] = -torch.inf
+    sinks[:1] = torch.nan if way == "NaN sinks" else -torch.inf
     if way == "new rest":
         parts = [
             parts[0]._replace(start=tokens // 2, out=parts[0].out[:, tokens // 2 :].clone(), lse=parts[0].lse[:, :, tokens // 2 :])
@@ -101,7 +103,7 @@ def results(way: str, dtype: str, shape: tuple[int, int, int, int]) -> dict[str,
     out = around[4:-4].view(shape).copy_(out)
     rest = _merge_cuda.fused_merge_(out, lse, parts, rests, sinks)
     outside = [bool(around[:4].isnan().all() and around[-4:].isnan().all())]
-    outside.append(bool(lse_around.isnan().sum() == lse_around.numel() - lse.numel()))
+    outside.append(bool(lse_around.isnan().sum() == lse_around.numel() - lse.numel() + lse.isnan().sum()))
     return {
         "out": out,
         "lse": lse,

@@ -257,7 +257,7 @@ def interpreted_sum(tmp_path_factory):
 
 DTYPES = ("float32", "bfloat16", "float16", "bfloat16 into float32")
 SHAPES = [(2, 17, 3, 80), (1, 16, 1, 64), (1, 1, 1, 1), (3, 7, 2, 24), (1, 5, 3, 128), (2, 0, 2, 8)]
-WAYS = ("one", "two", "two of some", "new rest", "kept rest", "last rest", "sinks", "sinks alone")
+WAYS = ("one", "two", "two of some", "new rest", "kept rest", "last rest", "sinks", "sinks alone", "NaN", "NaN sinks")
 MERGES = [(way, dtype) for way in WAYS for dtype in DTYPES if "rest" not in way or dtype in ("bfloat16", "float16")]
 
 
@@ -269,8 +269,11 @@ def test_the_triton_kernel_merges_as_the_portable_code_does(interpreted_merge, w
         assert case["outside"].all(), "what lies around the tensors was written to, or NaN was left inside"
         assert case["out"].shape == case["plain out"].shape == shape
         eps = torch.finfo(case["out"].dtype).eps
-        torch.testing.assert_close(case["lse"], case["plain lse"], rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(case["out"].float(), case["plain out"].float(), rtol=eps, atol=1e-6)
+        torch.testing.assert_close(case["lse"], case["plain lse"], rtol=1e-6, atol=1e-6, equal_nan=True)
+        torch.testing.assert_close(case["out"].float(), case["plain out"].float(), rtol=eps, atol=1e-6, equal_nan=True)
+        if "NaN" in way and shape[1] > 5:
+            assert case["out"].isnan().any()
+            assert (case["out"].isnan().all(-1).transpose(1, 2) == case["lse"].isnan()).all(), "rows that went wrong look right"
         if "sinks" not in way and "some" not in way and way != "new rest":
             assert (case["lse"][:, :, 2:3] == -math.inf).all()
         assert (case["rest"] is None) == (case["plain rest"] is None) == (way not in ("new rest", "kept rest"))

@@ -138,23 +138,24 @@ def _merge(
     # The largest weight is exactly 1. `log1p` of the sum of the others keeps the digits that adding it to 1 would lose.
     a_weight = largest
     b_weight = largest
+    # NaN is something new too: `minimum` and `maximum` would leave it out, and a row that went wrong would look right.
     if PARTS > 0:
         a_weight = libdevice.exp(a_new - top)
-        others += tl.minimum(largest, a_weight)
+        others += tl.where(a_new != a_new, a_new, tl.minimum(largest, a_weight))
         largest = tl.maximum(largest, a_weight)
-        changes = changes | (a_new > float("-inf"))
+        changes = changes | (a_new != float("-inf"))
     if PARTS > 1:
         b_weight = libdevice.exp(b_new - top)
-        others += tl.minimum(largest, b_weight)
+        others += tl.where(b_new != b_new, b_new, tl.minimum(largest, b_weight))
         largest = tl.maximum(largest, b_weight)
-        changes = changes | (b_new > float("-inf"))
+        changes = changes | (b_new != float("-inf"))
     if SINKS:
         sink_weight = libdevice.exp(sink - top)
-        others += tl.minimum(largest, sink_weight)
-        changes = changes | (sink > float("-inf"))
+        others += tl.where(sink != sink, sink, tl.minimum(largest, sink_weight))
+        changes = changes | (sink != float("-inf"))
     # Rows that see nothing new are neither read nor written. A sum of weights of 0 is taken as 1, for shares of 0 and not 0 / 0.
     changes = changes & valid
-    both = tl.where(some, 1.0 + others, 1.0)
+    both = tl.where(some, 1.0 + others, 1.0 + 0.0 * others)
     d = tl.arange(0, WIDTH)
     inside = (d < DIM)[None, :]
     at = (((row * length + s) * HEADS + h) * DIM)[:, None] + d[None, :]
@@ -165,11 +166,11 @@ def _merge(
     x *= (weight / both)[:, None]
     if PARTS > 0:
         a_at = (((row * a_count + s - a_start) * HEADS + h) * DIM)[:, None] + d[None, :]
-        y = tl.load(a + a_at, (changes & (a_new > float("-inf")))[:, None] & inside, 0.0).to(tl.float32)
+        y = tl.load(a + a_at, (changes & (a_new != float("-inf")))[:, None] & inside, 0.0).to(tl.float32)
         x += (a_weight / both)[:, None] * y
     if PARTS > 1:
         b_at = (((row * b_count + s - b_start) * HEADS + h) * DIM)[:, None] + d[None, :]
-        z = tl.load(b + b_at, (changes & (b_new > float("-inf")))[:, None] & inside, 0.0).to(tl.float32)
+        z = tl.load(b + b_at, (changes & (b_new != float("-inf")))[:, None] & inside, 0.0).to(tl.float32)
         x += (b_weight / both)[:, None] * z
     rounded = x.to(out.dtype.element_ty)
     tl.store(out + at, rounded, mask)

@@ -73,8 +73,9 @@ def merge_(
 def _merge(wide: Tensor, lse: Tensor, block: Tensor | None, block_lse: Tensor) -> None:
     """Merge a block of the same queries, whose out is 0 where `block` is None, in place."""
     # The sigmoid of a difference cannot overflow, as the exponentials of the two lse would. The difference of two -inf is NaN: that
-    # query has keys in neither, and with weight 0 its out stays 0. `logaddexp` keeps -inf by itself.
-    weight = torch.sigmoid(block_lse - lse).nan_to_num_(0.0).transpose(1, 2)[..., None].to(wide.dtype)
+    # query has keys in neither, and with weight 0 its out stays 0. Any other NaN is one of the input, and stays to be seen.
+    # `logaddexp` keeps -inf by itself.
+    weight = torch.sigmoid(block_lse - lse).masked_fill_(block_lse == -math.inf, 0.0).transpose(1, 2)[..., None].to(wide.dtype)
     wide.lerp_(torch.zeros_like(wide) if block is None else block.to(wide.dtype), weight)
     lse.copy_(torch.logaddexp(lse, block_lse))
 

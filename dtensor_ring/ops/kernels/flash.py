@@ -156,9 +156,11 @@ class FlashKernel(Kernel):
         """Make one call of the package. Tokens without keys, whose lse kernels give as +inf or -inf, get -inf."""
         with _drawing(q.device, block):
             out, lse = self.call_forward(q, k, v, block)
+        if block.varlen is None:
+            return Result(out, lse)
         # A merge would give a block whose lse is +inf all the weight, and its zeros would replace what other blocks computed. Only
-        # a varlen block has tokens in no segment.
-        return Result(out, lse if block.varlen is None else lse.masked_fill(lse == math.inf, -math.inf))
+        # a varlen block has tokens in no segment, whose out is 0. That of sums that are NaN is NaN, and so is their lse then.
+        return Result(out, torch.where(lse == math.inf, out[..., 0].transpose(0, 1) - math.inf, lse))
 
     @override
     def backward(self, saved: Saved, dout: Tensor, block: Block) -> Gradients:
