@@ -27,6 +27,9 @@ def exercise(transport: Transport) -> list[object]:
     assert torch.equal(gathered, torch.stack([torch.arange(6.0).view(2, 3) + 10 * r for r in range(world)]))
     rows = torch.stack([torch.full((2,), float(r + rank)) for r in range(world)])
     assert transport.reduce_scatter(rows).wait().tolist() == [rank * world + sum(range(world))] * 2
+    for dtype in (torch.int32, torch.bool, torch.float16):  # a sum keeps its dtype
+        assert transport.all_reduce(torch.ones(2, dtype=dtype)).dtype == dtype
+        assert transport.reduce_scatter(torch.ones(world, 2, dtype=dtype)).wait().dtype == dtype
     for op, value in (("sum", sum(range(world))), ("avg", sum(range(world)) / world), ("max", world - 1), ("min", 0)):
         assert transport.all_reduce(torch.tensor([float(rank)]), op).item() == value
     assert transport.gather_values([rank, 7]) == [[r, 7] for r in range(world)]

@@ -165,6 +165,7 @@ def test_a_model_survives_its_text_and_its_file_and_others_have_other_digests(tm
     [
         ({"merge": 0}, "rates are numbers above 0"),
         ({"step": -1}, "times from 0 up"),
+        ({"step": float("nan")}, "times from 0 up"),
         ({"kernels": {}}, "it names no kernel"),
         ({"colour": 1}, "colour"),
         ({"copy": "fast"}, "TypeError"),

@@ -160,6 +160,8 @@ def test_choosing_makes_no_plan_and_no_step(layout):
 
 def test_what_has_no_stages_to_choose_or_no_link_keeps_the_fewest():
     slow = predictor(5)
+    for tokens in (0, 1):
+        assert choose_stages(problem_of(8, tokens), slow).staged() == problem_of(8, tokens).staged()
     assert choose_stages(problem_of(8), replace(slow, link=None)) == problem_of(8).staged()
     for problem in (problem_of(8, layout="stripe"), problem_of(1), problem_of(2), problem_of(8, mask="window:100,0")):
         assert choose_stages(problem, slow) == problem.staged()

@@ -399,13 +399,17 @@ def test_the_watch_reports_a_lane_that_stands_still_once_and_ends_the_process_if
     assert time.monotonic() - start >= 0.35
     if goes_on:
         lane.writes.release()
+        time.sleep(0.6)
+        assert not ended
+        assert watch._thread.is_alive(), "what has stood once may stand again"
+        lane.passes(3, "a later call", "axis")
     watch._thread.join(10)
     assert not watch._thread.is_alive()
     assert watch.halt is halts[0]
     assert (watch.halt.stage.peer, watch.halt.stage.activity) == (3, "a call")
     assert watch.halt.seconds >= 0.4
     assert len(halts) == 1
-    assert len(ended) == (not goes_on)
+    assert len(ended) == 1
     assert all(time - start >= 0.7 for time in ended), "after its grace"
 
 

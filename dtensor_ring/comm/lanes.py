@@ -113,13 +113,17 @@ class Watch:
     def _run(self) -> None:
         while not self.stop.wait(min(_LONGEST_NAP, self._patience / 4)):
             halt = self._standing()
-            if halt is not None:
+            if halt is None:
+                continue
+            if self.halt is None:
                 self.halt = halt
                 self._report(halt)
-                time.sleep(self._grace)
-                if self._standing() is not None:
-                    os.abort()
-                return
+                if self.stop.wait(self._grace):
+                    return
+                if self._standing() is None:  # it goes on, and may stand again: then there is nobody left to be told
+                    continue
+            os.abort()
+            return
 
     def _standing(self) -> Halt | None:
         """The lane that has stood still for longest, if longer than there is patience."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
@@ -37,15 +37,21 @@ class _Switchboard:
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout
         self.failed = threading.Event()
-        self.lines: defaultdict[tuple[int, int, int], SimpleQueue[_Parcel]] = defaultdict(SimpleQueue)
+        self._lines: dict[tuple[int, int, int], SimpleQueue[_Parcel]] = {}
+        self._lock = threading.Lock()
+
+    def line(self, source: int, target: int, number: int) -> SimpleQueue[_Parcel]:
+        """Where the n-th message of a rank to another is posted, made by whoever of the two comes first."""
+        with self._lock:  # two that make it at once would have one each, and the message in the other would be lost
+            return self._lines.setdefault((source, target, number), SimpleQueue())
 
     def take(self, source: int, target: int, number: int) -> _Parcel:
-        waited = 0.0
+        waited, line = 0.0, self.line(source, target, number)
         while waited < self.timeout and not self.failed.is_set():
             try:
                 # A short wait, again and again, so that the failure of another rank ends this one at once and not after the whole
                 # timeout.
-                return self.lines[source, target, number].get(timeout=0.05)
+                return line.get(timeout=0.05)
             except Empty:
                 waited += 0.05
         why = "another rank failed" if self.failed.is_set() else f"after {self.timeout:.0f} s"
@@ -126,7 +132,7 @@ class LoopbackTransport(MessageCollectives):
         # as late. Detached, since a transfer is not part of any rank's graph.
         parcels = [_Parcel(message.tensor.detach()) for message in sends]
         for message, parcel in zip(sends, parcels, strict=True):
-            self._board.lines[self.rank, message.rank, self._sent[message.rank]].put(parcel)
+            self._board.line(self.rank, message.rank, self._sent[message.rank]).put(parcel)
             self._sent[message.rank] += 1
         # Numbers are given when a transfer starts and not when it is waited for, since a rank may wait for transfers in another
         # order than it started them.

@@ -292,11 +292,11 @@ class _Line:
 
     def close(self) -> None:
         """Stop looking, and free the buffers; others keep what they have mapped until they free theirs."""
-        self.watch.stop.set()
         atexit.unregister(self.leave)
         self._kept.clear()
         self._mapped.views.clear()
         self._mapped.kept.clear()
+        self.watch.stop.set()  # only now: freeing waits for the device, which may wait for a rank that is gone
 
 
 def _now(stream: Stream) -> Event:

@@ -344,16 +344,18 @@ class MessageCollectives(Transport):
             pending.wait()
             parts[self.rank] = tensor[self.rank]
             # In the order of ranks, whoever came first, so that all runs give the same bits.
-            return torch.stack(parts).sum(0)
+            return torch.stack(parts).sum(0, dtype=tensor.dtype)  # left to itself it widens integers
 
         return Pending(finish)
 
     @override
     def _all_reduce(self, tensor: Tensor, op: str) -> Tensor:
         every = self._all_gather(tensor).wait()
-        if op in ("sum", "avg"):
-            return every.sum(0) if op == "sum" else every.sum(0) / self.world
-        return every.prod(0) if op == "product" else every.amax(0) if op == "max" else every.amin(0)
+        if op == "avg":  # in a wider dtype, where a sum of 16 bits may pass what they hold
+            return every.mean(0, dtype=torch.promote_types(tensor.dtype, torch.float32)).to(tensor.dtype)
+        if op in ("sum", "product"):
+            return (every.sum if op == "sum" else every.prod)(0, dtype=tensor.dtype)
+        return every.amax(0) if op == "max" else every.amin(0)
 
 
 def _filled(ranks: Sequence[int], parts: Sequence[Tensor] | Tensor) -> list[Message]:

@@ -42,7 +42,9 @@ def plan_ahead(
         is_causal: as attention will be asked.
         window: as attention will be asked.
         strategy: as attention will be asked; "ring" is its default.
-        stages: as attention will be asked; where it is asked with `memory`, the number of stages that this comes to.
+        stages: as attention will be asked; where it is asked with `memory`, the number of stages that this comes to. Left open it
+            is the fewest. On GPUs whose figures are known attention may choose more for some batches, over slow links above all:
+            pass the same `stages` to both, or what was planned here is of no use to it.
 
     Raises:
         ValueError: the mesh has more than one axis, the placement is not of dim 1 or cannot cut these documents, or the mask

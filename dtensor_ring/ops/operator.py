@@ -37,7 +37,7 @@ from dtensor_ring.ops.executors.head_groups import in_groups
 from dtensor_ring.ops.executors.plan_executor import Executor
 from dtensor_ring.ops.executors.protocol import AttentionExecutor
 from dtensor_ring.ops.executors.ulysses import UlyssesExecutor
-from dtensor_ring.ops.kernels import Kernel, Saved, SoftmaxParams, kernel_number, kernel_numbered, settings
+from dtensor_ring.ops.kernels import Kernel, KernelRequirements, Saved, SoftmaxParams, kernel_number, kernel_numbered, settings
 from dtensor_ring.placements import SequencePlacement, redistribute
 from dtensor_ring.placements.redistribute import wrap
 from dtensor_ring.planning.cost_model import Link
@@ -328,9 +328,17 @@ def _resolved(
     problem = replace(problem, strategy=strategy)
     if not has_alibi:
         staged = asked.by_speed(problem, kernel.name, shape, link)
-        if staged != problem:  # other stages may give the kernel other kinds of blocks
-            problem, kernel = staged, asked.choose(need, has_alibi, staged).kernel
+        # Other stages may give the kernel other kinds of blocks. Ranks have compared the one that is chosen above.
+        if staged != problem and _is_chosen(kernel, asked, need, staged):
+            problem = staged
     return _Resolved(problem, kernel, asked.softmax, asked.kv_head_group_size)
+
+
+def _is_chosen(kernel: Kernel, asked: AttentionCall, need: KernelRequirements, problem: AttentionProblem) -> bool:
+    try:
+        return asked.choose(need, False, problem).kernel is kernel
+    except NotImplementedError:
+        return False
 
 
 def _resolved_call(

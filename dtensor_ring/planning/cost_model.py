@@ -244,9 +244,11 @@ def _of_json(facts: dict[str, Any]) -> CostModel:
     numbers = {name: facts[name] for name in facts.keys() - {"kernels", "link", "device", "source"}}
     model = CostModel(device=str(facts["device"]), source=str(facts["source"]), kernels=kernels, link=link, **numbers)
     rates = [model.multiprocessors, model.merge, model.copy, *((link.near, link.far) if link else ())]
+    times = [model.step, model.host_forward, model.host_backward, *((link.latency, link.host) if link else ())]
     wrong = [rate for rate in rates if not (math.isfinite(rate) and rate > 0)]
-    if wrong or min(model.step, model.host_forward, model.host_backward) < 0:
-        raise ValueError(f"rates are numbers above 0, and times from 0 up, found {wrong or model}")
+    wrong += [time for time in times if not (math.isfinite(time) and time >= 0)]
+    if wrong:
+        raise ValueError(f"rates are numbers above 0, and times from 0 up, found {wrong} in {model}")
     return model
 
 

@@ -3,8 +3,9 @@
     8 ranks of 8192 tokens on H100       200 GB/s    1 stage      the rank's own keys hide it, and merging costs more than waiting
                                          45 GB/s     3 stages     1 2 4: each hides behind the one before
 
-No plan is made: what a stage brings and computes is worked out from lengths, for the most loaded rank. So the choice takes less
-than a millisecond of a batch's planning for 64 ranks, and is the same on every rank: a function of what ranks compare.
+No plan is made: what a stage brings and computes is worked out from lengths, for the most loaded rank. So the choice takes a few
+milliseconds for 64 ranks, tens where thousands of documents are cut, once a batch; and it is the same on every rank: a function of
+what ranks compare.
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ def choose_stages(problem: AttentionProblem, predictor: Predictor, most_tokens: 
     """
     fewest = problem.staged(0, most_tokens)
     link, others = predictor.link, problem.world - 1
+    if not (problem.q_length and problem.k_length):
+        return fewest
     if link is None or fewest.stages in (0, others) or problem.is_halo or not problem.segmentation.is_shared:
         return fewest
     share = share_of(problem)
