@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dtensor_ring import Documents, Zigzag, from_local, full_tensor, ring_attention
 from dtensor_ring.ops.block_kinds import block_grain
 from dtensor_ring.ops.call import AttentionCall
-from dtensor_ring.ops.kernels import EVERY_KIND, KERNELS, Block, BlockKind, KernelRequirements, Saved, SoftmaxParams, cudnn
+from dtensor_ring.ops.kernels import EVERY_KIND, KERNELS, Block, BlockKind, KernelRequirements, Saved, SoftmaxParams
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
 
@@ -84,7 +84,6 @@ def test_gradients_are_refused_where_pytorch_is_told_to_be_deterministic():
 )
 def test_where_it_cannot_run_it_says_why(monkeypatch, gpu, version, reason):
     monkeypatch.setattr("dtensor_ring.ops.kernels.flash.capability", lambda: gpu)
-    monkeypatch.setattr(cudnn, "capability", lambda: gpu)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: version is not None)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
     assert CUDNN.unavailable(NEED if gpu else replace(NEED, device="cpu")) == reason
@@ -92,7 +91,6 @@ def test_where_it_cannot_run_it_says_why(monkeypatch, gpu, version, reason):
 
 def test_a_build_for_amd_gpus_is_none_with_cudnn(monkeypatch):
     monkeypatch.setattr("dtensor_ring.ops.kernels.flash.capability", lambda: (9, 4))
-    monkeypatch.setattr(cudnn, "capability", lambda: (9, 4))
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 3005001)
     monkeypatch.setattr(torch.version, "hip", "7.1")

@@ -47,8 +47,7 @@ def install(monkeypatch):
         monkeypatch.setattr(flash_attn_3, "_module", lambda: module)
         flash_attn_3._has_backward.cache_clear()
 
-    monkeypatch.setattr(flash_attn_3, "lacks_gpu", lambda *_: None)
-    monkeypatch.setattr(flash_attn_3, "capability", lambda: (9, 0))
+    monkeypatch.setattr(flash_attn_3, "lacks_hopper", lambda _: None)
     yield put
     flash_attn_3._has_backward.cache_clear()
 

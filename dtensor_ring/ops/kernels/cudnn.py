@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from dtensor_ring.ops.kernels.base import Kernel, KernelRequirements, has_no
 from dtensor_ring.ops.kernels.block import Block, BlockKind, Gradients, Result, Saved
-from dtensor_ring.ops.kernels.flash import capability, is_causal, lacks_gpu, lacks_tensors
+from dtensor_ring.ops.kernels.flash import is_causal, lacks_hopper, lacks_tensors
 
 TILE = 128  # tokens of the largest tile of its kernels, forward and backward
 _OLDEST = 91900  # the cuDNN that all this was tried with, 9.19.0
@@ -37,11 +37,9 @@ class CudnnKernel(Kernel):
     @override
     def unavailable(self, need: KernelRequirements) -> str | None:
         """It needs a Hopper GPU and a PyTorch built with cuDNN 9.19 or newer."""
-        reason = lacks_gpu(need, (9, 0))
+        reason = lacks_hopper(need)
         if reason is not None:
             return reason
-        if capability()[0] != 9:
-            return "is for Hopper GPUs (compute capability 9)"
         # A build for AMD GPUs has the same names for other libraries.
         version = torch.backends.cudnn.version() if torch.version.hip is None and torch.backends.cudnn.is_available() else None
         if version is None:

@@ -64,6 +64,14 @@ def lacks_gpu(need: KernelRequirements, smallest_capability: tuple[int, int] = (
     return None
 
 
+def lacks_hopper(need: KernelRequirements) -> str | None:
+    """Why kernels for Hopper GPUs alone cannot run here, or None."""
+    reason = lacks_gpu(need, (9, 0))
+    if reason is None and capability()[0] != 9:
+        return "is for Hopper GPUs (compute capability 9)"
+    return reason
+
+
 def capability() -> tuple[int, int]:
     """Give the compute capability of the current GPU."""
     return _capability(torch.cuda.current_device())

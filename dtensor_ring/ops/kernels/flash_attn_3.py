@@ -18,9 +18,8 @@ from dtensor_ring.ops.kernels.base import KernelRequirements, has_no
 from dtensor_ring.ops.kernels.block import Block, Gradients, Result, Saved, SoftmaxParams
 from dtensor_ring.ops.kernels.flash import (
     FlashKernel,
-    capability,
     empty_gradients,
-    lacks_gpu,
+    lacks_hopper,
     lacks_tensors,
     load,
     varlen_keywords,
@@ -36,11 +35,9 @@ class FlashAttn3Kernel(FlashKernel):
     @override
     def unavailable(self, need: KernelRequirements) -> str | None:
         """It needs the package and a Hopper GPU, and a build with a backward where gradients are needed."""
-        reason = lacks_gpu(need, (9, 0))
+        reason = lacks_hopper(need)
         if reason is not None:
             return reason
-        if capability()[0] != 9:
-            return "is for Hopper GPUs (compute capability 9)"
         module = _module()
         if isinstance(module, str):
             return module
