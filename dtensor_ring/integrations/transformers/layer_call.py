@@ -1,8 +1,10 @@
-"""What a layer of a Hugging Face model asks of attention, in the words of this package."""
+"""The arguments of a Hugging Face model and of its attention, read by their names and meaning."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -69,3 +71,19 @@ def read_layer_call(
         softcap or 0.0,
         s_aux,
     )
+
+
+def by_name(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a call of a model by name: a batch is checked and cut by the names of its tensors.
+
+    Raises:
+        TypeError: more arguments by place than the model takes, or one given twice.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    named = dict(zip(parameters, args, strict=False))
+    if len(named) < len(args) or named.keys() & kwargs.keys():
+        raise TypeError(
+            f"{type(model).__name__} takes {', '.join(parameters)}: found {len(args)} arguments by place and "
+            f"{', '.join(kwargs) or 'none'} by name; pass each once"
+        )
+    return {**named, **kwargs}

@@ -33,8 +33,6 @@ from dtensor_ring.captures import RingCaptureError, check_not_capturing
 from dtensor_ring.comm import several_ranks, transport_along
 from dtensor_ring.comm.rank_checks import refused_together
 from dtensor_ring.data.batch import (
-    GOOD_BALANCE,
-    balance_remedy,
     check_mesh,
     check_placement,
     check_same,
@@ -54,6 +52,8 @@ from dtensor_ring.integrations.transformers.attention import (
     register,
 )
 from dtensor_ring.integrations.transformers.checks import check_call, check_length, check_model
+from dtensor_ring.integrations.transformers.description import axis_text, describe, reach_of
+from dtensor_ring.integrations.transformers.layer_call import by_name
 from dtensor_ring.integrations.transformers.outputs import (
     Convention,
     SumOverRanks,
@@ -66,7 +66,6 @@ from dtensor_ring.ops.kernels import KernelName, check_kernel_name
 from dtensor_ring.placements import SequencePlacement, Zigzag
 from dtensor_ring.planning.cost_model import CostModel
 from dtensor_ring.planning.documents import Documents
-from dtensor_ring.planning.layout import work_balance
 
 _SEQUENCE_AXIS = r"cp|sp|seq|context|ring"  # how programs name the mesh axis that holds the sequence
 
@@ -158,45 +157,8 @@ class RingPlan(dict[str, ParallelStyle]):
 
     def describe(self) -> str:
         """What the plan does, in a few lines."""
-        where = "not applied yet" if self._mesh is None else f"over {self._mesh.size()} ranks of axis {_axis(self._mesh)}"
-        attention = [name for name in self if name]
-        transport = "that of the axis" if self._mesh is None else transport_along(self._mesh).name
-        return "\n".join(
-            [
-                f"{type(self._model).__name__}: sequence parallel as {self._placement!r}, {where}",
-                f"  attention: {len(attention)} modules, {attention[0]} to {attention[-1]}",
-                f"  strategy:  {self._asked.strategy or 'ring (chosen: memory does not grow with the ranks)'}",
-                f"  stages:    {self._asked.stages or self._stages()}",
-                f"  kernel:    {self._asked.kernel or 'the first that does not refuse'}",
-                f"  transport: {transport}",
-                "  batch:     input_ids, inputs_embeds, position_ids and labels are cut; labels are shifted first",
-                "  loss:      mean over the whole batch; with num_items_in_batch this rank's sum / num_items_in_batch",
-                "  gradients: to be averaged over the axis: fully_shard or DDP over it, or average_gradients(model, mesh)",
-                f"  balance:   {self._balance()}",
-            ]
-        )
-
-    def _stages(self) -> str:
-        bound = "512k tokens' keys and values" if self._asked.memory is None else f"{self._asked.memory} bytes"
-        model = "of the GPU" if self._asked.cost_model is None else CostModel.of_text(self._asked.cost_model).digest
-        return f"the fastest by cost model {model} that keep their buffers within {bound}"
-
-    @property
-    def _reach(self) -> int | None:
-        """Keys that a query of any layer sees at most; None where a layer sees the whole document."""
-        # One layer without a window decides how long a step takes, since its work grows with the square of a document.
-        config: Any = self._model.config
-        kinds = set(getattr(config, "layer_types", None) or ("sliding_attention",))  # without types a window is every layer's
-        return getattr(config, "sliding_window", None) if kinds == {"sliding_attention"} else None
-
-    def _balance(self) -> str:
-        """Mean work over the most loaded rank's, of the last batch if it was packed."""
-        if self._mesh is None or self._documents is None or not self._is_packed:
-            return "of packed batches it depends on where documents end: ask again after one"
-        world = self._mesh.size()
-        share = work_balance(self._placement.layout, self._documents, world, self._reach)
-        remedy = "" if share >= GOOD_BALANCE else f". {balance_remedy(self._documents, self._placement, world, self._reach)}"
-        return f"{share:.2f} (mean work / most loaded rank) on the last batch, {self._documents}{remedy}"
+        batch, attention = self._documents if self._is_packed else None, [name for name in self if name]
+        return describe(self._model, self._placement, self._asked, attention, self._mesh, batch)
 
     def undo(self) -> None:
         """Gives the model back as it was: the attention implementation is restored, hooks and marks are removed."""
@@ -245,9 +207,9 @@ class RingPlan(dict[str, ParallelStyle]):
 
     def _warn_of_one_rank(self, mesh: DeviceMesh) -> None:
         """A mesh axis of one rank in a larger program is right for a setting of 1, and wrong for the axis of another use."""
-        if mesh.size() == 1 and several_ranks() and not re.search(_SEQUENCE_AXIS, _axis(mesh).lower()):
+        if mesh.size() == 1 and several_ranks() and not re.search(_SEQUENCE_AXIS, axis_text(mesh).lower()):
             warnings.warn(
-                f"ring_plan is applied over mesh axis {_axis(mesh)}, which has one rank of {dist.get_world_size()}: nothing is "
+                f"ring_plan is applied over mesh axis {axis_text(mesh)}, which has one rank of {dist.get_world_size()}: nothing is "
                 "spread. Pass the axis that holds the sequence, such as mesh['cp']",
                 stacklevel=2,
             )
@@ -293,23 +255,15 @@ class RingPlan(dict[str, ParallelStyle]):
                 f"a parallelized {type(self._model).__name__} reads its batch on the host",
                 "capture its layers, and call the model itself without a graph",
             )
-            # The model gets its arguments by name, since a batch is checked and cut by the names of its tensors.
-            parameters = inspect.signature(self._model.forward).parameters
-            named = dict(zip(parameters, args, strict=False))
-            if len(named) < len(args) or named.keys() & kwargs.keys():
-                raise TypeError(
-                    f"{type(self._model).__name__} takes {', '.join(parameters)}: found {len(args)} arguments by place and "
-                    f"{', '.join(kwargs) or 'none'} by name; pass each once"
-                )
-            given = {**named, **kwargs}
-            check_call(self._model, given, tuple(parameters))
+            given = by_name(self._model, args, kwargs)
+            check_call(self._model, given, tuple(inspect.signature(self._model.forward).parameters))
             documents = given.pop("documents", None)
             given.pop("cache_position", None)  # places in a cache, of which there is none
             length = sequence_length(given)
             check_length(length, transport.world, self._placement)
             bounds = find_documents(given, length, documents)
         check_same(given, length, bounds, self._placement, transport)
-        warn_of_imbalance(bounds, given, self._placement, transport, self._reach)
+        warn_of_imbalance(bounds, given, self._placement, transport, reach_of(self._model))
         self._is_packed = is_packed(bounds, given)
         batch = cut_batch(given, self._placement, transport, length, bounds)
         bounds = self._documents = batch.documents
@@ -420,7 +374,3 @@ class _AttentionStyle(ParallelStyle):
 def _is_attention(module: nn.Module) -> bool:
     """Attention modules of transformers carry a layer index and whether they are causal, and call the attention interface."""
     return type(module).__name__.endswith("Attention") and hasattr(module, "layer_idx")
-
-
-def _axis(mesh: DeviceMesh) -> str:
-    return repr(mesh.mesh_dim_names[0]) if mesh.mesh_dim_names else "0"
