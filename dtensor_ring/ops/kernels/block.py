@@ -124,6 +124,7 @@ class VarlenMetadata:
         cu_k: the same of their keys.
         max_q: queries of the longest sequence.
         max_k: keys of the longest sequence.
+        has_idle_queries: whether some query lies in no segment.
     """
 
     segments: tuple[VarlenSegment, ...]
@@ -131,6 +132,7 @@ class VarlenMetadata:
     cu_k: Tensor
     max_q: int
     max_k: int
+    has_idle_queries: bool
 
     @classmethod
     def of(cls, segments: Sequence[VarlenSegment], q_tokens: int, k_tokens: int, device: torch.device) -> VarlenMetadata:
@@ -156,7 +158,8 @@ class VarlenMetadata:
         longest_k = max((b - a for a, b in pairwise(cu_k)), default=0)
         # One tensor for both, since the host waits for every copy to the device; int32 is what the kernels take.
         bounds = torch.tensor([cu_q, cu_k], dtype=torch.int32, device=device)
-        return cls(tuple(segments), bounds[0], bounds[1], longest_q, longest_k)
+        idle = sum(segment.q1 - segment.q0 for segment in segments) < q_tokens
+        return cls(tuple(segments), bounds[0], bounds[1], longest_q, longest_k, idle)
 
 
 class BlockKind(NamedTuple):

@@ -164,10 +164,11 @@ class FlashKernel(Kernel):
         """Make one call of the package. Tokens without keys, whose lse kernels give as +inf or -inf, get -inf."""
         with _drawing(q.device, block):
             out, lse = self.call_forward(q, k, v, block)
-        if block.varlen is None:
+        # Only a varlen block has tokens without keys: those in no segment. Where each is in one, looking would cost four launches.
+        if block.varlen is None or not block.varlen.has_idle_queries:
             return Result(out, lse)
-        # A merge would give a block whose lse is +inf all the weight, and its zeros would replace what other blocks computed. Only
-        # a varlen block has tokens in no segment, whose out is 0. That of sums that are NaN is NaN, and so is their lse then.
+        # A merge would give a block whose lse is +inf all the weight, and its zeros would replace what other blocks computed. The
+        # out of such tokens is 0. That of sums that are NaN is NaN, and so is their lse then.
         return Result(out, torch.where(lse == math.inf, out[..., 0].transpose(0, 1) - math.inf, lse))
 
     @override
