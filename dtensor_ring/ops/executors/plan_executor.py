@@ -12,15 +12,13 @@ the rank's own keys; the backward pass ends with them, so that the last gradient
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from dtensor_ring._torch import named_in_profiles
 from dtensor_ring.cache import cached
 from dtensor_ring.captures import kept_for_graphs
 from dtensor_ring.comm import Pending, Transfers, Transport
@@ -32,6 +30,8 @@ from dtensor_ring.ops.executors.gradients import GradSum
 from dtensor_ring.ops.executors.merge import OutputSum, sink_gradient
 from dtensor_ring.ops.executors.parts import OutputPart
 from dtensor_ring.ops.executors.protocol import AttentionExecutor, shape_of
+from dtensor_ring.ops.executors.step_streams import StepStreams
+from dtensor_ring.ops.executors.visits import Visits
 from dtensor_ring.ops.kernels import (
     Block,
     Gradients,
@@ -109,12 +109,17 @@ class Executor(AttentionExecutor):
             return alone.result()
         total = OutputSum(q_BSHD, v_BSHD.shape[-1], self.plan.q_parts, self.plan.calls, self.sinks)
         block_of = self._blocks(q_BSHD, seed)
-        with Transfers() as transfers:
-            for index, keys in self._visits(transfers, (k_BSHD, v_BSHD), "forward", coming):
+        with Transfers() as transfers, StepStreams(self.plan, q_BSHD, urgent=True, begun=coming is not None) as streams:
+            visits = Visits(self.exchange, self.forward_order, "forward", transfers, streams)
+            visits.begin((k_BSHD, v_BSHD), coming)
+            for index in self.forward_order:
                 calls = self.plan.steps[index].calls
-                for number, call in enumerate(calls, 1):
-                    part = self._forward_call(q_BSHD, *keys, call, block_of(index, number - 1))
-                    total.add(part, more=number < len(calls))
+                with streams.of_step(index):
+                    keys = visits.keys(index)
+                    with visits.computing(index):
+                        for number, call in enumerate(calls, 1):
+                            part = self._forward_call(q_BSHD, *keys, call, block_of(index, number - 1))
+                            total.add(part, more=streams.are_two or number < len(calls))
         return total.result()
 
     def backward(
@@ -136,19 +141,26 @@ class Executor(AttentionExecutor):
         q, own_k, own_v, out, lse = saved
         of_q, own = GradSum((q,)), GradSum((own_k, own_v))
         block_of = self._blocks(q, seed)
-        with Transfers() as transfers:
+        with Transfers() as transfers, StepStreams(self.plan, q, urgent=False, begun=coming is not None) as streams:
             returns = Returns(self.exchange, own, transfers)
-            for index, (k, v) in self._visits(transfers, (own_k, own_v), "backward", coming):
-                step, of_step, of_keys = self.plan.steps[index], Saved(q, k, v, out, lse), GradSum((k, v))
-                for number, call in enumerate(step.calls):
-                    q_start, k_start, grads = self._backward_call(of_step, dout, call, block_of(index, number))
-                    of_q.add(q_start, grads[:1])
-                    of_keys.add(k_start, grads[1:])
-                # Where `sums` says that some key of this step gets several gradients, their sum stays in float32: what leaves here
-                # is added to other ranks' parts, and is rounded only once, by the owner.
-                wide, narrow = accumulate_dtype(k.dtype), self.kernel.grad_dtype(k.dtype)
-                dk, dv = of_keys.result(wide if step.sums else narrow)
-                returns.add(index, (dk, dv))
+            visits = Visits(self.exchange, self.backward_order, "backward", transfers, streams)
+            visits.begin((own_k, own_v), coming)
+            for index in self.backward_order:
+                with streams.of_step(index):
+                    k, v = visits.keys(index)
+                    with visits.computing(index):
+                        step, of_step, of_keys = self.plan.steps[index], Saved(q, k, v, out, lse), GradSum((k, v))
+                        for number, call in enumerate(step.calls):
+                            q_start, k_start, grads = self._backward_call(of_step, dout, call, block_of(index, number))
+                            of_q.add(q_start, grads[:1])
+                            of_keys.add(k_start, grads[1:])
+                        # Where `sums` says that some key of this step gets several gradients, their sum stays in float32: what
+                        # leaves here is added to other ranks' parts, and is rounded only once, by the owner.
+                        wide, narrow = accumulate_dtype(k.dtype), self.kernel.grad_dtype(k.dtype)
+                        dk, dv = of_keys.result(wide if step.sums else narrow)
+                    if not index:
+                        streams.join()  # what the own keys got is added to what the other step gave them
+                    returns.add(index, (dk, dv))
                 # Between two steps parts may wait for the last one: they take no more memory than a sum in float32. Between more
                 # they would pile up.
                 if index and len(self.plan.steps) > 2:
@@ -271,34 +283,6 @@ class Executor(AttentionExecutor):
         grads = self.kernel.backward(flat, flat_dout, block)
         dq, dk, dv = (grad.unflatten(0, x.shape[:2]) for grad, x in zip(grads, (q, k, v), strict=True))
         return 0, 0, (dq, dk, dv)
-
-    def _visits(
-        self, transfers: Transfers, kv: Pair, direction: Direction, coming: Pending[Pair] | None
-    ) -> Iterator[tuple[int, Pair]]:
-        """Each step's keys in the order of the pass, the next step's transfer already under way."""
-        exchange, order = self.exchange, self.forward_order if direction == "forward" else self.backward_order
-        # Every rank walks the same steps in the same order, also those in which it sends and needs nothing: messages between two
-        # ranks meet by their order, so a step left out on one of them would mix up all that follow.
-        pending = transfers.add(exchange.fetch(order[0], kv, direction)) if order and coming is None else coming
-        arrived: dict[int, Pair] = {}
-        for place, index in enumerate(order):
-            assert pending is not None, "every step but the first is fetched one step ahead"
-            if self.plan.relays:  # the next step may pass these keys on, so they must have come before it starts
-                arrived[index] = pending.wait()
-                pending = Pending.ready(arrived[index])
-            # Started before this step's keys are waited for: the transfer runs beside the kernels that the caller launches next.
-            is_last = place + 1 == len(order)
-            ahead = None if is_last else transfers.add(exchange.fetch(order[place + 1], kv, direction, arrived))
-            with named_in_profiles(partial(self._named, direction, "waits for keys", index)):
-                keys = pending.wait()
-            with named_in_profiles(partial(self._named, direction, "computes", index)):
-                yield index, keys
-            pending = ahead
-
-    def _named(self, direction: Direction, what: str, index: int) -> str:
-        """What a step's waiting and computing are called in profiles."""
-        of_steps = f"step {index} of {len(self.plan.steps)}"
-        return f"dtensor_ring, rank {self.plan.rank} of {self.plan.problem.world}, {direction}, {of_steps}, {what}"
 
 
 _Varlen = tuple[tuple[VarlenMetadata | None, ...], ...]

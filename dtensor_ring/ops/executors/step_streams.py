@@ -1,0 +1,88 @@
+"""Two streams for the calls of a plan of two steps: one for this rank's own keys, one for those of other ranks.
+
+    one stream     [own keys  ########..][keys of others  ##########...]     . multiprocessors that have nothing left to do
+    two streams    [own keys  ########[keys of others  ##########..]
+
+A kernel ends when its longest block of queries ends. Until then most multiprocessors of the GPU idle: up to a fifth of the time of
+a call on packed documents, whose lengths differ most. Calls on two streams fill each other's ends. In the forward pass the stream
+of other ranks' keys goes first where both have work, since its blocks are the longer ones, and short ones fill gaps best.
+
+Memory is safe by three rules. The second stream waits at its beginning for all that the first was given so far, so that what it
+allocates is free. All that belongs to the step of other ranks' keys is allocated there, from its fetch on. And the first stream
+waits for the second before it reads what was computed there, and before the pass ends.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from types import TracebackType
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from dtensor_ring.ops.block_kinds import is_varlen
+from dtensor_ring.ops.executors.parts import MOST_GRADIENTS, MOST_OUTPUTS
+from dtensor_ring.planning.schedule import Plan
+
+# Tokens of a rank below which a second stream costs the host more than the GPU gains.
+_FEWEST = 2048
+
+
+class StepStreams(AbstractContextManager["StepStreams"]):
+    """On which stream each step of a plan runs, on GPUs; a pass of any other plan, or device, stays on the current stream.
+
+    Args:
+        todo: the plan.
+        like: a tensor of the pass, for its device and its tokens.
+        urgent: whether the step of other ranks' keys goes first.
+        begun: whether its keys are coming already, which were then asked for on the first stream and stay there.
+    """
+
+    __slots__ = ("_first", "_second")
+
+    def __init__(self, todo: Plan, like: Tensor, *, urgent: bool, begun: bool) -> None:
+        self._second: torch.cuda.Stream | None = None
+        if begun or not like.is_cuda or like.shape[0] * like.shape[1] < _FEWEST or not _has_two_parts(todo, like.shape[1]):
+            return
+        self._first = torch.cuda.current_stream(like.device)
+        # A second stream of each first one: two passes on streams of their own must not wait for each other.
+        self._second = _second_stream(self._first, urgent)
+        self._second.wait_stream(self._first)
+
+    @property
+    def are_two(self) -> bool:
+        """Whether the two steps run beside each other: until `join` neither may use what the other computes."""
+        return self._second is not None
+
+    def of_step(self, index: int) -> AbstractContextManager[object]:
+        """What makes the stream of a step the current one."""
+        return nullcontext() if self._second is None or not index else torch.cuda.stream(self._second)
+
+    def join(self) -> None:
+        """Make the first stream wait for the second."""
+        if self._second is not None:
+            self._first.wait_stream(self._second)
+
+    @override
+    def __exit__(self, kind: type[BaseException] | None, failure: BaseException | None, trace: TracebackType | None) -> None:
+        # In an error too: the caller may free what the second stream still reads.
+        self.join()
+
+
+def _has_two_parts(todo: Plan, tokens: int) -> bool:
+    """Whether a plan is that of own keys and one transfer, whose results wait until both steps are computed."""
+    # With more steps, results of each would have to wait for the end, and take memory. A first call of all queries is what the
+    # others are merged into; no more of them, and no more gradients, than one merge and one sum take in.
+    most = min(MOST_OUTPUTS + 1, MOST_GRADIENTS)
+    if len(todo.steps) != 2 or todo.calls > most or todo.relays or not todo.steps[0].calls:
+        return False
+    first = todo.steps[0].calls[0]
+    return is_varlen(first, todo.problem) or first.segments[0].q1 - first.segments[0].q0 == tokens  # a varlen call gives all
+
+
+@cache
+def _second_stream(first: torch.cuda.Stream, urgent: bool) -> torch.cuda.Stream:
+    # As many as there are streams, which PyTorch has pools of, 32 of each priority.
+    return torch.cuda.Stream(first.device, priority=-1 if urgent else 0)
