@@ -28,7 +28,9 @@ T = TypeVar("T")
 @dataclass(slots=True)
 class _Parcel:
     tensor: Tensor
+    ready: torch.Event | None
     taken: threading.Event = field(default_factory=threading.Event)
+    copied: torch.Event | None = None
 
 
 class _Switchboard:
@@ -130,7 +132,7 @@ class LoopbackTransport(MessageCollectives):
     def _exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending[None]:
         # The tensor itself and no copy: a rank that changes it before the receiver took it is to be found out, as NCCL may read it
         # as late. Detached, since a transfer is not part of any rank's graph.
-        parcels = [_Parcel(message.tensor.detach()) for message in sends]
+        parcels = [_Parcel(message.tensor.detach(), _now(message.tensor)) for message in sends]
         for message, parcel in zip(sends, parcels, strict=True):
             self._board.line(self.rank, message.rank, self._sent[message.rank]).put(parcel)
             self._sent[message.rank] += 1
@@ -148,12 +150,26 @@ class LoopbackTransport(MessageCollectives):
                     f"rank {message.rank} sent {tuple(parcel.tensor.shape)}, rank {self.rank} expects {tuple(message.tensor.shape)}"
                 )
                 assert parcel.tensor.dtype == message.tensor.dtype, "both ends of a message agree on the dtype"
+                # Ends may work on streams of their own: what is copied must have been computed, and may be changed only afterwards.
+                _wait_for(parcel.ready)
                 message.tensor.copy_(parcel.tensor)
+                parcel.copied = _now(message.tensor)
                 parcel.taken.set()
             # Receiving comes first on every rank: two that waited for their own parcels to be taken would wait for each other.
             # After this wait the interface lets a rank change what it sent.
             for message, parcel in zip(sends, parcels, strict=True):
                 if not parcel.taken.wait(self._board.timeout):
                     raise TimeoutError(f"rank {message.rank} never took what rank {self.rank} sent it")
+                _wait_for(parcel.copied)
 
         return Pending(finish)
+
+
+def _now(tensor: Tensor) -> torch.Event | None:
+    """What the current stream of a tensor's device has been given so far; None on a CPU, which has no streams."""
+    return torch.accelerator.current_stream(tensor.device.index).record_event() if tensor.is_cuda else None
+
+
+def _wait_for(event: torch.Event | None) -> None:
+    if event is not None:
+        torch.accelerator.current_stream().wait_event(event)

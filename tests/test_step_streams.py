@@ -1,0 +1,78 @@
+"""Two streams for the two steps of a plan: which plans have them, and that they change no bit of the result."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import make_case, run_loopback
+
+from dtensor_ring import Documents
+from dtensor_ring.ops.executors import step_streams
+from dtensor_ring.ops.executors.step_streams import StepStreams
+from dtensor_ring.planning.schedule import plan
+
+
+@pytest.mark.parametrize(
+    ("layout", "world", "strategy", "stages", "options", "expected"),
+    [
+        ("zigzag", 4, "ring", 1, {}, True),
+        ("zigzag", 4, "ring", 3, {}, False),  # results of three transfers would wait for the end
+        ("zigzag", 1, "ring", 0, {}, False),
+        ("zigzag", 4, "gather", 0, {}, False),  # one step has all keys
+        ("zigzag/documents", 2, "ring", 1, {"documents": Documents.from_lengths([800, 200, 24])}, True),
+    ],
+)
+def test_plans_of_own_keys_and_one_transfer_have_two_parts(layout, world, strategy, stages, options, expected):
+    problem = make_case(1024, **options).problem(layout, world, strategy, stages)
+    assert {step_streams._has_two_parts(plan(problem, rank), problem.q_local(rank)) for rank in range(world)} == {expected}
+
+
+def test_a_pass_on_a_cpu_stays_where_it_is():
+    todo = plan(make_case(64).problem("zigzag", 2, "ring", 1), 0)
+    with StepStreams(todo, torch.empty(1, 1 << 20, 1, 1, device="meta"), urgent=True, begun=False) as streams:
+        assert not streams.are_two
+
+
+CASES = {
+    "zigzag": {},
+    "contiguous": {},
+    "zigzag/documents": {"documents": Documents.from_lengths([5000, 70, 3000, 1001, 145])},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("layout", CASES)
+def test_two_streams_give_the_bits_of_one(layout, world, monkeypatch):
+    case = make_case(9216, dim=64, batch=1, dtype=torch.bfloat16, device="cuda", **CASES[layout])
+    torch.use_deterministic_algorithms(True)  # the kernel's sums of dq, otherwise in any order
+    try:
+        two = [run_loopback(case, layout, world, "ring", "torch_flash", 1)[0] for _ in range(3)]
+        assert step_streams._second_stream.cache_info().currsize, "no second stream was made"
+        monkeypatch.setattr(step_streams, "_FEWEST", 1 << 40)
+        one = run_loopback(case, layout, world, "ring", "torch_flash", 1)[0]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for found in two:
+        for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), found, one, strict=True):
+            assert torch.equal(a, b), f"{name} differs by {(a - b).abs().max()}"
+
+
+@pytest.mark.gpu
+def test_memory_that_is_used_again_at_once_changes_no_result():
+    case = make_case(8192, dim=64, batch=1, dtype=torch.bfloat16, device="cuda")
+    torch.use_deterministic_algorithms(True)
+    try:
+        first = run_loopback(case, "zigzag", 2, "ring", "torch_flash", 1)[0]
+        for turn in range(40):
+            # What the passes gave back is taken and overwritten while the GPU is far behind the host.
+            torch.cuda._sleep(2_000_000 * (turn % 3))
+            taken = [
+                torch.full((1, 4096 >> turn % 4, 4, 64), float("nan"), dtype=torch.bfloat16, device="cuda") for _ in range(turn % 7)
+            ]
+            found = run_loopback(case, "zigzag", 2, "ring", "torch_flash", 1)[0]
+            del taken
+            for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), found, first, strict=True):
+                assert torch.equal(a, b), f"{name} of turn {turn}"
+    finally:
+        torch.use_deterministic_algorithms(False)
