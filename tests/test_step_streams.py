@@ -29,7 +29,7 @@ def test_plans_of_own_keys_and_one_transfer_have_two_parts(layout, world, strate
 
 def test_a_pass_on_a_cpu_stays_where_it_is():
     todo = plan(make_case(64).problem("zigzag", 2, "ring", 1), 0)
-    with StepStreams(todo, torch.empty(1, 1 << 20, 1, 1, device="meta"), urgent=True, begun=False) as streams:
+    with StepStreams(todo, torch.empty(1, 1 << 20, 1, 1, device="meta"), begun=False) as streams:
         assert not streams.are_two
 
 

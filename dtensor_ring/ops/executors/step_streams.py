@@ -4,8 +4,9 @@
     two streams    [own keys  ########[keys of others  ##########..]
 
 A kernel ends when its longest block of queries ends. Until then most multiprocessors of the GPU idle: up to a fifth of the time of
-a call on packed documents, whose lengths differ most. Calls on two streams fill each other's ends. In the forward pass the stream
-of other ranks' keys goes first where both have work, since its blocks are the longer ones, and short ones fill gaps best.
+a call on packed documents, whose lengths differ most. Calls on two streams fill each other's ends. The stream of other ranks' keys
+goes first where both have work: its blocks are the longer ones, and short ones fill gaps best; and in the backward pass its
+gradients travel while the own keys' are still computed.
 
 Memory is safe by three rules. The second stream waits at its beginning for all that the first was given so far, so that what it
 allocates is free. All that belongs to the step of other ranks' keys is allocated there, from its fetch on. And the first stream
@@ -36,19 +37,18 @@ class StepStreams(AbstractContextManager["StepStreams"]):
     Args:
         todo: the plan.
         like: a tensor of the pass, for its device and its tokens.
-        urgent: whether the step of other ranks' keys goes first.
         begun: whether its keys are coming already, which were then asked for on the first stream and stay there.
     """
 
     __slots__ = ("_first", "_second")
 
-    def __init__(self, todo: Plan, like: Tensor, *, urgent: bool, begun: bool) -> None:
+    def __init__(self, todo: Plan, like: Tensor, *, begun: bool) -> None:
         self._second: torch.cuda.Stream | None = None
         if begun or not like.is_cuda or like.shape[0] * like.shape[1] < _FEWEST or not _has_two_parts(todo, like.shape[1]):
             return
         self._first = torch.cuda.current_stream(like.device)
         # A second stream of each first one: two passes on streams of their own must not wait for each other.
-        self._second = _second_stream(self._first, urgent)
+        self._second = _second_stream(self._first)
         self._second.wait_stream(self._first)
 
     @property
@@ -83,6 +83,6 @@ def _has_two_parts(todo: Plan, tokens: int) -> bool:
 
 
 @cache
-def _second_stream(first: torch.cuda.Stream, urgent: bool) -> torch.cuda.Stream:
-    # As many as there are streams, which PyTorch has pools of, 32 of each priority.
-    return torch.cuda.Stream(first.device, priority=-1 if urgent else 0)
+def _second_stream(first: torch.cuda.Stream) -> torch.cuda.Stream:
+    # As many as there are streams, of which PyTorch has pools of 32. The lower the number, the earlier a stream's blocks start.
+    return torch.cuda.Stream(first.device, priority=-1)
