@@ -18,7 +18,7 @@ from dtensor_ring.planning.devices import KNOWN, LINKS, device_named, link_of_ho
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
-from dtensor_ring.planning.predict import Leg, Predictor, walked, work_of
+from dtensor_ring.planning.predict import Leg, Predictor, beside, walked, work_of
 from dtensor_ring.planning.problem import AttentionProblem
 from dtensor_ring.planning.schedule import plan
 
@@ -133,6 +133,28 @@ def test_a_transfer_hides_behind_the_step_before_it_and_the_first_behind_nothing
     assert walked([Leg(0, 1, 2, 0.5), Leg(0, 3)]) == 4.5  # gradients travel while the last step computes
 
 
+PARTS = (s.sampled_from([0.0, 0.5, 1.0, 3.0]) for _ in range(5))
+
+
+@given(
+    s.builds(Leg, s.just(0.0), s.sampled_from([0.5, 1.0, 3.0]), s.just(0.0), s.just(0.0), s.sampled_from([0.0, 0.5])),
+    s.builds(Leg, *PARTS),
+)
+def test_two_streams_are_never_slower_than_one_and_take_what_no_stream_can_do_without(own, others):
+    legs = [own, others] if not others.give_back + others.add else [others, own]
+    seconds = beside(own, others)
+    assert seconds <= walked(legs) + 1e-9
+    assert seconds >= max(own.compute, others.fetch + others.compute + others.give_back) + others.add
+    # Never less than three quarters of the computing, whatever ends could be filled.
+    assert seconds >= 0.75 * (own.compute + others.compute)
+
+
+def test_own_keys_fill_the_wait_for_others_and_the_way_of_their_gradients():
+    assert beside(Leg(0, 3), Leg(2, 1)) == 4
+    assert beside(Leg(0, 3), Leg(2, 1, longest=1)) == 3.5  # half of the longest row, in which others had idled
+    assert beside(Leg(0, 3), Leg(2, 1, 2, 0.5)) == 5.5  # 2 coming, 1 computing, 2 returning
+
+
 @pytest.mark.parametrize("strategy", ["ring", "gather", "ulysses"])
 def test_slower_links_and_more_tokens_take_longer_under_every_strategy(strategy):
     def seconds(link: Link | None, tokens: int = 4096) -> float:
@@ -140,7 +162,9 @@ def test_slower_links_and_more_tokens_take_longer_under_every_strategy(strategy)
         return Predictor(H100, "torch_flash", AttentionShape(), link).rank(problem, 0).both
 
     over_hosts = Link(200e9, 10e9, 20e-6, host=2)
-    assert seconds(None) < seconds(FAST) < seconds(over_hosts)
+    # One transfer of a ring may hide behind the rank's own keys, and then takes no time.
+    assert seconds(None) < seconds(FAST) or (strategy == "ring" and seconds(None) == seconds(FAST))
+    assert seconds(FAST) < seconds(over_hosts)
     assert seconds(FAST) < seconds(FAST, 4224)
 
 
@@ -236,7 +260,7 @@ def test_a_models_own_link_counts_with_the_hosts_of_the_transport():
 def test_explain_predicts_milliseconds_of_a_named_device_and_says_by_which_figures():
     explained = explain("zigzag", 65536, 8, device="h100", stages=1)
     row = next(row for row in MEASURED["rows"] if row["world"] == 8 and row["stages"] == 1 and row["mask"] == "causal")
-    assert explained.seconds(0).both * 1e3 == pytest.approx(predicted(row)[1], rel=0.03)
+    assert max(explained.seconds(rank).both for rank in range(8)) * 1e3 == pytest.approx(predicted(row)[1], rel=0.03)
     text = str(explained)
     assert f"{explained.seconds().forward * 1e3:.3f} ms" in text
     assert f"torch_flash on h100\n  figures:                   {H100.source}" in text

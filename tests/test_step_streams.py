@@ -24,7 +24,7 @@ from dtensor_ring.planning.schedule import plan
 )
 def test_plans_of_own_keys_and_one_transfer_have_two_parts(layout, world, strategy, stages, options, expected):
     problem = make_case(1024, **options).problem(layout, world, strategy, stages)
-    assert {step_streams._has_two_parts(plan(problem, rank), problem.q_local(rank)) for rank in range(world)} == {expected}
+    assert {plan(problem, rank).is_on_two_streams for rank in range(world)} == {expected}
 
 
 def test_a_pass_on_a_cpu_stays_where_it_is():

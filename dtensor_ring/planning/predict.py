@@ -7,6 +7,13 @@
 A transfer starts when the step before the one ahead of it has been computed, and after the transfers before it. The backward pass
 walks the rank's own keys last, so it waits for the first keys, and the gradients of a stage travel while the next one computes.
 Where launching takes the host longer than computing takes the GPU, the host's time counts.
+
+    the same in 1 stage, whose two steps are computed on two streams
+    link     |  7 ranks' keys  |
+    GPU      | own keys | own keys beside 7 ranks' keys, which go first | own keys: what is left |
+
+Both streams start at once. Alone, a call leaves multiprocessors idle while its longest rows of blocks end, for half the time of one
+on average; beside another call it does not.
 """
 
 from __future__ import annotations
@@ -42,12 +49,14 @@ class Leg(NamedTuple):
         compute: its kernel calls, with what is merged and copied for them.
         give_back: the transfer of its keys' gradients; 0 in a forward pass.
         add: adding the gradients that come back.
+        longest: the longest row of blocks of its calls, which one multiprocessor computes alone.
     """
 
     fetch: float
     compute: float
     give_back: float = 0.0
     add: float = 0.0
+    longest: float = 0.0
 
 
 def walked(legs: Sequence[Leg]) -> float:
@@ -67,6 +76,15 @@ def walked(legs: Sequence[Leg]) -> float:
             link = max(link, gpu) + leg.give_back
             returned, pending = link, leg.add
     return max(gpu, returned) + pending
+
+
+def beside(own: Leg, others: Leg) -> float:
+    """The time of a pass whose two steps are computed on two streams, on that of other ranks' keys first where they have come."""
+    # Each call fills the other's end, so half of a longest row is won; never more than what there is to fill it with.
+    won = min(max(own.longest, others.longest), own.compute, others.compute) / 2
+    computed = others.fetch + others.compute
+    gpu = max(computed, own.compute + others.compute - won)
+    return max(gpu, computed + others.give_back) + others.add
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +116,14 @@ class Predictor:
     def plan(self, each: Plan) -> Seconds:
         """What the rank of a plan takes."""
         steps = range(len(each.steps))
-        forward = walked([self._forward(each, index) for index in steps])
-        backward = walked([self._backward(each, index) for index in (*steps[1:], *steps[:1])])
-        return self.with_host(Seconds(forward, backward), len(steps))
+        forward, backward = ([leg(each, index) for index in steps] for leg in (self._forward, self._backward))
+        return self.with_host(Seconds(*self.passes(forward, backward, on_two_streams=each.is_on_two_streams)), len(steps))
+
+    def passes(self, forward: Sequence[Leg], backward: Sequence[Leg], *, on_two_streams: bool) -> tuple[float, float]:
+        """The times of both passes from their steps, this rank's own keys first."""
+        if on_two_streams:
+            return beside(*forward), beside(*backward)
+        return walked(forward), walked([*backward[1:], *backward[:1]])
 
     def with_host(self, seconds: Seconds, steps: int) -> Seconds:
         """The same on a host that needs time to launch the steps."""
@@ -132,7 +155,7 @@ class Predictor:
             seconds += self.copying(
                 12 * each.problem.q_local(each.rank) * self.shape.batch * self.shape.heads * self.shape.v_head_dim
             )
-        return Leg(self._transfer(each, index, self.shape.itemsize), seconds)
+        return Leg(self._transfer(each, index, self.shape.itemsize), seconds, longest=self._longest(step, self.speed.forward))
 
     def _backward(self, each: Plan, index: int) -> Leg:
         step, shape = each.steps[index], self.shape
@@ -155,6 +178,7 @@ class Predictor:
             seconds,
             self._transfer(each, index, itemsize),
             self.copying(back * shape.kv_numbers * (itemsize + wide)),
+            self._longest(step, self.speed.backward),
         )
 
     @property
@@ -173,6 +197,13 @@ class Predictor:
         """Seconds of a call in which each head of `rows` batch rows computes `work`."""
         dim = (self.shape.head_dim + self.shape.v_head_dim) / 2
         return speed.nanoseconds(work, rows * self.shape.heads, dim, self.model.multiprocessors) * 1e-9
+
+    def row(self, blocks: int, speed: Speed) -> float:
+        """Seconds of a row of so many blocks, computed by one multiprocessor alone."""
+        return self.timed(Work(1, 0, 0, blocks, blocks), 1, replace(speed, call=0.0))
+
+    def _longest(self, step: Step, speed: Speed) -> float:
+        return max((self.row(work_of(call, step.key_count).longest, speed) for call in step.calls), default=0.0)
 
     def merging(self, queries: int, is_wide: bool) -> float:
         """Seconds of merging a block's out into the running one."""

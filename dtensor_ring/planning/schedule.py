@@ -44,6 +44,9 @@ class KeySend(NamedTuple):
     step: int | None = None
 
 
+CALLS_OF_TWO_STREAMS = 3  # the most calls of a plan whose steps are computed on two streams
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """All that one rank does in one attention, forward and backward.
@@ -111,6 +114,19 @@ class Plan:
                 if not (whole_q and whole_k and q_last == k_last):
                     return False
         return True
+
+    @property
+    def is_on_two_streams(self) -> bool:
+        """Whether GPUs compute this rank's own keys and those of other ranks beside each other: in a plan of these two steps.
+
+        With more steps, what each computes would have to wait for the end, and take memory; so would more calls than one merge, and
+        one sum of gradients, take in. A first call of all queries is what the others are merged into.
+        """
+        if len(self.steps) != 2 or self.calls > CALLS_OF_TWO_STREAMS or self.relays or not self.steps[0].calls:
+            return False
+        first = self.steps[0].calls[0]
+        # A call of several segments gives an out to all queries, also those in no segment.
+        return len(first.segments) > 1 or first.segments[0].q1 - first.segments[0].q0 == self.problem.q_local(self.rank)
 
     @property
     def messages(self) -> int:

@@ -15,9 +15,10 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from dtensor_ring.planning.cost_model import BLOCK, Link, Work
-from dtensor_ring.planning.predict import Leg, Predictor, Seconds, walked
+from dtensor_ring.planning.predict import Leg, Predictor, Seconds
 from dtensor_ring.planning.problem import AttentionProblem
 from dtensor_ring.planning.runs import Run, cut
+from dtensor_ring.planning.schedule import CALLS_OF_TWO_STREAMS
 from dtensor_ring.planning.stages import BUFFERED_TOKENS, stage_sizes
 from dtensor_ring.planning.totals import totals
 
@@ -174,16 +175,18 @@ def staged_times(problem: AttentionProblem, share: Share, predictor: Predictor, 
     own_blocks = int(share.own / BLOCK**2) + (rows // 2 if is_masked else 0) + 1
     own = Work(rows, rows if is_masked else 0, rows, own_blocks, rows)
     batch, start = predictor.shape.batch, predictor.model.step * 1e-9
-    forward = [Leg(0.0, start + predictor.timed(own, batch, speed.forward) + _widening(share, predictor, stages))]
-    backward = []
+    longest = [predictor.row(rows, each) for each in (speed.forward, speed.backward)]
+    first = start + predictor.timed(own, batch, speed.forward) + _widening(share, predictor, stages)
+    forward = [Leg(0.0, first, longest=longest[0])]
+    backward = [Leg(0.0, start + predictor.timed(own, batch, speed.backward), longest=longest[1])]
     # Most stages of many bring keys of as many ranks as others do.
     computed = {size: _computed(share, predictor, size, stages) for size in set(sizes)}
     for size, fetch in zip(sizes, fetches, strict=True):
         once, again, returned = computed[size]
         forward.append(Leg(fetch, once))
         backward.append(Leg(fetch, again, fetch, returned))
-    backward.append(Leg(0.0, start + predictor.timed(own, batch, speed.backward)))
-    return predictor.with_host(Seconds(walked(forward), walked(backward)), 1 + stages)
+    passes = predictor.passes(forward, backward, on_two_streams=stages == 1 and share.calls < CALLS_OF_TWO_STREAMS)
+    return predictor.with_host(Seconds(*passes), 1 + stages)
 
 
 def _computed(share: Share, predictor: Predictor, size: int, stages: int) -> tuple[float, float, float]:

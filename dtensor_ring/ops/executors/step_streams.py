@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from dtensor_ring.ops.block_kinds import is_varlen
 from dtensor_ring.ops.executors.parts import MOST_GRADIENTS, MOST_OUTPUTS
-from dtensor_ring.planning.schedule import Plan
+from dtensor_ring.planning.schedule import CALLS_OF_TWO_STREAMS, Plan
 
 # Tokens of a rank below which a second stream costs the host more than the GPU gains.
 _FEWEST = 2048
+assert min(MOST_OUTPUTS + 1, MOST_GRADIENTS) >= CALLS_OF_TWO_STREAMS, "what two streams compute is merged, and added up, at once"
 
 
 class StepStreams(AbstractContextManager["StepStreams"]):
@@ -44,7 +44,7 @@ class StepStreams(AbstractContextManager["StepStreams"]):
 
     def __init__(self, todo: Plan, like: Tensor, *, begun: bool) -> None:
         self._second: torch.cuda.Stream | None = None
-        if begun or not like.is_cuda or like.shape[0] * like.shape[1] < _FEWEST or not _has_two_parts(todo, like.shape[1]):
+        if begun or not like.is_cuda or like.shape[0] * like.shape[1] < _FEWEST or not todo.is_on_two_streams:
             return
         self._first = torch.cuda.current_stream(like.device)
         # A second stream of each first one: two passes on streams of their own must not wait for each other.
@@ -69,17 +69,6 @@ class StepStreams(AbstractContextManager["StepStreams"]):
     def __exit__(self, kind: type[BaseException] | None, failure: BaseException | None, trace: TracebackType | None) -> None:
         # In an error too: the caller may free what the second stream still reads.
         self.join()
-
-
-def _has_two_parts(todo: Plan, tokens: int) -> bool:
-    """Whether a plan is that of own keys and one transfer, whose results wait until both steps are computed."""
-    # With more steps, results of each would have to wait for the end, and take memory. A first call of all queries is what the
-    # others are merged into; no more of them, and no more gradients, than one merge and one sum take in.
-    most = min(MOST_OUTPUTS + 1, MOST_GRADIENTS)
-    if len(todo.steps) != 2 or todo.calls > most or todo.relays or not todo.steps[0].calls:
-        return False
-    first = todo.steps[0].calls[0]
-    return is_varlen(first, todo.problem) or first.segments[0].q1 - first.segments[0].q0 == tokens  # a varlen call gives all
 
 
 @cache
