@@ -48,7 +48,9 @@ def other_axes() -> None:
     first = init_device_mesh("cpu", (2, 2), mesh_dim_names=("cp", "dp"))
     assert everyone(list(sequence_sampler(range(4), first, shuffle=False))) == [[0, 2], [1, 3], [0, 2], [1, 3]]
     refused(lambda: sequence_sampler(range(4), deep, "sp"), ValueError, "no axis 'sp'", "replicate, shard, cp")
-    refused(lambda: sequence_sampler(range(4), first["cp"]), ValueError, "of 2 ranks (cp)", "the program has 4", "pass the whole mesh")
+    refused(
+        lambda: sequence_sampler(range(4), first["cp"]), ValueError, "of 2 ranks (cp)", "the program has 4", "pass the whole mesh"
+    )
     # One rank alone has another seed or length: also the ranks that share no axis with it raise.
     one = dist.get_rank() == 0
     refused(lambda: sequence_sampler(range(4), first, seed=int(one)), ValueError, "every rank of the mesh passes the same")

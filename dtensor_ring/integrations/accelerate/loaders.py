@@ -20,6 +20,7 @@ from accelerate.data_loader import DataLoaderAdapter, DataLoaderDispatcher
 from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.data import IterableDataset
 from typing_extensions import override
 
 from dtensor_ring.comm import transport_along
@@ -61,6 +62,16 @@ def one_batch(loader: DataLoaderAdapter, mesh: DeviceMesh, data: int, index: int
         loader.base_dataloader = read
 
     return undo
+
+
+def batches_read(loader: DataLoaderAdapter, data: int) -> int:
+    """How many batches `skip_first_batches` of Accelerate has to be told for each one that is to be skipped.
+
+    A dispatching loader over a sampler reads a batch for each data rank at a time, and is skipped by batches read; all others are
+    skipped by batches that a rank gets.
+    """
+    reads_all = isinstance(loader, DataLoaderDispatcher) and not loader.split_batches
+    return data if reads_all and not isinstance(loader.dataset, IterableDataset) else 1
 
 
 @dataclass(frozen=True)

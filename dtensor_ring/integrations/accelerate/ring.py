@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from dtensor_ring.integrations.accelerate.checks import check_data_loader
 from dtensor_ring.integrations.accelerate.gradients import AveragedGradients, averaged_methods
-from dtensor_ring.integrations.accelerate.loaders import one_batch
+from dtensor_ring.integrations.accelerate.loaders import batches_read, one_batch
 from dtensor_ring.integrations.accelerate.metrics import gather_for_metrics
 from dtensor_ring.integrations.accelerate.schedulers import step_with_batches
 from dtensor_ring.integrations.transformers.attention import KEYWORD
@@ -185,9 +185,9 @@ class Ring:
             return prepared
 
         def skip_one_batch(dataloader: Any, num_batches: int = 0) -> Any:  # noqa: ANN401
-            """As in Accelerate, for loaders that it prepared."""
-            skipped = skip(dataloader, num_batches)
-            # Accelerate makes a new loader of what it reads from the old one.
+            """As in Accelerate, for loaders that it prepared; a dispatching one skips what all data ranks would have got."""
+            skipped = skip(dataloader, num_batches * batches_read(dataloader, self.data_size))
+            # Accelerate makes a new loader of what it reads from the old one, but for this.
             slice_fn = getattr(dataloader, "slice_fn", None)
             if slice_fn is not None:
                 skipped.slice_fn = getattr(slice_fn, "slice_fn", slice_fn)
