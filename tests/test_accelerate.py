@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import warnings
 
 import pytest
@@ -171,3 +173,98 @@ def trains(mode: str, kind: str, by_tokens: bool) -> None:
 )
 def test_steps_with_accumulation_clipping_and_a_scheduler_are_those_of_one_process(pools, world, mode, kind, by_tokens):
     pools.run(world, trains, mode, kind, by_tokens)
+
+
+def resumes(mode: str) -> None:
+    """Saved after one optimizer step of two; models, optimizers and loaders that begin with other weights and orders go on."""
+    folders: list = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folders)
+    results = []
+    for resumed in (False, True):
+        with accelerated(mode, loaders={"use_seedable_sampler": True, "data_seed": 7}) as accelerator:
+            model, optimizer, scheduler = build("window", seed=1 if resumed else 0)
+            loader = DataLoader(Rows(8), batch_size=2, shuffle=True)
+            model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+            if resumed:
+                accelerator.load_state(folders[0])
+                loader = accelerator.skip_first_batches(loader, STEPS)
+            batches, losses = iter(loader), []
+            for step in range(1 if resumed else 2):
+                micro = [next(batches) for _ in range(STEPS)]
+                rows = [batch.pop("row").tolist() for batch in micro]
+                losses.append((rows, *step_by_tokens(accelerator, model, optimizer, scheduler, micro)))
+                if step == 0 and not resumed:
+                    accelerator.save_state(folders[0])
+            results.append((losses[-1], scheduler.get_last_lr(), [whole(p) for p in model.parameters()]))
+    (last, rate, parameters), (last_again, rate_again, parameters_again) = results
+    assert last == last_again
+    assert rate == rate_again
+    assert all(torch.equal(a, b) for a, b in zip(parameters, parameters_again, strict=True))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folders[0])
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2", slow("plain")])
+def test_a_run_that_is_resumed_from_save_state_is_bitwise_the_one_that_was_not_interrupted(pools, mode):
+    pools.run(2, resumes, mode)
+
+
+def averages_late() -> None:
+    """Without a wrapper: weights that began apart, `loss.backward()`, and what reads gradients before the optimizer."""
+    batch = {key: value[:2] for key, value in (("input_ids", Rows(alike=True).ids), ("labels", Rows(alike=True).labels))}
+    alone, _, _ = build("llama")
+    alone(**batch, use_cache=False).loss.backward()
+    alone.model.embed_tokens.weight.requires_grad_(requires_grad=False)
+    wanted = {name: parameter.grad.clone() for name, parameter in alone.named_parameters() if parameter.requires_grad}
+    norm = torch.nn.utils.clip_grad_norm_([p for p in alone.parameters() if p.requires_grad], 1e9)
+    with accelerator_of("plain") as accelerator:
+        model, optimizer, _ = build("llama", seed=dist.get_rank())
+        model.model.embed_tokens.weight.requires_grad_(requires_grad=False)
+        model, optimizer = accelerator.prepare(model, optimizer)
+
+        def gradients() -> float:
+            return worst((p.grad, wanted[name]) for name, p in model.named_parameters() if p.requires_grad)
+
+        accelerator.backward(model(**batch).loss)
+        assert gradients() < CLOSE
+        optimizer.zero_grad()
+        for clip in (accelerator.clip_grad_norm_, accelerator.clip_grad_value_):
+            model(**batch).loss.backward()
+            assert gradients() > 0.1, "not averaged yet"
+            shown = clip([p for p in model.parameters() if p.requires_grad], 1e9)
+            assert gradients() < CLOSE
+            assert shown is None or far([shown.item()], [norm.item()]) < CLOSE
+            optimizer.zero_grad()
+        seen = []
+        optimizer.optimizer.register_step_pre_hook(lambda *_: seen.append(gradients()))
+        model(**batch).loss.backward()
+        optimizer.step()
+        assert len(seen) == 1
+        assert seen[0] < CLOSE
+
+
+def test_models_without_a_wrapper_start_alike_and_average_before_anything_reads_a_gradient(pools):
+    pools.run(2, averages_late)
+
+
+def casts() -> None:
+    """In bfloat16 by autocast: the loss of one process, within the rounding of its dtype."""
+    batch = {key: value[:2] for key, value in (("input_ids", Rows().ids), ("labels", Rows().labels))}
+    with accelerator_of("ddp", mixed_precision="bf16") as accelerator:
+        model, optimizer, _ = build("llama")
+        with torch.autocast("cpu", torch.bfloat16):
+            wanted = model(**batch, use_cache=False)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        for items in ({}, {"num_items_in_batch": (batch["labels"][:, 1:] != -100).sum()}):
+            out = model(**batch, **items)
+            assert out.logits.dtype == torch.float32
+            torch.testing.assert_close(out.loss, wanted.loss, rtol=2**-8, atol=0)
+            (loss,) = model(**batch, **items, return_dict=False)[:1]
+            torch.testing.assert_close(loss, out.loss)
+        accelerator.backward(out.loss)
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_a_loss_is_the_whole_one_under_mixed_precision_and_in_a_tuple(pools):
+    pools.run(2, casts)
