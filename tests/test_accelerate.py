@@ -138,7 +138,8 @@ def far(values: list[float], wanted: list[float]) -> float:
 def trains(mode: str, kind: str, by_tokens: bool) -> None:
     rows = Rows(alike=not by_tokens)
     data = dist.get_world_size() // 2
-    with accelerated(mode) as accelerator:
+    sizes = {"cp_size": 2, "dp_replicate_size": data} if mode == "hsdp" else {"cp_size": 2}
+    with accelerated("fsdp2" if mode == "hsdp" else mode, sizes=sizes) as accelerator:
         torch.manual_seed(100 + dist.get_rank())  # ranks that draw each for themselves
         epochs = 2 if data > 1 else 1
         seen, losses, norms, rate, parameters = train(
@@ -161,12 +162,13 @@ def trains(mode: str, kind: str, by_tokens: bool) -> None:
     [
         (2, "ddp", "window", True),
         (2, "plain", "llama", False),
-        (4, "fsdp2", "llama", True),
-        (4, "plain", "window", True),
+        (4, "fsdp2", "window", True),
+        (4, "plain", "llama", True),
         slow(2, "fsdp2", "window", False),
         slow(2, "ddp", "llama", False),
         slow(2, "plain", "llama", True),
-        slow(4, "fsdp2", "window", False),
+        slow(4, "fsdp2", "llama", False),
+        slow(4, "hsdp", "llama", True),
         slow(4, "ddp", "llama", True),
         slow(4, "ddp", "window", False),
     ],

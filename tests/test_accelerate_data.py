@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.commands.launch import launch_command_parser
-from accelerate.utils.launch import prepare_extend_env_parallelism_config
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.local_sgd import LocalSGD
+from accelerate.utils.launch import prepare_extend_env_parallelism_config, prepare_multi_gpu_env
 from accelerate_ranks import accelerator_of, reset
 from helpers import refused, some_or_every
 from test_accelerate import build
@@ -17,6 +22,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 
 from dtensor_ring.integrations.accelerate import RingParallelismConfig, ring_of
 from dtensor_ring.integrations.transformers import ring_plan
+from dtensor_ring.optional import MissingExtraError
 
 COUNT = 11  # rows: the last batch of any kind is incomplete
 
@@ -139,6 +145,13 @@ def refuses_by_name() -> None:
             refused(lambda: accelerator.prepare(loader), ValueError, "a DistributedSampler over 2 ranks", "never be read")  # noqa: B023
         accelerator.dataloader_config.use_stateful_dataloader = True
         refused(lambda: accelerator.prepare(DataLoader(range(8))), NotImplementedError, "use_stateful_dataloader")
+        model, optimizer, _ = build("llama")
+        model, optimizer = accelerator.prepare(model, optimizer)
+        ids = torch.arange(8)[None]
+        with LocalSGD(accelerator=accelerator, model=model, local_sgd_steps=2, enabled=True):
+            accelerator.backward(model(input_ids=ids, labels=ids).loss)
+            refused(optimizer.step, RuntimeError, "inside of no_sync", "LocalSGD")
+        optimizer.step()
         # Each rank's own tokens are no samples: those of one rank would be taken for all.
         own = torch.arange(4.0).view(1, 4) + dist.get_rank()
         for values in (own, {"logits": own}, own.long(), (own[:, : 2 + dist.get_rank()],)):
@@ -161,6 +174,7 @@ def undoes() -> None:
         before = dict(vars(Accelerator))
         own = set(accelerator.__dict__)
         model, optimizer, scheduler = build("llama")
+        hooks = len(optimizer._optimizer_step_pre_hooks)
         attention = model.config._attn_implementation
         loader = DataLoader(TensorDataset(torch.arange(COUNT)), 2, collate_fn=noisy)
         parallel, _, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
@@ -178,6 +192,7 @@ def undoes() -> None:
         assert model.config._attn_implementation == attention
         torch.testing.assert_close(parallel(input_ids=ids).logits, wholes)
         assert type(vars(loader)["base_dataloader"]) is DataLoader
+        assert len(optimizer._optimizer_step_pre_hooks) == hooks
         assert not scheduler.split_batches
         assert "step" not in vars(scheduler)
         refused(lambda: ring_of(accelerator), ValueError, "no sequence axis of ours")
@@ -193,6 +208,7 @@ def undoes() -> None:
 METHODS = (
     "prepare",
     "prepare_model",
+    "prepare_optimizer",
     "prepare_data_loader",
     "prepare_scheduler",
     "skip_first_batches",
@@ -238,3 +254,47 @@ def test_sizes_come_from_accelerate_launch(monkeypatch):
 def test_sizes_that_accelerate_refuses_are_refused(sizes):
     with pytest.raises(ValueError, match=r"must be at least 1|mutually exclusive"):
         RingParallelismConfig(**sizes)
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "accelerate.md"
+SCRIPT = Path(__file__).parents[1] / "examples" / "accelerate_train.py"
+
+
+def blocks(language: str) -> str:
+    return PAGE.read_text().split(f"```{language}\n")[1].split("```")[0]
+
+
+def test_the_diff_on_the_page_is_what_the_script_has_beside_one_for_a_single_gpu():
+    added = [line[1:] for line in blocks("diff").splitlines() if line.startswith("+")]
+    kept = [line[1:] for line in blocks("diff").splitlines() if line.startswith(" ")]
+    script = [line.strip() for line in SCRIPT.read_text().splitlines()]
+    assert 0 < len(added) <= 15
+    assert {line.strip() for line in added + kept} <= set(script)
+    rest = [line for line in script if line not in {line.strip() for line in added}]
+    assert not [line for line in rest if re.search(r"dtensor_ring|[Rr]ing[A-Z_.(]", line)], "all that is ours is in the diff"
+
+
+def test_the_file_for_fsdp2_on_the_page_is_one_that_accelerate_launch_takes(tmp_path, monkeypatch):
+    file = tmp_path / "fsdp2.yaml"
+    file.write_text(blocks("yaml"))
+    parsed = launch_command_parser().parse_args(["--config_file", str(file), "script.py"])
+    options, _, _ = _validate_launch_command(parsed)
+    environment = prepare_multi_gpu_env(options)
+    assert environment["ACCELERATE_USE_FSDP"] == "true"
+    assert environment["FSDP_VERSION"] == "2"
+    for key, value in environment.items():
+        if key.startswith("PARALLELISM_CONFIG"):
+            monkeypatch.setenv(key, value)
+    config = RingParallelismConfig()
+    assert (config.dp_shard_size, config.cp_size, config.total_size) == (2, 4, options.num_processes)
+    assert config.fsdp_dim_names == ["dp_shard_cp"]
+    assert config.dp_shard_cp_dim_names == ["dp_shard", "cp"]
+
+
+def test_without_accelerate_the_error_says_what_to_install(monkeypatch):
+    ours = "dtensor_ring.integrations.accelerate"
+    for name in [name for name in sys.modules if name.startswith(ours)]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(MissingExtraError, match=r"needs accelerate 1\.12 .* pip install 'dtensor-ring\[accelerate\]'"):
+        importlib.import_module(ours)

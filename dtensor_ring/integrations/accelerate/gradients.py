@@ -1,4 +1,6 @@
-"""Models without a wrapper: weights start alike, and gradients are averaged where Accelerate would synchronize them.
+"""Gradients that are averaged before an optimizer steps: by a wrapper, which is checked, or by `AveragedGradients`.
+
+Models without a wrapper have weights that start alike, and gradients are averaged where Accelerate would synchronize them:
 
     accelerator.backward(loss)            averages, if this is the last micro-batch of a step
     accelerator.clip_grad_norm_(...)      averages first, if anything was added since
@@ -9,7 +11,7 @@ The average of an average over the same ranks is itself, so that averaging once 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from dtensor_ring.replicas import average_gradients
@@ -63,6 +66,26 @@ class AveragedGradients:
 
     def _added(self, _: Tensor) -> None:
         self._is_added = True
+
+
+def refuse_steps_apart(optimizer: torch.optim.Optimizer, wrapped: Iterable[nn.Module]) -> RemovableHandle:
+    """Make an optimizer refuse to step while DDP is told not to synchronize gradients, as LocalSGD does.
+
+    Such a step uses this rank's tokens alone, and much too large: no average of weights afterwards makes up for it.
+
+    Raises (from `optimizer.step`, on every rank):
+        RuntimeError: a model in `wrapped` is inside of its `no_sync`.
+    """
+
+    def check(*_: object) -> None:
+        for model in wrapped:
+            if isinstance(model, DistributedDataParallel) and not model.require_backward_grad_sync:
+                raise RuntimeError(
+                    "an optimizer steps inside of no_sync, where each rank of a sequence axis has the gradients of its own tokens "
+                    "only: step outside of it, with accelerator.accumulate(model); LocalSGD cannot be used with a sequence axis"
+                )
+
+    return optimizer.register_step_pre_hook(check)
 
 
 def averaged_methods(accelerator: Accelerator, gradients: AveragedGradients) -> dict[str, Callable[..., Any]]:

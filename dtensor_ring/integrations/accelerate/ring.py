@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.data import DataLoader
 
 from dtensor_ring.integrations.accelerate.checks import check_data_loader
-from dtensor_ring.integrations.accelerate.gradients import AveragedGradients, averaged_methods
+from dtensor_ring.integrations.accelerate.gradients import AveragedGradients, averaged_methods, refuse_steps_apart
 from dtensor_ring.integrations.accelerate.loaders import batches_read, one_batch
 from dtensor_ring.integrations.accelerate.metrics import gather_for_metrics
 from dtensor_ring.integrations.accelerate.schedulers import step_with_batches
@@ -67,6 +67,7 @@ class Ring:
             self.data_size, self.data_index = self.data_size * axis.size(), self.data_index * axis.size() + axis.get_local_rank()
         self.items: Literal["whole", "part"] = "whole"
         self._plans: WeakKeyDictionary[nn.Module, RingPlan] = WeakKeyDictionary()
+        self._prepared: WeakSet[nn.Module] = WeakSet()  # with their wrappers, which Accelerate does not keep
         self._undo = ExitStack()
 
     def plan_of(self, model: nn.Module) -> RingPlan | None:
@@ -136,6 +137,7 @@ class Ring:
     def _model_methods(self, gradients: AveragedGradients | None) -> dict[str, Callable[..., Any]]:
         accelerator = self._accelerator
         prepare, prepare_model = accelerator.prepare, accelerator.prepare_model
+        prepare_optimizer: Any = accelerator.prepare_optimizer
 
         def prepare_together(*args: Any, **options: Any) -> Any:  # noqa: ANN401
             """As in Accelerate; FSDP2 models are parallelized before their parameters are sharded."""
@@ -161,10 +163,23 @@ class Ring:
                 prepared = prepare_model(model, device_placement, evaluation_mode or gradients is not None)
                 if gradients is not None and is_new and not evaluation_mode:
                     gradients.watch(model)
+                self._prepared.add(prepared)
                 self._undo.push(refused.pop_all())
             return prepared
 
-        return {"prepare": prepare_together, "prepare_model": prepare_parallel_model}
+        def prepare_checked_optimizer(optimizer: torch.optim.Optimizer, device_placement: bool | None = None) -> Any:  # noqa: ANN401
+            """As in Accelerate; a step with gradients that were not averaged is refused."""
+            is_new = not getattr(optimizer, "_is_accelerate_prepared", False)
+            prepared = prepare_optimizer(optimizer, device_placement)
+            if is_new:
+                self._undo.callback(refuse_steps_apart(prepared.optimizer, self._prepared).remove)
+            return prepared
+
+        return {
+            "prepare": prepare_together,
+            "prepare_model": prepare_parallel_model,
+            "prepare_optimizer": prepare_checked_optimizer,
+        }
 
     def _data_methods(self, mesh: DeviceMesh) -> dict[str, Callable[..., Any]]:
         accelerator = self._accelerator
