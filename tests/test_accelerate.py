@@ -65,7 +65,7 @@ def accelerated(mode: str, **options):
 def step_by_tokens(accelerator, model, optimizer, scheduler, micro) -> tuple[float, float]:
     """An optimizer step as Accelerate's guide to accumulating gradients of unequal batches has it, written for DDP."""
     count = accelerator.gather(sum((batch["labels"][:, 1:] != -100).sum() for batch in micro)).sum()
-    total, norm = torch.zeros(()), None
+    total, norm = torch.zeros((), device=accelerator.device), None
     for batch in micro:
         with accelerator.accumulate(model):
             loss = model(**batch, num_items_in_batch=count).loss
@@ -82,7 +82,7 @@ def step_by_tokens(accelerator, model, optimizer, scheduler, micro) -> tuple[flo
 
 def step_by_means(accelerator, model, optimizer, scheduler, micro) -> tuple[float, float]:
     """The plainest script: the model's loss, nothing scaled."""
-    total, norm = torch.zeros(()), None
+    total, norm = torch.zeros((), device=accelerator.device), None
     for batch in micro:
         with accelerator.accumulate(model):
             loss = model(**batch).loss
