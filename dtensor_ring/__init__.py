@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING or not (sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv) :][:1] == ["dtensor_ring"]):
     from dtensor_ring import _register
     from dtensor_ring.attention import ring_attention
-    from dtensor_ring.data import ShardedBatch, shard_batch
+    from dtensor_ring.data import ShardedBatch, sequence_sampler, shard_batch
     from dtensor_ring.placements import (
         Contiguous,
         Stripe,
@@ -68,6 +68,7 @@ __all__ = [
     "redistribute",
     "ring_attention",
     "ring_plan",
+    "sequence_sampler",
     "shard_batch",
 ]
 
@@ -76,6 +77,7 @@ _ROOMS = {
     "CostModel": "dtensor_ring.planning.cost_model",
     "Documents": "dtensor_ring.planning.documents",
     "ShardedBatch": "dtensor_ring.data",
+    "sequence_sampler": "dtensor_ring.data",
     "shard_batch": "dtensor_ring.data",
     "RingPlan": "dtensor_ring.integrations.transformers",
     "average_gradients": "dtensor_ring.replicas",

@@ -27,6 +27,7 @@ from train_fsdp2 import shard_parameters
 from dtensor_ring import Stripe, Zigzag, ring_plan
 
 ROOT = Path(__file__).parents[1]
+ALICE = ROOT / "examples" / "data" / "alice.txt"
 
 
 def gradients(placement, items: bool):
@@ -101,6 +102,7 @@ def losses_in(errors: str) -> list[float]:
     [
         (3, 4, ["train_fsdp2.py", "--steps", "3", "--length", "130"], ["--cp", "1", "--batch", "2"]),  # one process reads both rows
         (20, 2, ["train_loop.py"], []),
+        (13, 2, ["accelerate_train.py", "--cp", "2", "--length", "207", "--text", str(ALICE)], ["--cp", "1"]),
     ],
 )
 @pytest.mark.timeout(600)
