@@ -11,7 +11,8 @@
 
 Memory is bounded by a chunk of logits, a few times, beside dhidden and dW; what is saved for backward is hidden, weight and a
 number for each token. That logits are not kept but made again, chunk by chunk, is the idea of Cut Cross-Entropy (Wijmans et al.
-2024) and of Liger's fused linear cross entropy (Hsu et al. 2024); here it is plain PyTorch: three matrix products, and one of them once more.
+2024) and of Liger's fused linear cross entropy (Hsu et al. 2024); here it is plain PyTorch: three matrix products, and one of them
+once more.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from dtensor_ring.integrations.transformers.layer_call import LossCall
+from dtensor_ring.integrations.transformers.layer_call import NO_LOSS, LossCall
 from dtensor_ring.integrations.transformers.loss_functions import (
     LossFunction,
     check_function,
@@ -31,7 +31,7 @@ from dtensor_ring.integrations.transformers.loss_functions import (
     without_ignored,
 )
 from dtensor_ring.integrations.transformers.outputs import SumOverRanks
-from dtensor_ring.integrations.transformers.router import asks_for_router, has_router_loss, record_router_logits, router_loss
+from dtensor_ring.integrations.transformers.router import asks_for_router, has_router_loss, router_loss
 from dtensor_ring.losses import Terms, check_terms, chunk_tokens, chunked_cross_entropy, chunked_losses, token_losses
 
 LossName = Literal["model", "chunked"]
@@ -108,7 +108,7 @@ def ask_loss(model: PreTrainedModel, loss: Loss, label_smoothing: float, z_loss:
 class ModelLoss:
     """The loss of one model under one plan: installed on the model, asked before and after each of its forward passes.
 
-    Between the two it holds the labels of the batch for the head, and the losses of the head for the loss function.
+    Within a forward pass it holds the labels of the batch for the head, and the losses of the head for the loss function.
     """
 
     def __init__(self, model: PreTrainedModel, asked: AskedLoss) -> None:
@@ -124,8 +124,8 @@ class ModelLoss:
     def install(self) -> None:
         """Hook into the model: its loss function and head where they are ours, and routers."""
         base = self._model.base_model
-        if base is not self._model:
-            handle: RemovableHandle = base.register_forward_pre_hook(record_router_logits, with_kwargs=True)
+        if base is not self._model and (self._asked.chunk is not None or has_router_loss(self._model)):
+            handle: RemovableHandle = base.register_forward_pre_hook(self._before_base, with_kwargs=True)
             self._undo.append(handle.remove)
         if self._asked.is_ours:
             self._replace(self._model, "_loss_function", self._function)
@@ -188,7 +188,7 @@ class ModelLoss:
         elif count is not None:
             batch["num_items_in_batch"] = 1
         chunked = self._asked.chunk is not None and labels is not None
-        self._labels = batch["shift_labels"] if chunked else None
+        self._labels = None
         router = asks_for_router(self._model, arguments)
         as_tuple = False
         if router and has_router_loss(self._model):
@@ -197,7 +197,17 @@ class ModelLoss:
             asked = arguments.get("return_dict")
             as_tuple = not (self._model.config.return_dict if asked is None else asked)
             batch["return_dict"] = True
-        return LossCall(count, labels is not None, router, mask if router else None, as_tuple)
+        for_head = batch["shift_labels"] if chunked else None
+        return LossCall(count, labels is not None, for_head, router, mask if router else None, as_tuple)
+
+    def _before_base(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Before the model below the head runs: labels are laid out for the head, and routers record logits if asked."""
+        # From the keywords of the call, since compilers take what hangs on a module to be of one shape for ever.
+        batch = kwargs.get("ring_batch")
+        call: LossCall = NO_LOSS if batch is None else batch.loss
+        self._labels = call.labels
+        # The model with the head was not told so: it would compute a loss of this rank's tokens alone.
+        return args, {**kwargs, "output_router_logits": True} if call.router else kwargs
 
     def leave(self, output: Any, call: LossCall, mesh: DeviceMesh) -> Any:  # noqa: ANN401
         """After the model ran: its outputs with the loss of the whole batch.
@@ -208,9 +218,10 @@ class ModelLoss:
         if call.has_labels and self._asked.is_ours and not self._was_called:
             self._labels = None
             raise NotImplementedError(
-                f"{type(self._model).__name__} computed its loss without its head or loss function, as forward passes with a fused "
-                f"loss do (Liger's, for one), so that the plan's ({self._asked}) was not: turn that off (use_liger_kernel=False, or "
-                "its fused_linear_cross_entropy), or use loss='model' without label_smoothing and z_loss, which takes its loss as it is"
+                f"{type(self._model).__name__} computed its loss without its head or loss function, as forward passes with a "
+                f"fused loss do (Liger's, for one), so that the plan's ({self._asked}) was not computed: turn that off "
+                "(use_liger_kernel=False, or its fused_linear_cross_entropy), or use loss='model' without label_smoothing and "
+                "z_loss, which takes the model's loss as it is"
             )
         if call.count is not None:
             place, loss = (0, output[0]) if isinstance(output, tuple) else ("loss", output.loss)
@@ -278,10 +289,9 @@ class ModelLoss:
         else:
             each = chunked_losses(self._of_chunk, hidden, labels, list(head.parameters()), chunk)
         self._losses = each
-        rows = labels.shape[0]
-        # No tokens, but made of the losses: see `_loss_of_model`. A probe is of one token.
-        none = each.flatten()[:0].view(0, 1, 1).expand(0, rows, self._model.config.vocab_size).transpose(0, 1)
-        return none.to(hidden.dtype) if self._skips_probe() else torch.cat([none, _probe(none)], 1).to(hidden.dtype)
+        # No tokens, but made of the losses: see `_loss_of_model`. No view, of which FSDP2 warns. A probe is of one token.
+        none = each.flatten()[:0].view(0, 1, 1).expand(0, labels.shape[0], self._model.config.vocab_size).transpose(0, 1)
+        return (none.clone() if self._skips_probe() else torch.cat([none, _probe(none)], 1)).to(hidden.dtype)
 
     def _of_chunk(self, hidden: Tensor, shift_labels: Tensor) -> Tensor:
         """Losses (n,) of hidden states (n, E) through whatever the head is, such as one with adapters; or their sum."""

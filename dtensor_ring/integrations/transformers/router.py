@@ -44,15 +44,6 @@ def asks_for_router(model: PreTrainedModel, arguments: Mapping[str, Any]) -> boo
     return True
 
 
-def record_router_logits(
-    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, dict[str, Any]] | None:
-    """A forward pre-hook for the model below the head: router logits are recorded where the batch asks."""
-    # Told, the head would compute a loss of this rank's tokens alone, with a mask that it does not have.
-    batch = kwargs.get("ring_batch")
-    return (args, {**kwargs, "output_router_logits": True}) if batch is not None and batch.loss.router else None
-
-
 def has_router_loss(model: PreTrainedModel) -> bool:
     """Whether this model adds a load-balancing loss; without a head it gives router logits only."""
     return all(hasattr(model, name) for name in _NAMES)
