@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from helpers import slow
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
@@ -72,7 +73,8 @@ def test_losses_and_gradients_are_as_exact_as_those_of_whole_logits(dtype, terms
             dtype,
         )
         for mine in (errors(found, exact), errors(recomputed, exact)):
-            limits = [1.5 * error + torch.finfo(dtype).eps / 2 for error in own]
+            # In float64 whole logits are the definition itself. Backward has p = exp(x - lse), whose lse is rounded once more.
+            limits = [1e-14 if dtype == torch.float64 else 2 * error + torch.finfo(dtype).eps / 2 for error in own]
             assert all(a <= b for a, b in zip(mine, limits, strict=True)), f"chunks of {chunk}: {mine} of {limits}"
 
 
@@ -111,7 +113,7 @@ def test_dropout_within_a_head_is_the_same_when_it_is_computed_again():
     assert torch.equal(torch.get_rng_state(), before), "the random numbers of others go on as they were"
 
 
-@pytest.mark.parametrize(("bias", "wanted"), [(False, True), (True, False), (True, True)])
+@pytest.mark.parametrize(("bias", "wanted"), [(True, True), slow(False, True), slow(True, False)])
 def test_compilers_are_told_the_truth_about_the_operator(bias, wanted):
     (hidden, weight, vector), labels, _ = inputs(torch.float32)
     flat = hidden.flatten(0, 1).float().requires_grad_(), weight.float().requires_grad_(wanted), vector.float() if bias else None

@@ -280,11 +280,11 @@ class RingPlan(dict[str, ParallelStyle]):
             )
             given = by_name(self._model, args, kwargs)
             check_call(self._model, given, tuple(inspect.signature(self._model.forward).parameters))
-            self._loss.check(given)
             documents = given.pop("documents", None)
             given.pop("cache_position", None)  # places in a cache, of which there is none
             length = sequence_length(given)
             check_length(length, transport.world, self._placement)
+            self._loss.check(given)
             bounds = find_documents(given, length, documents)
         check_same(given, length, bounds, self._placement, transport)
         warn_of_imbalance(bounds, given, self._placement, transport, reach_of(self._model))
