@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from dtensor_ring.integrations.transformers.attention import KEYWORD, NAME
+from dtensor_ring.integrations.transformers.attention import KEYWORD
 
 
 class Pause:
@@ -62,11 +62,12 @@ class Pause:
             raise RuntimeError("the plan is paused, and its model gives whole outputs: leave `with plan.paused():` first")
 
     @contextmanager
-    def begin(self, attention: str, modules: Sequence[nn.Module]) -> Generator[None]:
+    def begin(self, take_off: Callable[[], None], put_on: Callable[[], None], modules: Sequence[nn.Module]) -> Generator[None]:
         """The pause itself.
 
         Args:
-            attention: the attention implementation of the model without the plan.
+            take_off: gives the model back what the plan has changed, but for hooks and marks.
+            put_on: changes it again.
             modules: the attention modules that the plan has marked.
         """
         self.check_over()
@@ -78,14 +79,14 @@ class Pause:
             )
         handles = [module.register_forward_pre_hook(_refuse_earlier_batches, with_kwargs=True) for module in modules]
         try:
-            self._model.set_attn_implementation(attention)
+            take_off()
             self.on = True
             yield
         finally:
             self.on = False
             for handle in handles:
                 handle.remove()
-            self._model.set_attn_implementation(NAME)
+            put_on()
 
 
 def _refuse_earlier_batches(module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

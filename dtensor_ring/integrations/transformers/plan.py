@@ -57,9 +57,9 @@ from dtensor_ring.integrations.transformers.description import axis_text, descri
 from dtensor_ring.integrations.transformers.layer_call import by_name
 from dtensor_ring.integrations.transformers.outputs import (
     Convention,
-    SumOverRanks,
-    check_convention,
+    check_output,
     gather_tokens,
+    sum_of_losses,
     sum_over_tokens,
 )
 from dtensor_ring.integrations.transformers.paused import Pause
@@ -112,11 +112,12 @@ class RingPlan(dict[str, ParallelStyle]):
             grad: "mean", or "sum" where gradients are summed over the axis.
 
         Raises:
-            RuntimeError: the plan was not applied yet.
+            RuntimeError: the plan was not applied yet, or is paused.
+            TypeError: a DTensor.
             ValueError: it is not known which batch's documents lay out this tensor, or no such convention.
         """
         mesh, placement = self._applied(), self._placement.moved_to(range(local_tensor.ndim)[dim])
-        check_convention(grad)
+        check_output(local_tensor, grad)
         return gather_tokens(local_tensor, mesh, placement, self._laid_out_by(local_tensor, documents), grad)
 
     @renamed(local="local_tensor")
@@ -130,11 +131,12 @@ class RingPlan(dict[str, ParallelStyle]):
         `gather`.
 
         Raises:
-            RuntimeError: the plan was not applied yet.
+            RuntimeError: the plan was not applied yet, or is paused.
+            TypeError: a DTensor.
             ValueError: no such convention.
         """
         mesh = self._applied()
-        check_convention(grad)
+        check_output(local_tensor, grad)
         return sum_over_tokens(local_tensor, mesh, dim, grad)
 
     @property
@@ -164,24 +166,21 @@ class RingPlan(dict[str, ParallelStyle]):
         return describe(self._model, self._placement, self._asked, attention, self._mesh, batch)
 
     def paused(self) -> AbstractContextManager[None]:
-        """A context in which the model is as without the plan, to evaluate or to generate in the middle of training.
+        """A context in which the model is as without the plan: `with plan.paused(): model.generate(prompts)`, on every rank.
 
-            with plan.paused(), torch.no_grad():
-                texts = model.generate(prompts)          # on every rank, which computes whole rows by itself
-
-        Afterwards, and where the body raises, the plan is as it was. Backward passes keep to their side of it. Over weights that
-        FSDP2 has sharded, ranks must run the same number of forward passes: `generate(..., synced_gpus=True)`.
+        Afterwards the plan is as it was, also where the body raises. Backward passes stay on their side of it. Ranks that share
+        weights (FSDP2) run equally many forward passes: `generate(..., synced_gpus=True)`.
 
         Raises:
             RuntimeError: the plan is not applied or paused already, or the model is in the middle of a forward pass.
         """
         self._applied()
-        return self._pause.begin(self._before or "sdpa", self._marked)
+        return self._pause.begin(self._take_off, self._put_on, self._marked)
 
     def undo(self) -> None:
         """Gives the model back as it was: the attention implementation is restored, hooks and marks are removed."""
         self._applied()
-        self._model.set_attn_implementation(self._before or "sdpa")
+        self._take_off()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -251,10 +250,17 @@ class RingPlan(dict[str, ParallelStyle]):
                 "this model shares its config object with one that is sequence parallel: give it its own, copy.deepcopy(config)"
             )
         self._warn_of_one_rank(mesh)
-        self._model.set_attn_implementation(NAME)
+        self._put_on()
         self._mesh = mesh
         # Hooks and not another forward: signature and class of the model stay as they are, which Trainer and FSDP2 look at.
         self._handles = self._pause.hook(self._enter, self._leave)
+
+    def _put_on(self) -> None:
+        """Changes the model, but for hooks and marks; `_take_off` changes it back, for good or for a pause."""
+        self._model.set_attn_implementation(NAME)
+
+    def _take_off(self) -> None:
+        self._model.set_attn_implementation(self._before or "sdpa")
 
     def _apply_attention(self, module: nn.Module, mesh: DeviceMesh) -> None:
         setattr(module, STATE, AttentionState(mesh, self._placement.layout, self._asked))
@@ -306,8 +312,8 @@ class RingPlan(dict[str, ParallelStyle]):
             return output
         mesh = self._applied()
         if isinstance(output, tuple):
-            return (SumOverRanks.apply(output[0], mesh) / count, *output[1:])
-        output.loss = SumOverRanks.apply(output.loss, mesh) / count
+            return (sum_of_losses(output[0], mesh) / count, *output[1:])
+        output.loss = sum_of_losses(output.loss, mesh) / count
         return output
 
 
