@@ -29,6 +29,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING or not (sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv) :][:1] == ["dtensor_ring"]):
     from dtensor_ring import _register
     from dtensor_ring.attention import ring_attention
+    from dtensor_ring.checkpointing import save_attention
+    from dtensor_ring.clipping import clip_gradients
     from dtensor_ring.data import ShardedBatch, sequence_sampler, shard_batch
     from dtensor_ring.losses import chunked_cross_entropy
     from dtensor_ring.placements import (
@@ -63,6 +65,7 @@ __all__ = [
     "average_gradients",
     "check_replicas",
     "chunked_cross_entropy",
+    "clip_gradients",
     "distribute_tensor",
     "explain",
     "from_local",
@@ -70,6 +73,7 @@ __all__ = [
     "redistribute",
     "ring_attention",
     "ring_plan",
+    "save_attention",
     "sequence_sampler",
     "shard_batch",
 ]
@@ -85,9 +89,11 @@ _ROOMS = {
     "average_gradients": "dtensor_ring.replicas",
     "check_replicas": "dtensor_ring.replicas",
     "chunked_cross_entropy": "dtensor_ring.losses",
+    "clip_gradients": "dtensor_ring.clipping",
     "explain": "dtensor_ring.tools.explain",
     "ring_attention": "dtensor_ring.attention",
     "ring_plan": "dtensor_ring.integrations.transformers",
+    "save_attention": "dtensor_ring.checkpointing",
 }
 
 

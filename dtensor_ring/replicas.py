@@ -162,6 +162,8 @@ def _buckets(gradients: Iterable[Tensor]) -> Iterable[list[Tensor]]:
 def _average(bucket: Sequence[Tensor], transport: Transport) -> None:
     # A mean over many ranks in 16 bits would lose the small gradients.
     wide = torch.promote_types(bucket[0].dtype, torch.float32)
-    mean = transport.all_reduce(torch.cat([gradient.flatten().to(wide) for gradient in bucket]), "avg")
+    flat = torch.cat([gradient.flatten().to(wide) for gradient in bucket])
+    # NCCL moves what lies on GPUs alone, and gradients that FSDP2 has offloaded lie on the CPU.
+    mean = transport.all_reduce(flat if flat.is_cuda else flat.to(transport.value_device()), "avg")
     for gradient, part in zip(bucket, mean.split([gradient.numel() for gradient in bucket]), strict=True):
         gradient.copy_(part.view(gradient.shape))

@@ -160,3 +160,16 @@ def beside_fsdp():
 
 def test_shards_over_another_axis_are_averaged_over_the_sequence_axis(pools):
     pools.run(4, beside_fsdp)
+
+
+def offloaded_gradients():
+    """Gradients on the CPU over a group that moves what lies on GPUs."""
+    mesh, parameter = line("cuda"), nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.full((3,), float(dist.get_rank()))
+    average_gradients([parameter], mesh)
+    assert torch.equal(parameter.grad, torch.full((3,), (mesh.size() - 1) / 2))
+
+
+@pytest.mark.gpu
+def test_gradients_on_the_cpu_are_averaged_over_ranks_on_gpus(pools):
+    pools.run(2, offloaded_gradients, device="cuda")

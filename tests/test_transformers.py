@@ -204,7 +204,7 @@ def refused_calls():
         generate = partial(model.generate, batch["input_ids"], max_new_tokens=1, use_cache=cache)
         refused(generate, NotImplementedError, "eneration")
         refused(generate, NotImplementedError, "is not supported on a parallelized model")
-        refused(generate, NotImplementedError, "Generate with the model before parallelize_module, or after plan.undo()")
+        refused(generate, NotImplementedError, "Generate in `with plan.paused():`, or after plan.undo()")
     absent = batch["input_ids"].to("meta")
     refused(lambda: model(input_ids=absent), ValueError, "input_ids is on the meta device, which has no values to read")
     model.loss_function = lambda logits, *_, **_names: logits.mean()

@@ -188,8 +188,9 @@ class Documents(Segmentation):
         return self._encoded
 
     def select(self, start: int, stop: int) -> Documents:
-        """Rows [start, stop) of a batch; one row for the whole batch stays as it is."""
-        return self if self.rows == 1 else Documents(self.bounds[start:stop])
+        """Rows [start, stop) of a batch; one row for the whole batch stays as it is, and so do all rows."""
+        # The value itself where that is enough: compilers cannot trace how another is made, and every layer would make it anew.
+        return self if self.rows == 1 or (start == 0 and stop == self.rows) else Documents(self.bounds[start:stop])
 
     @property
     def longest(self) -> int:

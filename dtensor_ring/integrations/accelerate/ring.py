@@ -238,7 +238,11 @@ class Ring:
         """Adds up the parts of a loss that the model was given a number of items for."""
         batch = kwargs.get(KEYWORD)
         # The plan gives a number of items of its own where the caller gave none, and has made the loss whole then.
-        if self.items != "whole" or kwargs.get(ITEMS) is None or (batch is not None and batch.loss is not None and batch.loss.count is not None):
+        if (
+            self.items != "whole"
+            or kwargs.get(ITEMS) is None
+            or (batch is not None and batch.loss is not None and batch.loss.count is not None)
+        ):
             return output
         plan = self._plans[module]
         if isinstance(output, tuple):

@@ -139,14 +139,14 @@ def check_call(model: PreTrainedModel, arguments: Mapping[str, Any], parameters:
     if arguments.get("past_key_values") is not None or arguments.get("use_cache"):
         raise NotImplementedError(
             "use_cache=True (generation) is not supported on a parallelized model: its cache would hold a part of the sequence. "
-            "Generate with the model before parallelize_module, or after plan.undo()"
+            "Generate in `with plan.paused():`, or after plan.undo()"
         )
     # `generate` passes it in every call, so that it is known also where it runs without a cache.
     keep = arguments.get("logits_to_keep", 0)
     if isinstance(keep, Tensor) or keep:
         raise NotImplementedError(
             "generation is not supported on a parallelized model, also not without a cache: logits_to_keep counts tokens of the "
-            "whole sequence, but each rank has a part. Generate with the model before parallelize_module, or after plan.undo(); in "
+            "whole sequence, but each rank has a part. Generate in `with plan.paused():`, or after plan.undo(); in "
             "other calls leave logits_to_keep out"
         )
     if arguments.get("ignore_index", IGNORED) != IGNORED:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from dtensor_ring.comm import transport_along
@@ -30,6 +31,16 @@ def check_convention(grad: Convention) -> None:
     """Raises ValueError unless `grad` is a convention."""
     if grad not in get_args(Convention):
         raise ValueError(f"grad={grad!r}: use 'mean' where gradients are averaged over the axis, as FSDP2 and DDP do, or 'sum'")
+
+
+def check_output(local: Tensor, grad: Convention) -> None:
+    """Raises TypeError for a DTensor, as logits are under loss_parallel, and ValueError unless `grad` is a convention."""
+    if isinstance(local, DTensor):
+        raise TypeError(
+            f"this output is a DTensor, placed as {local.placements} on mesh {local.device_mesh.mesh_dim_names}: pass this rank's "
+            "tokens as a plain tensor, output.full_tensor()"
+        )
+    check_convention(grad)
 
 
 def gather_tokens(

@@ -15,6 +15,7 @@ import inspect
 import re
 import warnings
 from collections.abc import MutableMapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -59,10 +60,12 @@ from dtensor_ring.integrations.transformers.loss import AskedLoss, Loss, ModelLo
 from dtensor_ring.integrations.transformers.outputs import (
     Convention,
     check_convention,
+    check_output,
     gather_tokens,
     mean_over_items,
     sum_over_tokens,
 )
+from dtensor_ring.integrations.transformers.paused import Pause
 from dtensor_ring.ops.arguments import Arguments, Strategy, check_stages, check_strategy_name, text_of_model
 from dtensor_ring.ops.kernels import KernelName, check_kernel_name
 from dtensor_ring.placements import SequencePlacement, Zigzag
@@ -92,6 +95,7 @@ class RingPlan(dict[str, ParallelStyle]):
         self._documents_of: MutableMapping[Tensor, Documents] = WeakTensorKeyDictionary()
         self._handles: list[RemovableHandle] = []
         self._marked: list[nn.Module] = []
+        self._pause = Pause(model)
         names = [name for name, module in model.named_modules() if _is_attention(module)]
         # parallelize_module follows this order: the root refuses a wrong model or mesh before any module is marked.
         super().__init__({"": _RootStyle(self)} | {name: _AttentionStyle(self) for name in names})
@@ -113,11 +117,12 @@ class RingPlan(dict[str, ParallelStyle]):
             grad: "mean", or "sum" where gradients are summed over the axis.
 
         Raises:
-            RuntimeError: the plan was not applied yet.
+            RuntimeError: the plan was not applied yet, or is paused.
+            TypeError: a DTensor.
             ValueError: it is not known which batch's documents lay out this tensor, or no such convention.
         """
         mesh, placement = self._applied(), self._placement.moved_to(range(local_tensor.ndim)[dim])
-        check_convention(grad)
+        check_output(local_tensor, grad)
         return gather_tokens(local_tensor, mesh, placement, self._laid_out_by(local_tensor, documents), grad)
 
     @renamed(local="local_tensor")
@@ -131,11 +136,12 @@ class RingPlan(dict[str, ParallelStyle]):
         `gather`.
 
         Raises:
-            RuntimeError: the plan was not applied yet.
+            RuntimeError: the plan was not applied yet, or is paused.
+            TypeError: a DTensor.
             ValueError: no such convention.
         """
         mesh = self._applied()
-        check_convention(grad)
+        check_output(local_tensor, grad)
         return sum_over_tokens(local_tensor, mesh, dim, grad)
 
     def global_loss(self, local_loss: Tensor, items: Tensor | int | None = None, *, grad: Convention = "mean") -> Tensor:
@@ -181,10 +187,22 @@ class RingPlan(dict[str, ParallelStyle]):
         batch, attention = self._documents if self._is_packed else None, [name for name in self if name]
         return describe(self._model, self._placement, self._asked, attention, self._mesh, batch, str(self._asked_loss))
 
+    def paused(self) -> AbstractContextManager[None]:
+        """A context in which the model is as without the plan: `with plan.paused(): model.generate(prompts)`, on every rank.
+
+        Afterwards the plan is as it was, also where the body raises. Backward passes stay on their side of it. Ranks that share
+        weights (FSDP2) run equally many forward passes: `generate(..., synced_gpus=True)`.
+
+        Raises:
+            RuntimeError: the plan is not applied or paused already, or the model is in the middle of a forward pass.
+        """
+        self._applied()
+        return self._pause.begin(self._take_off, self._put_on, self._marked)
+
     def undo(self) -> None:
         """Gives the model back as it was: the attention implementation is restored, hooks and marks are removed."""
         self._applied()
-        self._model.set_attn_implementation(self._before or "sdpa")
+        self._take_off()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -197,6 +215,7 @@ class RingPlan(dict[str, ParallelStyle]):
     def _applied(self) -> DeviceMesh:
         if self._mesh is None:
             raise RuntimeError("the plan is not applied: call parallelize_module(model, mesh['cp'], plan) first")
+        self._pause.check_over()
         return self._mesh
 
     def __del__(self) -> None:
@@ -254,14 +273,18 @@ class RingPlan(dict[str, ParallelStyle]):
                 "this model shares its config object with one that is sequence parallel: give it its own, copy.deepcopy(config)"
             )
         self._warn_of_one_rank(mesh)
-        self._model.set_attn_implementation(NAME)
+        self._put_on()
         self._mesh = mesh
         self._loss.install()
         # Hooks and not another forward: signature and class of the model stay as they are, which Trainer and FSDP2 look at.
-        self._handles = [
-            module.register_forward_pre_hook(self._enter, with_kwargs=True),
-            module.register_forward_hook(self._leave, with_kwargs=True),
-        ]
+        self._handles = self._pause.hook(self._enter, self._leave)
+
+    def _put_on(self) -> None:
+        """Changes the model, but for hooks and marks; `_take_off` changes it back, for good or for a pause."""
+        self._model.set_attn_implementation(NAME)
+
+    def _take_off(self) -> None:
+        self._model.set_attn_implementation(self._before or "sdpa")
 
     def _apply_attention(self, module: nn.Module, mesh: DeviceMesh) -> None:
         setattr(module, STATE, AttentionState(mesh, self._placement.layout, self._asked))
