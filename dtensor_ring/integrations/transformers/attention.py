@@ -41,6 +41,7 @@ class RingBatch:
         length: global tokens of a row.
         documents: bounds of packed documents, or None.
         count: labels that count in the whole batch, where the loss is their mean; None where the caller scales it.
+        targets: this rank's labels (B, S/W), where the plan and not the model computes the loss.
     """
 
     # A keyword and not a field of the plan: activation checkpointing and pipelines run a layer again after another batch has come,
@@ -48,6 +49,7 @@ class RingBatch:
     length: int
     documents: Documents | None
     count: Tensor | None = None
+    targets: Tensor | None = None
 
 
 @dataclass(slots=True)

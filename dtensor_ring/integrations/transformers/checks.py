@@ -12,6 +12,8 @@ from transformers.utils.generic import TransformersKwargs
 
 from dtensor_ring.data.batch import IGNORED
 from dtensor_ring.data.batch_reading import KNOWN_KEYS, refuse_lookalikes
+from dtensor_ring.integrations.transformers.own_inputs import embeds_token_types
+from dtensor_ring.integrations.transformers.token_loss import HEADS, labels_are_unshifted
 from dtensor_ring.placements import SequencePlacement
 from dtensor_ring.planning.documents import Documents
 
@@ -29,9 +31,11 @@ MODEL_TYPES = (
     "gpt_oss",
     "phi3",
 )
-# Rotary embeddings of these types depend on a token's position only.
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
-_HEADS = ("ForCausalLM", "Model")  # ends of class names
+# Rotary embeddings of the first depend on a token's position only; those of the last two also on how long the batch is (`rotary`).
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional", "dynamic", "longrope")
+_HEADS = ("ForCausalLM", "Model", *HEADS)  # ends of class names
+# Types whose masks follow `use_bidirectional_attention` under every attention of transformers.
+_EITHER_WAY = ("gemma3_text",)
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 _OUTPUTS = {
     "output_attentions": "attention weights are never held whole",
@@ -39,11 +43,15 @@ _OUTPUTS = {
 }
 # Keywords that models or their loss take beside those that transformers lists.
 _OTHER_KEYWORDS = ("ignore_index", "cache_position")
-_OTHER_INPUTS = ("token_type_ids", "mm_token_type_ids", "pixel_values")
+_OTHER_INPUTS = ("token_type_ids", "mm_token_type_ids", "pixel_values", "visual_pos_masks", "deepstack_visual_embeds")
 
 
-def check_model(model: PreTrainedModel) -> None:
+def check_model(model: PreTrainedModel, unlisted: bool = False) -> None:
     """Refuse a model whose layers need more than attention over the whole sequence, or were not tried.
+
+    Args:
+        model: the model.
+        unlisted: whether its type may be one that was not tried.
 
     Raises:
         TypeError: not a transformers model.
@@ -63,12 +71,20 @@ def check_model(model: PreTrainedModel) -> None:
             "tokens would be put into a part of the sequence. Parallelize a text-only model, such as one of class "
             f"{type(config.get_text_config()).__name__.removesuffix('Config').removesuffix('Text')}ForCausalLM"
         )
-    if config.model_type not in MODEL_TYPES:
-        raise NotImplementedError(f"models of type {config.model_type!r} are not supported; supported are {', '.join(MODEL_TYPES)}")
+    if config.model_type not in MODEL_TYPES and not unlisted:
+        raise NotImplementedError(
+            f"models of type {config.model_type!r} are not supported; supported are {', '.join(MODEL_TYPES)}. If this one reaches "
+            "other tokens through attention alone, ring_plan(model, unlisted=True) looks at its structure and tries it"
+        )
     if not type(model).__name__.endswith(_HEADS):
         raise NotImplementedError(
             f"{type(model).__name__} is not supported: only {' and '.join('*' + name for name in _HEADS)} work token by token "
             "after attention; heads that pool or pick tokens would see a part of the sequence"
+        )
+    if pooler := next((name for name, part in model.named_modules() if type(part).__name__.endswith("Pooler")), None):
+        raise NotImplementedError(
+            f"{type(model).__name__} has a pooler ({pooler}), which would pick a token of each rank's part: make the model with "
+            "add_pooling_layer=False, and pool gathered tokens"
         )
     _check_layers(config)
     _check_outputs(config, {})
@@ -85,17 +101,19 @@ def _check_layers(config: Any) -> None:  # noqa: ANN401
         raise ValueError("layer_types name sliding_attention, but sliding_window is None: set it to a number of tokens")
     if window is not None and window < 1:
         raise ValueError(f"sliding_window is a number of tokens, at least 1, found {window}: set it to None for full attention")
-    if getattr(config, "use_bidirectional_attention", None):
+    if getattr(config, "use_bidirectional_attention", None) and config.model_type not in _EITHER_WAY:
         raise NotImplementedError(
-            f"use_bidirectional_attention={config.use_bidirectional_attention!r} (embedding models) is not supported: only causal "
-            "attention is; set it to None in the config if the model is a causal one"
+            f"use_bidirectional_attention={config.use_bidirectional_attention!r} of a {config.model_type!r} model is not "
+            "supported: its masks stay causal under some attentions of transformers and not under others; set it to None in the config if "
+            f"the model is a causal one, or use {' or '.join(_EITHER_WAY)}"
         )
+    # The modules say whether they are causal, and an encoder's say that they are not. A setting beside them is read by few.
     if not getattr(config, "is_causal", True):
-        raise NotImplementedError("is_causal=False is not supported: only causal attention is; remove it from the config")
+        raise NotImplementedError("is_causal=False is not supported in the config, which few models read: remove it")
     for kind in _rope_types(getattr(config, "rope_parameters", None) or {}):
         if kind not in _ROPE_TYPES:
             raise NotImplementedError(
-                f"rope type {kind!r} reads the longest position of the rows it sees, which differs from rank to rank; supported "
+                f"rope type {kind!r} was not tried; supported "
                 f"are {', '.join(_ROPE_TYPES)}: set rope_parameters in the config to one of them, or use a checkpoint that has one"
             )
 
@@ -156,16 +174,22 @@ def check_call(model: PreTrainedModel, arguments: Mapping[str, Any], parameters:
     if arguments.get("ignore_index", IGNORED) != IGNORED:
         raise NotImplementedError(f"ignore_index must be {IGNORED}: set the labels that do not count to {IGNORED}")
     if arguments.get("is_causal") is False:
-        raise NotImplementedError("is_causal=False is not supported: only causal attention is; leave it out")
+        raise NotImplementedError("is_causal=False is not supported in a call: the model's modules say it; leave it out")
     for name in _OTHER_INPUTS:
-        if arguments.get(name) is not None:
+        if arguments.get(name) is not None and not (name == "token_type_ids" and embeds_token_types(model)):
             raise NotImplementedError(f"{name} is not supported: it tells image tokens, and only text is read; leave it out")
     _check_outputs(model.config, arguments)
-    if arguments.get("labels") is not None and getattr(model, "loss_function", ForCausalLMLoss) is not ForCausalLMLoss:
+    theirs = arguments.get("labels") is not None and not labels_are_unshifted(model)
+    if theirs and getattr(model, "loss_function", ForCausalLMLoss) is not ForCausalLMLoss:
         raise NotImplementedError(
             f"{type(model).__name__} computes its loss with {model.loss_function!r}; only the causal language-model loss adds up "
             "over parts of a sequence: pass no labels and compute the loss from the logits"
         )
+    # An input of the model's own with a value for each token would stay whole, beside tokens that are cut.
+    for name in parameters:
+        value = arguments.get(name)
+        if isinstance(value, Tensor) and name not in (*KNOWN_KEYS, *_OTHER_KEYWORDS, "token_type_ids"):
+            raise NotImplementedError(f"{name} is not supported: it is not known how to cut it; leave it out")
     # Models take any keyword and hand it to their layers, which ignore what they do not know: documents under a wrong name would be
     # lost without an error, and a tensor of the whole sequence would meet tokens of a part.
     own = (*parameters, *TransformersKwargs.__annotations__, *_OTHER_KEYWORDS)

@@ -41,6 +41,7 @@ from dtensor_ring.data.batch import (
     warn_of_imbalance,
 )
 from dtensor_ring.data.batch_reading import find_documents, sequence_length
+from dtensor_ring.integrations.transformers.adapters import Unwrapped, unwrap
 from dtensor_ring.integrations.transformers.attention import (
     KEYWORD,
     NAME,
@@ -51,7 +52,7 @@ from dtensor_ring.integrations.transformers.attention import (
     RingBatch,
     register,
 )
-from dtensor_ring.integrations.transformers.checks import check_call, check_length, check_model
+from dtensor_ring.integrations.transformers.checks import MODEL_TYPES, check_call, check_length, check_model
 from dtensor_ring.integrations.transformers.description import axis_text, describe, reach_of
 from dtensor_ring.integrations.transformers.layer_call import by_name
 from dtensor_ring.integrations.transformers.outputs import (
@@ -61,6 +62,12 @@ from dtensor_ring.integrations.transformers.outputs import (
     gather_tokens,
     sum_over_tokens,
 )
+from dtensor_ring.integrations.transformers.own_inputs import cut_own, take_own
+from dtensor_ring.integrations.transformers.probe import try_tokenwise
+from dtensor_ring.integrations.transformers.rotary import WholeLength, length_rotaries, longest_position
+from dtensor_ring.integrations.transformers.streams import Dropout, RankStreams, check_dropout
+from dtensor_ring.integrations.transformers.structure import attends, check_structure
+from dtensor_ring.integrations.transformers.token_loss import keep_from_shift, labels_are_unshifted, with_loss
 from dtensor_ring.ops.arguments import Arguments, Strategy, check_stages, check_strategy_name, text_of_model
 from dtensor_ring.ops.kernels import KernelName, check_kernel_name
 from dtensor_ring.placements import SequencePlacement, Zigzag
@@ -71,13 +78,16 @@ _SEQUENCE_AXIS = r"cp|sp|seq|context|ring"  # how programs name the mesh axis th
 
 
 class RingPlan(dict[str, ParallelStyle]):
-    """A plan for `parallelize_module`: a style for the root ("") and for each attention module, by name.
+    """A plan for `parallelize_module`: a style for the root (""), which prepares every attention module inside.
 
     Made by `ring_plan`, for one model, applied once.
     """
 
-    def __init__(self, model: PreTrainedModel, placement: SequencePlacement, asked: Arguments) -> None:
-        self._model, self._placement, self._asked = model, placement, asked
+    def __init__(self, unwrapped: Unwrapped, placement: SequencePlacement, asked: Arguments, dropout: Dropout) -> None:
+        self._unwrapped, self._placement, self._asked, self._dropout = unwrapped, placement, asked, dropout
+        self._model: PreTrainedModel = unwrapped.model
+        self._unshifted = labels_are_unshifted(self._model)
+        self._rotaries, self._whole_length = length_rotaries(self._model), WholeLength()
         self._mesh: DeviceMesh | None = None
         # Asked now too, for the warning of a plan that was never applied: when it ends the process group may have ended before it.
         self._was_applied, self._begun_among_ranks = False, several_ranks()
@@ -88,9 +98,8 @@ class RingPlan(dict[str, ParallelStyle]):
         self._documents_of: MutableMapping[Tensor, Documents] = WeakTensorKeyDictionary()
         self._handles: list[RemovableHandle] = []
         self._marked: list[nn.Module] = []
-        names = [name for name, module in model.named_modules() if _is_attention(module)]
-        # parallelize_module follows this order: the root refuses a wrong model or mesh before any module is marked.
-        super().__init__({"": _RootStyle(self)} | {name: _AttentionStyle(self) for name in names})
+        # The root alone, which marks the attention modules inside: by names, those of a PEFT model would differ from its base's.
+        super().__init__({"": _RootStyle(self)})
 
     @renamed(local="local_tensor")
     def gather(
@@ -157,7 +166,7 @@ class RingPlan(dict[str, ParallelStyle]):
 
     def describe(self) -> str:
         """What the plan does, in a few lines."""
-        batch, attention = self._documents if self._is_packed else None, [name for name in self if name]
+        batch, attention = self._documents if self._is_packed else None, list(_attention_of(self._model))
         return describe(self._model, self._placement, self._asked, attention, self._mesh, batch)
 
     def undo(self) -> None:
@@ -216,7 +225,7 @@ class RingPlan(dict[str, ParallelStyle]):
 
     def _apply_root(self, module: nn.Module, mesh: DeviceMesh) -> None:
         self._was_applied = True  # or refused: that error says more than a warning would
-        if module is not self._model:
+        if not any(module is one for one in self._unwrapped.names):
             raise ValueError(f"this plan was made for another {type(self._model).__name__}: call ring_plan(model) for each model")
         if self._mesh is not None:
             raise RuntimeError("this plan is applied already: undo() it, or make another with ring_plan(model)")
@@ -235,14 +244,19 @@ class RingPlan(dict[str, ParallelStyle]):
         self._model.set_attn_implementation(NAME)
         self._mesh = mesh
         # Hooks and not another forward: signature and class of the model stay as they are, which Trainer and FSDP2 look at.
-        self._handles = [
-            module.register_forward_pre_hook(self._enter, with_kwargs=True),
-            module.register_forward_hook(self._leave, with_kwargs=True),
-        ]
-
-    def _apply_attention(self, module: nn.Module, mesh: DeviceMesh) -> None:
-        setattr(module, STATE, AttentionState(mesh, self._placement.layout, self._asked))
-        self._marked.append(module)
+        for root in self._unwrapped.roots:
+            self._handles += [
+                root.register_forward_pre_hook(self._enter, with_kwargs=True),
+                root.register_forward_hook(self._leave, with_kwargs=True),
+            ]
+            # After those: what `_enter` refuses has entered no stream. One rank alone drops what it does without a plan.
+            if self._dropout == "per_rank" and mesh.size() > 1:
+                self._handles += RankStreams(mesh.get_local_rank()).hook(root)
+        for rotary in self._rotaries:
+            self._handles += self._whole_length.hook(rotary)
+        for attention in _attention_of(self._model).values():
+            setattr(attention, STATE, AttentionState(mesh, self._placement.layout, self._asked))
+            self._marked.append(attention)
 
     # Not compiled: it reads values of the batch and compares ranks on the host. The model behind it is.
     @torch.compiler.disable
@@ -257,6 +271,9 @@ class RingPlan(dict[str, ParallelStyle]):
             )
             given = by_name(self._model, args, kwargs)
             check_call(self._model, given, tuple(inspect.signature(self._model.forward).parameters))
+            own = take_own(self._model, given)
+            if self._unshifted:
+                keep_from_shift(given)
             documents = given.pop("documents", None)
             given.pop("cache_position", None)  # places in a cache, of which there is none
             length = sequence_length(given)
@@ -266,24 +283,29 @@ class RingPlan(dict[str, ParallelStyle]):
         warn_of_imbalance(bounds, given, self._placement, transport, reach_of(self._model))
         self._is_packed = is_packed(bounds, given)
         batch = cut_batch(given, self._placement, transport, length, bounds)
+        self._whole_length.longest = longest_position(given, length, bounds)
         bounds = self._documents = batch.documents
+        batch.update(cut_own(own, self._placement, transport, bounds))
         # The model is to return this rank's sum of losses, which it does where it is to divide by 1; `_leave` makes the mean of it.
         # A mean of each rank's own labels, averaged over ranks, would weigh labels by how few there are on their rank.
         count = batch.num_items
-        if batch.get("num_items_in_batch") is not None or batch.get("labels") is None:
+        targets = batch.pop("shift_labels", None) if self._unshifted else None
+        if batch.get("num_items_in_batch") is not None or (batch.get("labels") is None and targets is None):
             count = None
         elif count is not None:
             batch["num_items_in_batch"] = 1
         # No cache, though configs ask for one by default: every forward pass would fill it with this rank's tokens.
         mask = torch.empty(NO_MASK, dtype=torch.bool, device=next(self._model.parameters()).device)
-        return (), {**batch, "attention_mask": mask, "use_cache": False, KEYWORD: RingBatch(length, bounds, count)}
+        return (), {**batch, "attention_mask": mask, "use_cache": False, KEYWORD: RingBatch(length, bounds, count, targets)}
 
     @torch.compiler.disable
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ANN401
         """Makes the mean over the whole batch of this rank's sum of losses, and remembers that these outputs are of this batch."""
         # From the keywords that `_enter` returned, not from the plan: they belong to this very forward pass.
         self._check_replayed(kwargs[KEYWORD])
-        count, documents = kwargs[KEYWORD].count, kwargs[KEYWORD].documents
+        count, documents, targets = kwargs[KEYWORD].count, kwargs[KEYWORD].documents, kwargs[KEYWORD].targets
+        if targets is not None:
+            output = with_loss(output, targets, kwargs["num_items_in_batch"])
         if self._placement.layout.cut and documents is not None:
             self._documents_of.update(dict.fromkeys(tensors_in(output), documents))
         if count is None:
@@ -296,7 +318,7 @@ class RingPlan(dict[str, ParallelStyle]):
 
 
 def ring_plan(
-    model: PreTrainedModel,
+    model: PreTrainedModel | nn.Module,
     placement: SequencePlacement | None = None,
     strategy: Strategy | None = None,
     kernel: KernelName | None = None,
@@ -304,6 +326,8 @@ def ring_plan(
     stages: int | None = None,
     memory: int | None = None,
     cost_model: CostModel | None = None,
+    dropout: Dropout = "same",
+    unlisted: bool = False,
 ) -> RingPlan:
     """A plan that makes a Hugging Face model sequence-parallel over one mesh axis.
 
@@ -320,7 +344,8 @@ def ring_plan(
     padding tokens are unspecified, their labels must be -100, and a label at the first real token after padding is ignored.
 
     Args:
-        model: a transformers model of a supported type (`dtensor_ring.integrations.transformers.checks.MODEL_TYPES`).
+        model: a transformers model of a supported type (`dtensor_ring.integrations.transformers.checks.MODEL_TYPES`), or a PEFT
+            model around one; `parallelize_module` then takes the PEFT model or the model inside.
         placement: how sequences are cut; `Zigzag(1)` by default, whatever the batches. Where it balances packed documents badly, a
             warning and `describe()` propose `Zigzag(1, per_document=True)`: it cannot be the default, since it needs the documents
             wherever tokens are gathered, in one row for the whole batch. All ranks must pass the same.
@@ -329,6 +354,11 @@ def ring_plan(
         stages: as in `ring_attention`.
         memory: as in `ring_attention`.
         cost_model: as in `ring_attention`.
+        dropout: masks of dropout outside of attention. "same": what the ranks' seeds give, and equal seeds give every rank the same
+            mask on other tokens. "per_rank": each rank draws from a stream of its own during the forward pass, and the default
+            generators end it equal on all ranks.
+        unlisted: also take a model whose type is not listed, if it passes `check_structure`: what can be seen of a model without
+            knowing it. It is no proof: compare loss and gradients with one process before training.
 
     Returns:
         A dict for `parallelize_module`, with `gather`, `describe` and `undo`.
@@ -339,14 +369,19 @@ def ring_plan(
         NotImplementedError: the model has something that would be silently wrong on a part of a sequence.
     """
     # All of this raises where the plan is made, in the user's own line, and not in a hook at the first batch.
-    check_model(model)
+    unwrapped = unwrap(model, unlisted)
+    check_model(unwrapped.model, unlisted)
+    if unlisted and unwrapped.model.config.model_type not in MODEL_TYPES:
+        check_structure(unwrapped.model)
+        try_tokenwise(unwrapped.model)
+    check_dropout(dropout)
     check_strategy_name(strategy)
     check_kernel_name(kernel)
     placement = Zigzag(1) if placement is None else placement
     check_placement(placement)
     asked = Arguments(strategy=strategy, kernel=kernel, stages=stages, memory=memory, cost_model=text_of_model(cost_model))
     check_stages(asked)
-    return RingPlan(model, placement, asked)
+    return RingPlan(unwrapped, placement, asked, dropout)
 
 
 class _RootStyle(ParallelStyle):
@@ -360,17 +395,6 @@ class _RootStyle(ParallelStyle):
         return module
 
 
-class _AttentionStyle(ParallelStyle):
-    def __init__(self, plan: RingPlan) -> None:
-        super().__init__()
-        self._plan = plan
-
-    @override
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        self._plan._apply_attention(module, device_mesh)
-        return module
-
-
-def _is_attention(module: nn.Module) -> bool:
-    """Attention modules of transformers carry a layer index and whether they are causal, and call the attention interface."""
-    return type(module).__name__.endswith("Attention") and hasattr(module, "layer_idx")
+def _attention_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The attention modules of a model, by name; asked for when a plan is applied, as wrappers change names before that."""
+    return {name: module for name, module in model.named_modules() if attends(module)}
