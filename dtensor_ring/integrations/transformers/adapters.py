@@ -1,10 +1,10 @@
-"""PEFT models: the transformers model inside, and the modules through which calls reach it.
+"""PEFT models: the transformers model inside, whose calls a plan's hooks see.
 
-    peft_model(...)                    PeftModel.forward     adapter switches, then
-      peft_model.base_model(...)       the tuner (LoraModel) calls the model's `forward` itself, past the hooks of
-        peft_model.base_model.model    the transformers model, which a call of its own reaches
+    peft_model(...)                       PeftModel      sets adapters, and adds virtual tokens where the method has some
+      peft_model.base_model(...)          the tuner      LoraModel and its like
+        peft_model.base_model.model(...)  the model      cuts the batch, whichever of the three was called
 
-so the tuner and the model both get the hooks of a root, and a call through either is cut once.
+Adapters may be merged, switched or disabled at any time: they change weights of linear layers and no module of attention.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 from torch import nn
 
 # Methods that add to weights, scale or rotate them, or act on each token by itself: the tests train each, or one of its kind.
-TUNERS = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT", "VERA", "LN_TUNING", "TRAINABLE_TOKENS")
+TUNERS = ("LORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT", "VERA", "LN_TUNING", "TRAINABLE_TOKENS")
 # What they do to the sequence, where it is not that of the method's own name.
 _REASONS = {
     "PREFIX_TUNING": "puts keys and values before the first token, in a cache, and a parallelized model has none",
+    "ADALORA": "adds to the loss in a forward of its own, which goes past the model's hooks",
     "ADAPTION_PROMPT": "replaces attention modules by its own, which attend to prompts",
     "XLORA": "weighs its adapters by what the whole row holds",
     "CARTRIDGE": "puts keys and values before the first token, in a cache, and a parallelized model has none",
@@ -29,13 +30,11 @@ class Unwrapped(NamedTuple):
 
     Attributes:
         model: the innermost model, one of transformers if it is supported.
-        roots: the modules whose call is a call of the model: the model itself, and the tuner of a PEFT model.
-        names: what `parallelize_module` may be called on: the roots, and the PEFT model.
+        roots: what `parallelize_module` may be called on: the model, and what wraps it.
     """
 
     model: Any
     roots: tuple[nn.Module, ...]
-    names: tuple[nn.Module, ...]
 
 
 def unwrap(model: Any, unlisted: bool) -> Unwrapped:  # noqa: ANN401
@@ -49,11 +48,17 @@ def unwrap(model: Any, unlisted: bool) -> Unwrapped:  # noqa: ANN401
         NotImplementedError: a method that changes the sequence (prompt and prefix tuning), or was not tried.
     """
     if not is_peft(model):
-        return Unwrapped(model, (model,), (model,))
+        return Unwrapped(model, (model,))
     for config in model.peft_config.values():
         _check_tuner(config, unlisted)
     inner, tuner = model.get_base_model(), model.base_model
-    return Unwrapped(inner, (inner, tuner), (inner, tuner, model))
+    # Older tuners call `self.model.forward`, past the hooks of the model.
+    if tuner is not inner and "forward" in type(tuner).forward.__code__.co_names:
+        raise NotImplementedError(
+            f"this version of PEFT calls {type(inner).__name__}.forward past the model's hooks: use PEFT 0.18 or newer, or call "
+            "ring_plan, parallelize_module and the model itself with peft_model.get_base_model()"
+        )
+    return Unwrapped(inner, (inner, tuner, model))
 
 
 def is_peft(model: object) -> bool:

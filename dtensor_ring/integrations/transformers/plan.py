@@ -225,7 +225,7 @@ class RingPlan(dict[str, ParallelStyle]):
 
     def _apply_root(self, module: nn.Module, mesh: DeviceMesh) -> None:
         self._was_applied = True  # or refused: that error says more than a warning would
-        if not any(module is one for one in self._unwrapped.names):
+        if not any(module is root for root in self._unwrapped.roots):
             raise ValueError(f"this plan was made for another {type(self._model).__name__}: call ring_plan(model) for each model")
         if self._mesh is not None:
             raise RuntimeError("this plan is applied already: undo() it, or make another with ring_plan(model)")
@@ -244,14 +244,13 @@ class RingPlan(dict[str, ParallelStyle]):
         self._model.set_attn_implementation(NAME)
         self._mesh = mesh
         # Hooks and not another forward: signature and class of the model stay as they are, which Trainer and FSDP2 look at.
-        for root in self._unwrapped.roots:
-            self._handles += [
-                root.register_forward_pre_hook(self._enter, with_kwargs=True),
-                root.register_forward_hook(self._leave, with_kwargs=True),
-            ]
-            # After those: what `_enter` refuses has entered no stream. One rank alone drops what it does without a plan.
-            if self._dropout == "per_rank" and mesh.size() > 1:
-                self._handles += RankStreams(mesh.get_local_rank()).hook(root)
+        self._handles = [
+            self._model.register_forward_pre_hook(self._enter, with_kwargs=True),
+            self._model.register_forward_hook(self._leave, with_kwargs=True),
+        ]
+        # After those: what `_enter` refuses has entered no stream. One rank alone drops what it does without a plan.
+        if self._dropout == "per_rank" and mesh.size() > 1:
+            self._handles += RankStreams(mesh.get_local_rank()).hook(self._model)
         for rotary in self._rotaries:
             self._handles += self._whole_length.hook(rotary)
         for attention in _attention_of(self._model).values():

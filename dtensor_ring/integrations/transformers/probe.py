@@ -6,8 +6,8 @@
     3       without position_ids         must be as with 0..7, which is what a plan fills in
 
 In 1 and 3 equal means bit for bit, but for experts, whose groups of tokens change; in 2 matrices have another shape, so that equal
-is up to rounding. What layers ask of attention is looked at too: masks must be those that causality and window tell, and no argument
-may be one that ring attention does not read.
+is up to rounding. What layers ask of attention is looked at too: masks must be those that causality and window tell, and no
+argument may be one that ring attention does not read.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ Programs seed all ranks alike, so that weights begin equal. The masks of hidden 
     a stream a rank     rank 0: x0 x1 . x3    rank 1: x4 . x6 x7     independent, as of one process
 
 During the model's forward pass the default generators stand at a state made of their state before and of the rank on the axis;
-after it they stand one draw further than before, on every rank alike. Nothing is sent. Activation checkpointing keeps the state that
-it finds in the forward pass (`preserve_rng_state`), so that what is computed again drops the same. Ranks of other axes that hold one
-part of the sequence, such as those of tensor parallelism, have one stream, as they had before.
+after it they stand one draw further than before, on every rank alike. Nothing is sent. Activation checkpointing keeps the state
+that it finds in the forward pass (`preserve_rng_state`), so that what is computed again drops the same. Ranks of other axes that
+hold one part of the sequence, such as those of tensor parallelism, have one stream, as they had before.
 """
 
 from __future__ import annotations
