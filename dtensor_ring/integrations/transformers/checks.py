@@ -20,17 +20,17 @@ from dtensor_ring.planning.documents import Documents
 # Those whose loss, logits and gradients the tests compare with one process. A type that is not among them may mix tokens outside of
 # attention, which would see a part of the sequence and raise nothing.
 MODEL_TYPES = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "qwen3_moe",
-    "mixtral",
-    "gemma2",
-    "gemma3_text",
-    "gpt_oss",
-    "phi3",
+    *("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma2", "gemma3_text", "gpt_oss", "phi3"),
+    *("afmoe", "apertus", "arcee", "cohere", "cohere2", "cwm", "deepseek_v2", "deepseek_v3", "diffllama", "dots1", "ernie4_5"),
+    *("ernie4_5_moe", "exaone4", "flex_olmo", "gemma", "glm", "glm4", "glm4_moe", "gpt2", "gpt_neox", "granite", "granitemoe"),
+    *("helium", "hunyuan_v1_dense", "jais2", "minimax_m2", "ministral", "ministral3", "modernbert-decoder", "nanochat", "olmo"),
+    *("olmo2", "olmo3", "olmoe", "persimmon", "phi", "phimoe", "qwen2_moe", "seed_oss", "smollm3", "starcoder2", "vaultgemma"),
+    *("bert", "distilbert", "electra", "eurobert", "modernbert", "roberta", "xlm-roberta"),  # encoders
 )
+# Types whose windows are in masks alone, which ring attention does not build: their layers pass none on.
+_NO_WINDOW = ("phimoe", "qwen2_moe")
+# Types that count tokens from the number of their padding token on, where a plan would count from 0.
+_OFFSET = ("roberta", "xlm-roberta")
 # Rotary embeddings of the first depend on a token's position only; those of the last two also on how long the batch is (`rotary`).
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional", "dynamic", "longrope")
 _HEADS = ("ForCausalLM", "Model", *HEADS)  # ends of class names
@@ -99,13 +99,22 @@ def _check_layers(config: Any) -> None:  # noqa: ANN401
     window = getattr(config, "sliding_window", None)
     if "sliding_attention" in kinds and window is None:
         raise ValueError("layer_types name sliding_attention, but sliding_window is None: set it to a number of tokens")
-    if window is not None and window < 1:
+    if config.model_type in _NO_WINDOW and ("sliding_attention" in kinds if kinds else window is not None):
+        raise NotImplementedError(
+            f"sliding_window={window} of a {config.model_type!r} model is not supported: its layers do not pass the window on to "
+            "attention; set use_sliding_window=False or sliding_window=None in the config for full attention"
+        )
+    if window is not None and window < 1 and ("sliding_attention" in kinds or not kinds):
         raise ValueError(f"sliding_window is a number of tokens, at least 1, found {window}: set it to None for full attention")
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
+        raise NotImplementedError(
+            "models that attend to a second sequence (is_encoder_decoder, add_cross_attention) are not supported"
+        )
     if getattr(config, "use_bidirectional_attention", None) and config.model_type not in _EITHER_WAY:
         raise NotImplementedError(
             f"use_bidirectional_attention={config.use_bidirectional_attention!r} of a {config.model_type!r} model is not "
-            "supported: its masks stay causal under some attentions of transformers and not under others; set it to None in the config if "
-            f"the model is a causal one, or use {' or '.join(_EITHER_WAY)}"
+            "supported: its masks stay causal under some attentions of transformers and not under others; set it to None in the "
+            f"config if the model is a causal one, or use {' or '.join(_EITHER_WAY)}"
         )
     # The modules say whether they are causal, and an encoder's say that they are not. A setting beside them is read by few.
     if not getattr(config, "is_causal", True):
@@ -179,6 +188,11 @@ def check_call(model: PreTrainedModel, arguments: Mapping[str, Any], parameters:
         if arguments.get(name) is not None and not (name == "token_type_ids" and embeds_token_types(model)):
             raise NotImplementedError(f"{name} is not supported: it tells image tokens, and only text is read; leave it out")
     _check_outputs(model.config, arguments)
+    if model.config.model_type in _OFFSET and arguments.get("position_ids") is None:
+        first = model.config.pad_token_id + 1
+        raise NotImplementedError(
+            f"{type(model).__name__} numbers tokens from {first} on, and its padding {first - 1}: pass position_ids (B, S)"
+        )
     theirs = arguments.get("labels") is not None and not labels_are_unshifted(model)
     if theirs and getattr(model, "loss_function", ForCausalLMLoss) is not ForCausalLMLoss:
         raise NotImplementedError(

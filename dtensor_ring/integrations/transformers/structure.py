@@ -19,9 +19,8 @@ from transformers import PreTrainedModel
 
 # Modules that read neighbours of a token, or all of them, by what their classes are called.
 _MIXING = re.compile(
-    r"conv\dd|shortconv|mamba|ssm|rwkv|deltanet|linearattention|lightningattention|recurrent|lstm|gru|tokenshift|hyena|retention|"
-    r"pool|indexer|compressor|fourier|batchnorm|instancenorm",
-    re.IGNORECASE,
+    r"Conv\dd|ShortConv|Mamba|SSM|Rwkv|RWKV|DeltaNet|LinearAttention|LightningAttention|Recurrent|LSTM|GRU|TokenShift|Hyena|Retention|"
+    r"Pool|Indexer|Compressor|Fourier|BatchNorm|InstanceNorm"
 )
 _LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
@@ -33,9 +32,14 @@ def attends(module: nn.Module) -> bool:
 
 def reads_interface(module: nn.Module) -> bool:
     """Whether the forward of a module's class asks for transformers' attention interface."""
-    # Read off the code, since nothing else tells: attention modules have no common class. Decorators keep what they wrap.
+    # Read off the code, since nothing else tells: attention modules have no common class.
+    return "ALL_ATTENTION_FUNCTIONS" in _names_in_forward(module)
+
+
+def _names_in_forward(module: nn.Module) -> tuple[str, ...]:
+    """Names that the code of a module's forward uses, beside those of its variables; decorators keep what they wrap."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+    return () if code is None else code.co_names
 
 
 def check_structure(model: PreTrainedModel) -> None:
@@ -57,8 +61,6 @@ def _reasons(model: PreTrainedModel) -> Iterator[str]:
     if "position_ids" not in inspect.signature(model.forward).parameters:
         yield "its forward takes no position_ids, so that it would count each rank's tokens from 0"
     config: Any = model.config
-    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
-        yield "it attends to a second sequence (is_encoder_decoder or add_cross_attention)"
     for name in _LAYERDROP:
         if getattr(config, name, 0):
             yield f"{name}={getattr(config, name)} skips layers at random, on each rank others, whose attention would wait for ever"
@@ -66,6 +68,8 @@ def _reasons(model: PreTrainedModel) -> Iterator[str]:
         yield "none of its modules asks for the attention interface of transformers"
     for name, module in model.named_modules():
         kind = type(module).__name__
+        if reads_interface(module) and "arange" in _names_in_forward(module):
+            yield f"{name} ({kind}) counts the tokens that it sees (its forward calls arange) instead of reading position_ids"
         if re.search("attention", kind, re.IGNORECASE) and not any(reads_interface(part) for part in module.modules()):
             if any(module.parameters()) or not any(module.children()):
                 yield f"{name} ({kind}) computes attention by itself, of the tokens that it sees"
