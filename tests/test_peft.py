@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from importlib import import_module
 
-import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,19 +16,20 @@ from dtensor_ring import ring_plan
 
 LINEAR = ["q_proj", "v_proj", "down_proj", "lm_head"]
 TUNERS = {
-    "LORA": lambda: peft.LoraConfig(r=4, target_modules=LINEAR, use_dora=True, init_lora_weights=False),
-    "LOHA": lambda: peft.LoHaConfig(r=4, target_modules=LINEAR, init_weights=False),
-    "LOKR": lambda: peft.LoKrConfig(r=4, target_modules=LINEAR, init_weights=False),
-    "IA3": lambda: peft.IA3Config(target_modules=LINEAR, feedforward_modules=["down_proj"], init_ia3_weights=False),
-    "OFT": lambda: peft.OFTConfig(r=0, oft_block_size=8, target_modules=["q_proj"]),
-    "BOFT": lambda: peft.BOFTConfig(boft_block_size=4, target_modules=["q_proj"], init_weights=False),
-    "VERA": lambda: peft.VeraConfig(r=4, target_modules=["q_proj", "o_proj"], init_weights=False),
-    "LN_TUNING": lambda: peft.LNTuningConfig(target_modules=["input_layernorm", "norm"]),
-    "TRAINABLE_TOKENS": lambda: peft.TrainableTokensConfig(token_indices=[3, 5], target_modules=["embed_tokens"]),
+    "LORA": lambda peft: peft.LoraConfig(r=4, target_modules=LINEAR, use_dora=True, init_lora_weights=False),
+    "LOHA": lambda peft: peft.LoHaConfig(r=4, target_modules=LINEAR, init_weights=False),
+    "LOKR": lambda peft: peft.LoKrConfig(r=4, target_modules=LINEAR, init_weights=False),
+    "IA3": lambda peft: peft.IA3Config(target_modules=LINEAR, feedforward_modules=["down_proj"], init_ia3_weights=False),
+    "OFT": lambda peft: peft.OFTConfig(r=0, oft_block_size=8, target_modules=["q_proj"]),
+    "BOFT": lambda peft: peft.BOFTConfig(boft_block_size=4, target_modules=["q_proj"], init_weights=False),
+    "VERA": lambda peft: peft.VeraConfig(r=4, target_modules=["q_proj", "o_proj"], init_weights=False),
+    "LN_TUNING": lambda peft: peft.LNTuningConfig(target_modules=["input_layernorm", "norm"]),
+    "TRAINABLE_TOKENS": lambda peft: peft.TrainableTokensConfig(token_indices=[3, 5], target_modules=["embed_tokens"]),
 }
 
 
-def make_peft(config, tied: bool = False) -> peft.PeftModel:
+def make_peft(config, tied: bool = False):
+    peft = import_module("peft")  # not with this module, which every process of the tests would pay for
     model = make_model("llama")
     if tied:
         model.config.tie_word_embeddings = True
@@ -39,8 +40,8 @@ def make_peft(config, tied: bool = False) -> peft.PeftModel:
         return peft.get_peft_model(model, config).double()
 
 
-def lora(**more) -> peft.LoraConfig:
-    return peft.LoraConfig(r=4, target_modules=LINEAR, task_type="CAUSAL_LM", init_lora_weights=False, **more)
+def lora(**more):
+    return import_module("peft").LoraConfig(r=4, target_modules=LINEAR, task_type="CAUSAL_LM", init_lora_weights=False, **more)
 
 
 def step_alone(model, batch):
@@ -67,7 +68,7 @@ def assert_same_step(model, call, plan, batch, wanted) -> None:
 
 def peft_models():
     """LoRA on attention, MLP and head of a model with tied weights, however it is parallelized and called; adapters that change."""
-    warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+    warnings.filterwarnings("ignore", message="Model (has|with) `tie_word_embeddings=True`")
     mesh, batch = line(), make_batch(17)
     config = lora(ensure_weight_tying=False, modules_to_save=["norm"])
     wanted = once(lambda: step_alone(make_peft(config, tied=True), batch))
@@ -106,8 +107,8 @@ def test_peft_models_train_as_in_one_process_and_adapters_may_change(pools):
 
 def tuner_step(kind: str):
     batch = make_batch(17)
-    wanted = once(lambda: step_alone(make_peft(TUNERS[kind]()), batch))
-    model = make_peft(TUNERS[kind]())
+    wanted = once(lambda: step_alone(make_peft(TUNERS[kind](import_module("peft"))), batch))
+    model = make_peft(TUNERS[kind](import_module("peft")))
     parallelize_module(model, line(), plan := ring_plan(model))
     assert_same_step(model, model, plan, batch, wanted)
 
@@ -119,19 +120,19 @@ def test_every_method_that_is_accepted_trains_as_in_one_process(pools, kind):
 
 
 REFUSED = {
-    "PROMPT_TUNING puts virtual tokens before the first one": lambda: peft.PromptTuningConfig(
+    "PROMPT_TUNING puts virtual tokens before the first one": lambda peft: peft.PromptTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=4
     ),
-    "PREFIX_TUNING puts keys and values before the first token": lambda: peft.PrefixTuningConfig(
+    "PREFIX_TUNING puts keys and values before the first token": lambda peft: peft.PrefixTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=4
     ),
-    "P_TUNING puts virtual tokens": lambda: peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-    "ADAPTION_PROMPT replaces attention modules": lambda: peft.AdaptionPromptConfig(
+    "P_TUNING puts virtual tokens": lambda peft: peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "ADAPTION_PROMPT replaces attention modules": lambda peft: peft.AdaptionPromptConfig(
         task_type="CAUSAL_LM", adapter_layers=1, adapter_len=4
     ),
-    "ADALORA adds to the loss": lambda: peft.AdaLoraConfig(target_modules=LINEAR, total_step=10),
-    "alora_invocation_tokens": lambda: lora(alora_invocation_tokens=[5]),
-    "HRA was not tried; tried are LORA": lambda: peft.HRAConfig(target_modules=LINEAR),
+    "ADALORA adds to the loss": lambda peft: peft.AdaLoraConfig(target_modules=LINEAR, total_step=10),
+    "alora_invocation_tokens": lambda _: lora(alora_invocation_tokens=[5]),
+    "HRA was not tried; tried are LORA": lambda peft: peft.HRAConfig(target_modules=LINEAR),
 }
 
 
@@ -139,11 +140,11 @@ REFUSED = {
 @pytest.mark.parametrize("text", REFUSED)
 def test_methods_that_change_the_sequence_are_refused_by_name(text):
     with pytest.raises(NotImplementedError, match=text):
-        ring_plan(peft.get_peft_model(make_model("llama"), REFUSED[text]()))
+        ring_plan(make_peft(REFUSED[text](import_module("peft"))))
 
 
 def test_methods_that_were_not_tried_are_taken_as_unlisted():
-    ring_plan(peft.get_peft_model(make_model("llama"), peft.HRAConfig(target_modules=LINEAR)), unlisted=True)
+    ring_plan(make_peft(import_module("peft").HRAConfig(target_modules=LINEAR)), unlisted=True)
 
 
 def test_accepted_methods_are_those_that_are_tested():

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import ClassVar
+from importlib import import_module
 
-import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,7 +13,7 @@ from helpers import grid, line, refused
 from models import SIZES, make_batch, make_model
 from torch import nn
 from torch.distributed.tensor.parallel import parallelize_module
-from transformers import Phi3Config
+from transformers import AutoModelForCausalLM, Phi3Config
 
 from dtensor_ring import Zigzag, ring_plan
 from dtensor_ring.integrations.transformers.streams import stream_seed
@@ -25,12 +24,10 @@ P = 0.5
 class Masks:
     """What the dropout modules of a model kept in each call, in order."""
 
-    kinds: ClassVar = (nn.Dropout,)
-
     def __init__(self, model: nn.Module) -> None:
         self.calls: list[torch.Tensor] = []
         for module in model.modules():
-            if isinstance(module, self.kinds) and module.p:
+            if isinstance(module, nn.Dropout) and module.p:
                 module.register_forward_hook(self._note)
 
     def _note(self, _module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
@@ -44,8 +41,6 @@ class Masks:
 def hidden_dropout(dropout: str, mesh=None, checkpointing: bool = False):
     """A model with dropout after its blocks and of its embeddings, and in its attention."""
     torch.manual_seed(0)
-    from transformers import AutoModelForCausalLM
-
     config = Phi3Config(resid_pdrop=P, embd_pdrop=P, attention_dropout=0.2, pad_token_id=0, **SIZES)
     model = AutoModelForCausalLM.from_config(config).double().train()
     plan = ring_plan(model, Zigzag(1), dropout=dropout, kernel="math")
@@ -100,6 +95,7 @@ def streams():
     torch.manual_seed(7)
     model(**batch)
     assert torch.equal(*of_all_ranks(masks.take().byte()))
+    peft = import_module("peft")
     adapted = peft.get_peft_model(
         make_model("llama"), peft.LoraConfig(target_modules=["q_proj"], lora_dropout=P, task_type="CAUSAL_LM")
     ).train()

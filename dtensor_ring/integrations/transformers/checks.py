@@ -26,6 +26,7 @@ MODEL_TYPES = (
     *("helium", "hunyuan_v1_dense", "jais2", "minimax_m2", "ministral", "ministral3", "modernbert-decoder", "nanochat", "olmo"),
     *("olmo2", "olmo3", "olmoe", "persimmon", "phi", "phimoe", "qwen2_moe", "seed_oss", "smollm3", "starcoder2", "vaultgemma"),
     *("bert", "distilbert", "electra", "eurobert", "modernbert", "roberta", "xlm-roberta"),  # encoders
+    *("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"),  # text models inside of others, which place tokens on three axes
 )
 # Types whose windows are in masks alone, which ring attention does not build: their layers pass none on.
 _NO_WINDOW = ("phimoe", "qwen2_moe")

@@ -67,7 +67,12 @@ from dtensor_ring.integrations.transformers.probe import try_tokenwise
 from dtensor_ring.integrations.transformers.rotary import WholeLength, length_rotaries, longest_position
 from dtensor_ring.integrations.transformers.streams import Dropout, RankStreams, check_dropout
 from dtensor_ring.integrations.transformers.structure import attends, check_structure
-from dtensor_ring.integrations.transformers.token_loss import keep_from_shift, labels_are_unshifted, with_loss
+from dtensor_ring.integrations.transformers.token_loss import (
+    keep_from_shift,
+    labels_are_unshifted,
+    take_targets,
+    with_loss,
+)
 from dtensor_ring.ops.arguments import Arguments, Strategy, check_stages, check_strategy_name, text_of_model
 from dtensor_ring.ops.kernels import KernelName, check_kernel_name
 from dtensor_ring.placements import SequencePlacement, Zigzag
@@ -288,7 +293,7 @@ class RingPlan(dict[str, ParallelStyle]):
         # The model is to return this rank's sum of losses, which it does where it is to divide by 1; `_leave` makes the mean of it.
         # A mean of each rank's own labels, averaged over ranks, would weigh labels by how few there are on their rank.
         count = batch.num_items
-        targets = batch.pop("shift_labels", None) if self._unshifted else None
+        targets = take_targets(batch) if self._unshifted else None
         if batch.get("num_items_in_batch") is not None or (batch.get("labels") is None and targets is None):
             count = None
         elif count is not None:

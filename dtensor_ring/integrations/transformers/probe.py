@@ -121,7 +121,8 @@ def check_tokenwise(model: PreTrainedModel) -> None:
         )
     seen = _Seen()
     draw = torch.Generator().manual_seed(0)
-    words = [word for word in range(model.get_input_embeddings().num_embeddings) if word != model.config.pad_token_id]
+    config: Any = model.config
+    words = [word for word in range(config.vocab_size) if word != getattr(config, "pad_token_id", None)]
     row = torch.tensor(words)[torch.randperm(len(words), generator=draw)[: _LENGTH + 1] % len(words)]
     if len(row) <= _LENGTH:
         row = torch.tensor(words).repeat(_LENGTH + 1)[: _LENGTH + 1]

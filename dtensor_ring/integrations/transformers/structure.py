@@ -36,10 +36,16 @@ def reads_interface(module: nn.Module) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in _names_in_forward(module)
 
 
-def _names_in_forward(module: nn.Module) -> tuple[str, ...]:
+def _names_in_forward(module: nn.Module) -> set[str]:
     """Names that the code of a module's forward uses, beside those of its variables; decorators keep what they wrap."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return () if code is None else code.co_names
+    names: set[str] = set()
+    for kind in type(module).__mro__:
+        code = getattr(inspect.unwrap(kind.forward), "__code__", None) if "forward" in vars(kind) else None
+        if code is not None:
+            names |= set(code.co_names)
+            if "super" not in code.co_names:  # what classes below it do is not reached
+                break
+    return names
 
 
 def check_structure(model: PreTrainedModel) -> None:
@@ -71,7 +77,7 @@ def _reasons(model: PreTrainedModel) -> Iterator[str]:
         if reads_interface(module) and "arange" in _names_in_forward(module):
             yield f"{name} ({kind}) counts the tokens that it sees (its forward calls arange) instead of reading position_ids"
         if re.search("attention", kind, re.IGNORECASE) and not any(reads_interface(part) for part in module.modules()):
-            if any(module.parameters()) or not any(module.children()):
+            if next(module.parameters(), None) is not None:
                 yield f"{name} ({kind}) computes attention by itself, of the tokens that it sees"
         elif _MIXING.search(kind) and not _is_pointwise(module):
             yield f"{name} ({kind}) reads other tokens than its own"

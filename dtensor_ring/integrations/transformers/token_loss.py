@@ -43,6 +43,11 @@ def keep_from_shift(batch: dict[str, Any]) -> None:
     batch["shift_labels"] = labels
 
 
+def take_targets(share: dict[str, Any]) -> Tensor | None:
+    """Take this rank's labels (B, S/W) out of its share of a batch, in place; None where the batch has none."""
+    return share.pop("shift_labels", None)
+
+
 def with_loss(output: Any, labels: Tensor, divisor: Tensor | float) -> Any:  # noqa: ANN401
     """A model's output with the sum of the losses of its logits (B, S/W, V), over `divisor`, in the first place.
 
