@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from itertools import pairwise
 
 import pytest
 import torch
@@ -115,12 +116,17 @@ def make_model(kind: str):
     return model
 
 
-def step_alone(kind: str, batch):
-    model = make_model(kind)
-    with in_double() if kind in EAGER else nullcontext():
-        out = model(**batch, use_cache=False)
-    out.loss.backward()
-    return out.loss.detach(), out.logits.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+def step_alone(kind: str, batch, bounds: tuple[int, ...]):
+    """Loss, logits and gradients of one process, every document by itself."""
+    model, outs = make_model(kind), []
+    count = (batch["labels"][:, 1:] != -100).sum()
+    for start, stop in pairwise(bounds):
+        part = {name: value[:, start:stop] for name, value in batch.items()}
+        with in_double() if kind in EAGER else nullcontext():
+            outs.append(model(**part, num_items_in_batch=count, use_cache=False))
+        outs[-1].loss.backward()
+    logits = torch.cat([out.logits.detach() for out in outs], dim=1)
+    return sum(out.loss.detach() for out in outs), logits, {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 def error_of(found: torch.Tensor, wanted: torch.Tensor, least: float = 0.0) -> float:
@@ -128,16 +134,18 @@ def error_of(found: torch.Tensor, wanted: torch.Tensor, least: float = 0.0) -> f
 
 
 def swept_step(kind: str):
-    """One step at each of two lengths and layouts; windows of 5 tokens end within a rank and beyond it."""
-    for length, placement in ((23, Zigzag(1)), (16, Contiguous(1))):
-        batch = make_batch(length)
-        loss, logits, grads = once(lambda batch=batch: step_alone(kind, batch))
+    """One step at each of two lengths and layouts, and a packed one; windows of 5 tokens end within a rank and beyond it."""
+    for bounds, placement in (((0, 23), Zigzag(1)), ((0, 16), Contiguous(1)), ((0, 11, 23), Zigzag(1))):
+        batch = make_batch(bounds[-1])
+        batch["labels"][:, list(bounds[1:-1])] = -100  # a document's first token is predicted by none
+        loss, logits, grads = once(lambda batch=batch, bounds=bounds: step_alone(kind, batch, bounds))
         model = make_model(kind)
         check_structure(model)
         check_tokenwise(model)
         plan = ring_plan(model, placement)
         parallelize_module(model, line(), plan)
-        out = model(**batch)
+        packed = {"documents": list(bounds)} if len(bounds) > 2 else {}
+        out = model(**batch, **packed)
         out.loss.backward()
         assert error_of(plan.gather(out.logits), logits) < SMALL
         torch.testing.assert_close(out.loss.detach(), loss, rtol=1e-6, atol=0)

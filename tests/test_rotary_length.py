@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from helpers import line
+from helpers import line, refused
 from models import SIZES, build
 from torch import nn
 from torch.distributed.tensor.parallel import parallelize_module
@@ -56,6 +56,7 @@ def whole_lengths(kind: str):
     wanted = alone(ids[:, :30], position_ids=positions, use_cache=False).logits
     for given in ({"position_ids": positions}, {"documents": packed}):
         torch.testing.assert_close(plan.gather(model(ids[:, :30], **given).logits), wanted, rtol=0, atol=1e-10)
+    refused(lambda: model.model(ids[:, :9]), RuntimeError, "was run outside of the forward pass of the parallelized model")
     plan.undo()
     assert [len(part._forward_pre_hooks) for part in model.modules()] == hooks
     assert torch.equal(model(ids[:, :9], use_cache=False).logits, alone(ids[:, :9], use_cache=False).logits)

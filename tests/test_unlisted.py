@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from helpers import line, refused
 from models import SIZES, make_batch
+from test_families import FAMILIES
+from test_families import make_model as make_family
 from torch import nn
 from torch.distributed.tensor.parallel import parallelize_module
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -19,6 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 from dtensor_ring import ring_plan
 from dtensor_ring.integrations.transformers import check_tokenwise
+from dtensor_ring.integrations.transformers.structure import check_structure
 
 
 class OwnConfig(LlamaConfig):
@@ -151,6 +154,13 @@ def test_families_that_cannot_be_cut_are_refused_by_what_is_seen_of_them():
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**sizes, **more.get(kind, {})))
         with pytest.raises(NotImplementedError, match=re.escape(text)):
             ring_plan(model, unlisted=True)
+
+
+def test_families_that_are_exact_pass_every_look():
+    for family in FAMILIES:
+        model = make_family(family)
+        check_structure(model)
+        check_tokenwise(model)
 
 
 def test_a_look_leaves_the_model_as_it_was():

@@ -64,9 +64,10 @@ from dtensor_ring.integrations.transformers.outputs import (
 )
 from dtensor_ring.integrations.transformers.own_inputs import cut_own, take_own
 from dtensor_ring.integrations.transformers.probe import try_tokenwise
-from dtensor_ring.integrations.transformers.rotary import WholeLength, length_rotaries, longest_position
-from dtensor_ring.integrations.transformers.streams import Dropout, RankStreams, check_dropout
+from dtensor_ring.integrations.transformers.rotary import longest_position
+from dtensor_ring.integrations.transformers.streams import Dropout
 from dtensor_ring.integrations.transformers.structure import attends, check_structure
+from dtensor_ring.integrations.transformers.surroundings import Surroundings
 from dtensor_ring.integrations.transformers.token_loss import (
     keep_from_shift,
     labels_are_unshifted,
@@ -89,10 +90,10 @@ class RingPlan(dict[str, ParallelStyle]):
     """
 
     def __init__(self, unwrapped: Unwrapped, placement: SequencePlacement, asked: Arguments, dropout: Dropout) -> None:
-        self._unwrapped, self._placement, self._asked, self._dropout = unwrapped, placement, asked, dropout
+        self._unwrapped, self._placement, self._asked = unwrapped, placement, asked
         self._model: PreTrainedModel = unwrapped.model
         self._unshifted = labels_are_unshifted(self._model)
-        self._rotaries, self._whole_length = length_rotaries(self._model), WholeLength()
+        self._surroundings = Surroundings(self._model, dropout)
         self._mesh: DeviceMesh | None = None
         # Asked now too, for the warning of a plan that was never applied: when it ends the process group may have ended before it.
         self._was_applied, self._begun_among_ranks = False, several_ranks()
@@ -253,11 +254,7 @@ class RingPlan(dict[str, ParallelStyle]):
             self._model.register_forward_pre_hook(self._enter, with_kwargs=True),
             self._model.register_forward_hook(self._leave, with_kwargs=True),
         ]
-        # After those: what `_enter` refuses has entered no stream. One rank alone drops what it does without a plan.
-        if self._dropout == "per_rank" and mesh.size() > 1:
-            self._handles += RankStreams(mesh.get_local_rank()).hook(self._model)
-        for rotary in self._rotaries:
-            self._handles += self._whole_length.hook(rotary)
+        self._handles += self._surroundings.hook(mesh)
         for attention in _attention_of(self._model).values():
             setattr(attention, STATE, AttentionState(mesh, self._placement.layout, self._asked))
             self._marked.append(attention)
@@ -287,19 +284,20 @@ class RingPlan(dict[str, ParallelStyle]):
         warn_of_imbalance(bounds, given, self._placement, transport, reach_of(self._model))
         self._is_packed = is_packed(bounds, given)
         batch = cut_batch(given, self._placement, transport, length, bounds)
-        self._whole_length.longest = longest_position(given, length, bounds)
+        longest = longest_position(given, length, bounds)
         bounds = self._documents = batch.documents
         batch.update(cut_own(own, self._placement, transport, bounds))
         # The model is to return this rank's sum of losses, which it does where it is to divide by 1; `_leave` makes the mean of it.
         # A mean of each rank's own labels, averaged over ranks, would weigh labels by how few there are on their rank.
         count = batch.num_items
         targets = take_targets(batch) if self._unshifted else None
-        if batch.get("num_items_in_batch") is not None or (batch.get("labels") is None and targets is None):
+        if batch.get("num_items_in_batch") is not None or batch.get("labels") is None:
             count = None
         elif count is not None:
             batch["num_items_in_batch"] = 1
         # No cache, though configs ask for one by default: every forward pass would fill it with this rank's tokens.
         mask = torch.empty(NO_MASK, dtype=torch.bool, device=next(self._model.parameters()).device)
+        self._surroundings.enter(longest)
         return (), {**batch, "attention_mask": mask, "use_cache": False, KEYWORD: RingBatch(length, bounds, count, targets)}
 
     @torch.compiler.disable
@@ -309,7 +307,7 @@ class RingPlan(dict[str, ParallelStyle]):
         self._check_replayed(kwargs[KEYWORD])
         count, documents, targets = kwargs[KEYWORD].count, kwargs[KEYWORD].documents, kwargs[KEYWORD].targets
         if targets is not None:
-            output = with_loss(output, targets, kwargs["num_items_in_batch"])
+            output = with_loss(output, targets, self._applied())
         if self._placement.layout.cut and documents is not None:
             self._documents_of.update(dict.fromkeys(tensors_in(output), documents))
         if count is None:
@@ -361,8 +359,9 @@ def ring_plan(
         dropout: masks of dropout outside of attention. "same": what the ranks' seeds give, and equal seeds give every rank the same
             mask on other tokens. "per_rank": each rank draws from a stream of its own during the forward pass, and the default
             generators end it equal on all ranks.
-        unlisted: also take a model whose type is not listed, if it passes `check_structure`: what can be seen of a model without
-            knowing it. It is no proof: compare loss and gradients with one process before training.
+        unlisted: also take a model whose type is not listed, if nothing is seen that a part of the sequence would get wrong, in its
+            modules, its config and a run of eight tokens (docs/models.md). It is no proof: compare it with one process before
+            training, by `dtensor_ring.verify`.
 
     Returns:
         A dict for `parallelize_module`, with `gather`, `describe` and `undo`.
@@ -378,7 +377,6 @@ def ring_plan(
     if unlisted and unwrapped.model.config.model_type not in MODEL_TYPES:
         check_structure(unwrapped.model)
         try_tokenwise(unwrapped.model)
-    check_dropout(dropout)
     check_strategy_name(strategy)
     check_kernel_name(kernel)
     placement = Zigzag(1) if placement is None else placement

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -66,20 +66,30 @@ class WholeLength:
     """Lets rotary modules see the longest position of the whole batch.
 
     Attributes:
-        longest: that position in the batch of the forward pass under way; set before it.
+        longest: that position in the batch of the forward pass under way; None outside of one, where modules do as without it.
     """
 
-    def __init__(self) -> None:
-        self.longest: int | Tensor = 0
+    def __init__(self, is_on: Callable[[], bool]) -> None:
+        self.longest: int | Tensor | None = None
+        self._is_on = is_on  # whether the model is parallelized now, and not paused
 
     def hook(self, module: nn.Module) -> list[RemovableHandle]:
         """Hook one rotary module; the handles undo it."""
         return [
             module.register_forward_pre_hook(self._add_position, with_kwargs=True),
-            module.register_forward_hook(_drop_position),
+            module.register_forward_hook(self._drop_position),
         ]
 
-    def _add_position(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+    def _add_position(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if self.longest is None:
+            # As checkpointing does that is around more than layers: it runs again when other batches have come.
+            if self._is_on():
+                raise RuntimeError(
+                    f"{type(module).__name__} has a rope type that depends on the length, and was run outside of the forward pass "
+                    "of the parallelized model: call that model itself, and checkpoint its layers one by one, not a part with this "
+                    "module"
+                )
+            return args, kwargs
         given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         positions: Tensor = given["position_ids"]
         last = torch.as_tensor(self.longest, dtype=positions.dtype, device=positions.device)
@@ -87,7 +97,8 @@ class WholeLength:
         given["position_ids"] = torch.cat([positions, last.expand(*positions.shape[:-1], 1)], dim=-1)
         return (), given
 
-
-def _drop_position(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:  # noqa: ANN401
-    """Cosines and sines (..., S/W + 1, D) without those of the position that was added."""
-    return tuple(part[..., :-1, :] for part in output) if isinstance(output, tuple) else output[..., :-1, :]
+    def _drop_position(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:  # noqa: ANN401
+        """Cosines and sines (..., S/W + 1, D) without those of the position that was added."""
+        if self.longest is None:
+            return output
+        return tuple(part[..., :-1, :] for part in output) if isinstance(output, tuple) else output[..., :-1, :]

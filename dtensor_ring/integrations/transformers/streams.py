@@ -14,11 +14,10 @@ hold one part of the sequence, such as those of tensor parallelism, have one str
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 Dropout = Literal["same", "per_rank"]
 
@@ -38,8 +37,8 @@ def stream_seed(state: Tensor, rank: int) -> int:
     return int.from_bytes(digest, "little") >> 1  # seeds of generators are signed
 
 
-class RankStreams:
-    """The stream of one rank, entered and left by hooks on a model's root.
+class RankStream:
+    """The stream of one rank, entered before a forward pass and left after it.
 
     Attributes:
         rank: the place on the sequence axis, on which streams depend.
@@ -47,36 +46,22 @@ class RankStreams:
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
-        # One entry for each forward pass that is under way: a stack, since one may begin in another (a model inside a model).
-        self._kept: list[list[tuple[torch.device, Tensor]]] = []
+        self._after: list[tuple[torch.device, Tensor]] = []
 
-    def hook(self, module: nn.Module) -> list[RemovableHandle]:
-        """Enter the stream before the module's forward and leave it after, also where forward raises.
-
-        Register these after other hooks before forward: where one of those raises, no stream was entered.
-        """
-        return [
-            module.register_forward_pre_hook(self._enter),
-            module.register_forward_hook(self._leave, always_call=True),
-        ]
-
-    @torch.compiler.disable
-    def _enter(self, module: nn.Module, _args: tuple[Any, ...]) -> None:
-        # A model in evaluation draws nothing, and its generators stay as they are.
-        devices = _devices(module) if any(part.training for part in module.modules()) else []
-        after: list[tuple[torch.device, Tensor]] = []
-        for device in devices:
+    def enter(self, model: nn.Module) -> None:
+        """Seed the default generators of the CPU and of the model's device, unless nothing in the model is in training mode."""
+        if not any(part.training for part in model.modules()):
+            return
+        for device in _devices(model):
             before = _state(device)
             torch.rand(1, device=device)  # the next step begins elsewhere, or it would drop the same tokens
-            after.append((device, _state(device)))
+            self._after.append((device, _state(device)))
             _seed(device, stream_seed(before, self.rank))
-        self._kept.append(after)
 
-    @torch.compiler.disable
-    def _leave(self, _module: nn.Module, _args: tuple[Any, ...], _output: object) -> None:
-        if self._kept:  # empty where a hook before ours refused the batch
-            for device, state in self._kept.pop():
-                _restore(device, state)
+    def leave(self) -> None:
+        """Put the generators where they are equal on all ranks; nothing where no stream was entered."""
+        while self._after:
+            _restore(*self._after.pop())
 
 
 def _devices(module: nn.Module) -> list[torch.device]:

@@ -9,12 +9,14 @@ its labels: the plan keeps this rank's and computes the sum of losses from the l
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import cross_entropy
 
-from dtensor_ring.data.batch import IGNORED
+from dtensor_ring.data.batch import IGNORED, ShardedBatch
+from dtensor_ring.integrations.transformers.outputs import SumOverRanks
 from dtensor_ring.ops.dtypes import accumulate_dtype
 
 HEADS = ("ForMaskedLM", "ForTokenClassification")  # ends of class names
@@ -43,17 +45,36 @@ def keep_from_shift(batch: dict[str, Any]) -> None:
     batch["shift_labels"] = labels
 
 
-def take_targets(share: dict[str, Any]) -> Tensor | None:
-    """Take this rank's labels (B, S/W) out of its share of a batch, in place; None where the batch has none."""
-    return share.pop("shift_labels", None)
+class Targets(NamedTuple):
+    """What this rank needs to compute its loss.
+
+    Attributes:
+        labels: (B, S/W), of this rank's tokens.
+        count: labels that count in the whole batch.
+        items: what the caller divides by, `num_items_in_batch`; None where the loss is the mean over the batch.
+    """
+
+    labels: Tensor
+    count: Tensor
+    items: Tensor | int | None
 
 
-def with_loss(output: Any, labels: Tensor, divisor: Tensor | float) -> Any:  # noqa: ANN401
-    """A model's output with the sum of the losses of its logits (B, S/W, V), over `divisor`, in the first place.
+def take_targets(share: ShardedBatch) -> Targets | None:
+    """Take this rank's labels out of its share of a batch, in place; None where the batch has none."""
+    labels, items = share.pop("shift_labels", None), share.pop("num_items_in_batch", None)
+    if not isinstance(labels, Tensor) or share.num_items is None:
+        return None
+    return Targets(labels, share.num_items, items if isinstance(items, (Tensor, int)) else None)
 
-    The mean is the caller's: a rank whose labels are all -100 has a sum, 0, and no mean.
+
+def with_loss(output: Any, targets: Targets, mesh: DeviceMesh) -> Any:  # noqa: ANN401
+    """A model's output with the loss of its logits (B, S/W, V) in the first place, under the contract of other losses.
+
+    Without `items` the mean over the whole batch, for which ranks add up their sums; else this rank's sum / items.
     """
     logits: Tensor = output[0]
     logits = logits.flatten(0, 1).to(accumulate_dtype(logits.dtype))
-    loss = cross_entropy(logits, labels.flatten().to(logits.device), ignore_index=IGNORED, reduction="sum") / divisor
+    # A sum: a rank whose labels are all -100 has one, 0, and no mean.
+    total = cross_entropy(logits, targets.labels.flatten().to(logits.device), ignore_index=IGNORED, reduction="sum")
+    loss = SumOverRanks.apply(total, mesh) / targets.count if targets.items is None else total / targets.items
     return (loss, *output) if isinstance(output, tuple) else type(output)(loss=loss, **output)
