@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -165,6 +167,8 @@ def test_a_step_at_two_ranks_is_that_of_one_process(pools, kind):
     pools.run(2, swept_step, kind)
 
 
-def test_every_supported_type_is_tested():
+def test_every_supported_type_is_tested_and_listed():
     tested = [*FAMILIES, *SWEPT, *ENCODERS, *TOWERS]
     assert sorted(tested) == sorted(MODEL_TYPES)
+    told = set(re.findall(r"[\w-]+", (Path(__file__).parent.parent / "docs" / "models.md").read_text()))
+    assert told >= set(MODEL_TYPES)
