@@ -12,14 +12,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
     Gemma2Config,
     Gemma3Config,
     Gemma3Model,
-    Gemma3TextConfig,
     LlamaConfig,
     LlamaForSequenceClassification,
     MistralConfig,
-    Phi3Config,
+    PhimoeConfig,
     Qwen3Config,
     Qwen3NextConfig,
 )
@@ -34,24 +34,18 @@ VISION = {
     "image_size": 8,
     "patch_size": 4,
 }
-LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 REFUSED = [
     (
         lambda: Qwen3Config(head_dim=8, layer_types=["linear_attention", "full_attention"], **SIZES),
         "layers of type linear_attention",
     ),
     (lambda: Qwen3Config(head_dim=8, layer_types=["chunked_attention"] * 2, **SIZES), "layers of type chunked_attention"),
-    (lambda: Phi3Config(rope_parameters=LONG, **SIZES), "rope type 'longrope' reads the longest position"),
-    (
-        lambda: LlamaConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0}, **SIZES),
-        "rope type 'dynamic' reads the longest",
-    ),
-    (lambda: Gemma3TextConfig(use_bidirectional_attention=True, **GEMMA, **SIZES), "use_bidirectional_attention=True"),
-    (lambda: Gemma2Config(use_bidirectional_attention=True, **GEMMA, **SIZES), "True (embedding models) is not supported"),
-    (lambda: LlamaConfig(is_causal=False, **SIZES), "is_causal=False is not supported"),
+    (lambda: PhimoeConfig(sliding_window=5, num_local_experts=2, **SIZES), "its layers do not pass the window on to attention"),
+    (lambda: BertConfig(add_cross_attention=True, is_decoder=True, **SIZES), "models that attend to a second sequence"),
+    (lambda: Gemma2Config(use_bidirectional_attention=True, **GEMMA, **SIZES), "its masks stay causal under some attentions"),
+    (lambda: LlamaConfig(is_causal=False, **SIZES), "is_causal=False is not supported in the config"),
     (lambda: LlamaConfig(output_router_logits=True, **SIZES), "output_router_logits=True in the config"),
     (lambda: MistralConfig(output_router_logits=True, **SIZES), "load-balancing loss is not linear"),
-    (lambda: Phi3Config(output_router_logits=True, **SIZES), "in the config is not supported"),
     (lambda: Gemma3Config(text_config=FAMILIES["gemma3_text"](), vision_config=VISION), "holds more than a text model"),
     (lambda: Qwen3NextConfig(head_dim=8, **SIZES), "models of type 'qwen3_next' are not supported; supported are llama, mistral"),
 ]
@@ -92,7 +86,7 @@ def refused_calls():
     parallelize_module(model, init_device_mesh("cpu", (2,)), ring_plan(model))
     cases = [
         ({"output_router_logits": True}, "output_router_logits=True in the call is not supported"),
-        ({"is_causal": False}, "is_causal=False is not supported"),
+        ({"is_causal": False}, "is_causal=False is not supported in a call"),
         ({"token_type_ids": torch.zeros(2, 8)}, "token_type_ids is not supported"),
         ({"pixel_values": torch.zeros(1, 3, 4, 4)}, "pixel_values is not supported"),
         ({"attention_mask": torch.zeros(2, 1, 8, 8)}, "found a torch.float32 tensor of shape (2, 1, 8, 8); only a mask (2, 8)"),

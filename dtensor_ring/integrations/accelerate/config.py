@@ -24,7 +24,8 @@ from typing_extensions import override
 
 from dtensor_ring.integrations.accelerate.checks import check_accelerator, check_processes, check_sizes, sizes_of
 from dtensor_ring.integrations.accelerate.ring import Ring
-from dtensor_ring.integrations.transformers.plan import RingPlan, ring_plan
+from dtensor_ring.integrations.transformers.ask import ring_plan
+from dtensor_ring.integrations.transformers.plan import RingPlan
 
 
 @dataclass(repr=False)

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from dtensor_ring._torch import is_capturing
 from dtensor_ring.integrations.transformers.layer_call import NO_LOSS, LossCall, read_layer_call
+from dtensor_ring.integrations.transformers.token_loss import Targets
 from dtensor_ring.ops.agree import refused_in_group
 from dtensor_ring.ops.arguments import Arguments
 from dtensor_ring.ops.attend import attend
@@ -41,6 +42,7 @@ class RingBatch:
         length: global tokens of a row.
         documents: bounds of packed documents, or None.
         loss: what the call asks of the loss.
+        targets: this rank's labels, where the plan and not the model computes the loss.
     """
 
     # A keyword and not a field of the plan: activation checkpointing and pipelines run a layer again after another batch has come,
@@ -48,6 +50,7 @@ class RingBatch:
     length: int
     documents: Documents | None
     loss: LossCall = NO_LOSS
+    targets: Targets | None = None
 
 
 @dataclass(slots=True)

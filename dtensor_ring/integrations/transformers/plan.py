@@ -1,4 +1,4 @@
-"""`ring_plan`: a plan for `parallelize_module` that makes a Hugging Face model sequence-parallel.
+"""`RingPlan`: a plan for `parallelize_module` that makes a Hugging Face model sequence-parallel.
 
 plan = ring_plan(model, Zigzag(1))
 parallelize_module(model, mesh["cp"], plan)
@@ -35,7 +35,6 @@ from dtensor_ring.comm import several_ranks, transport_along
 from dtensor_ring.comm.rank_checks import refused_together
 from dtensor_ring.data.batch import (
     check_mesh,
-    check_placement,
     check_same,
     cut_batch,
     is_packed,
@@ -43,6 +42,7 @@ from dtensor_ring.data.batch import (
     warn_of_imbalance,
 )
 from dtensor_ring.data.batch_reading import find_documents, sequence_length
+from dtensor_ring.integrations.transformers.adapters import Unwrapped
 from dtensor_ring.integrations.transformers.attention import (
     KEYWORD,
     NAME,
@@ -53,10 +53,10 @@ from dtensor_ring.integrations.transformers.attention import (
     RingBatch,
     register,
 )
-from dtensor_ring.integrations.transformers.checks import check_call, check_length, check_model
+from dtensor_ring.integrations.transformers.checks import check_call, check_length
 from dtensor_ring.integrations.transformers.description import axis_text, describe, reach_of
 from dtensor_ring.integrations.transformers.layer_call import by_name
-from dtensor_ring.integrations.transformers.loss import AskedLoss, Loss, ModelLoss, ask_loss
+from dtensor_ring.integrations.transformers.loss import AskedLoss, ModelLoss
 from dtensor_ring.integrations.transformers.outputs import (
     Convention,
     check_convention,
@@ -65,26 +65,41 @@ from dtensor_ring.integrations.transformers.outputs import (
     mean_over_items,
     sum_over_tokens,
 )
+from dtensor_ring.integrations.transformers.own_inputs import cut_own, take_own
 from dtensor_ring.integrations.transformers.paused import Pause
-from dtensor_ring.ops.arguments import Arguments, Strategy, check_stages, check_strategy_name, text_of_model
-from dtensor_ring.ops.kernels import KernelName, check_kernel_name
-from dtensor_ring.placements import SequencePlacement, Zigzag
-from dtensor_ring.planning.cost_model import CostModel
+from dtensor_ring.integrations.transformers.rotary import longest_position
+from dtensor_ring.integrations.transformers.streams import Dropout
+from dtensor_ring.integrations.transformers.structure import attends
+from dtensor_ring.integrations.transformers.surroundings import Surroundings
+from dtensor_ring.integrations.transformers.token_loss import (
+    keep_from_shift,
+    labels_are_unshifted,
+    take_targets,
+    with_loss,
+)
+from dtensor_ring.ops.arguments import Arguments
+from dtensor_ring.placements import SequencePlacement
 from dtensor_ring.planning.documents import Documents
 
 _SEQUENCE_AXIS = r"cp|sp|seq|context|ring"  # how programs name the mesh axis that holds the sequence
 
 
 class RingPlan(dict[str, ParallelStyle]):
-    """A plan for `parallelize_module`: a style for the root ("") and for each attention module, by name.
+    """A plan for `parallelize_module`: a style for the root (""), which prepares every attention module inside.
 
     Made by `ring_plan`, for one model, applied once.
     """
 
-    def __init__(self, model: PreTrainedModel, placement: SequencePlacement, asked: Arguments, loss: AskedLoss) -> None:
-        self._model, self._placement, self._asked, self._asked_loss = model, placement, asked, loss
-        self._loss = ModelLoss(model, loss)
+    def __init__(
+        self, unwrapped: Unwrapped, placement: SequencePlacement, asked: Arguments, loss: AskedLoss, dropout: Dropout
+    ) -> None:
+        self._unwrapped, self._placement, self._asked, self._asked_loss = unwrapped, placement, asked, loss
+        self._model: PreTrainedModel = unwrapped.model
+        self._loss = ModelLoss(self._model, loss)
+        self._pause = Pause(self._model)
         self._num_items: Tensor | None = None
+        self._unshifted = labels_are_unshifted(self._model)
+        self._surroundings = Surroundings(self._model, dropout)
         self._mesh: DeviceMesh | None = None
         # Asked now too, for the warning of a plan that was never applied: when it ends the process group may have ended before it.
         self._was_applied, self._begun_among_ranks = False, several_ranks()
@@ -95,10 +110,8 @@ class RingPlan(dict[str, ParallelStyle]):
         self._documents_of: MutableMapping[Tensor, Documents] = WeakTensorKeyDictionary()
         self._handles: list[RemovableHandle] = []
         self._marked: list[nn.Module] = []
-        self._pause = Pause(model)
-        names = [name for name, module in model.named_modules() if _is_attention(module)]
-        # parallelize_module follows this order: the root refuses a wrong model or mesh before any module is marked.
-        super().__init__({"": _RootStyle(self)} | {name: _AttentionStyle(self) for name in names})
+        # The root alone, which marks the attention modules inside: by names, those of a PEFT model would differ from its base's.
+        super().__init__({"": _RootStyle(self)})
 
     @renamed(local="local_tensor")
     def gather(
@@ -184,7 +197,7 @@ class RingPlan(dict[str, ParallelStyle]):
 
     def describe(self) -> str:
         """What the plan does, in a few lines."""
-        batch, attention = self._documents if self._is_packed else None, [name for name in self if name]
+        batch, attention = self._documents if self._is_packed else None, list(_attention_of(self._model))
         return describe(self._model, self._placement, self._asked, attention, self._mesh, batch, str(self._asked_loss))
 
     def paused(self) -> AbstractContextManager[None]:
@@ -206,7 +219,6 @@ class RingPlan(dict[str, ParallelStyle]):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._loss.remove()
         for module in self._marked:
             delattr(module, STATE)
         self._marked.clear()
@@ -257,7 +269,7 @@ class RingPlan(dict[str, ParallelStyle]):
 
     def _apply_root(self, module: nn.Module, mesh: DeviceMesh) -> None:
         self._was_applied = True  # or refused: that error says more than a warning would
-        if module is not self._model:
+        if not any(module is root for root in self._unwrapped.roots):
             raise ValueError(f"this plan was made for another {type(self._model).__name__}: call ring_plan(model) for each model")
         if self._mesh is not None:
             raise RuntimeError("this plan is applied already: undo() it, or make another with ring_plan(model)")
@@ -275,20 +287,20 @@ class RingPlan(dict[str, ParallelStyle]):
         self._warn_of_one_rank(mesh)
         self._put_on()
         self._mesh = mesh
-        self._loss.install()
         # Hooks and not another forward: signature and class of the model stay as they are, which Trainer and FSDP2 look at.
-        self._handles = self._pause.hook(self._enter, self._leave)
+        self._handles = self._pause.hook(self._enter, self._leave) + self._surroundings.hook(mesh)
+        for attention in _attention_of(self._model).values():
+            setattr(attention, STATE, AttentionState(mesh, self._placement.layout, self._asked))
+            self._marked.append(attention)
 
     def _put_on(self) -> None:
         """Changes the model, but for hooks and marks; `_take_off` changes it back, for good or for a pause."""
         self._model.set_attn_implementation(NAME)
+        self._loss.install()
 
     def _take_off(self) -> None:
         self._model.set_attn_implementation(self._before or "sdpa")
-
-    def _apply_attention(self, module: nn.Module, mesh: DeviceMesh) -> None:
-        setattr(module, STATE, AttentionState(mesh, self._placement.layout, self._asked))
-        self._marked.append(module)
+        self._loss.remove()
 
     # Not compiled: it reads values of the batch and compares ranks on the host. The model behind it is.
     @torch.compiler.disable
@@ -303,6 +315,9 @@ class RingPlan(dict[str, ParallelStyle]):
             )
             given = by_name(self._model, args, kwargs)
             check_call(self._model, given, tuple(inspect.signature(self._model.forward).parameters))
+            own = take_own(self._model, given)
+            if self._unshifted:
+                keep_from_shift(given)
             documents = given.pop("documents", None)
             given.pop("cache_position", None)  # places in a cache, of which there is none
             length = sequence_length(given)
@@ -313,12 +328,16 @@ class RingPlan(dict[str, ParallelStyle]):
         warn_of_imbalance(bounds, given, self._placement, transport, reach_of(self._model))
         self._is_packed = is_packed(bounds, given)
         batch = cut_batch(given, self._placement, transport, length, bounds)
+        longest = longest_position(given, length, bounds)
         bounds = self._documents = batch.documents
+        batch.update(cut_own(own, self._placement, transport, bounds))
         self._num_items = batch.num_items
+        targets = take_targets(batch) if self._unshifted else None
         loss = self._loss.enter(given, batch, batch.num_items, mask_share(given, self._placement, transport, bounds))
         # No cache, though configs ask for one by default: every forward pass would fill it with this rank's tokens.
         mask = torch.empty(NO_MASK, dtype=torch.bool, device=next(self._model.parameters()).device)
-        return (), {**batch, "attention_mask": mask, "use_cache": False, KEYWORD: RingBatch(length, bounds, loss)}
+        self._surroundings.enter(longest)
+        return (), {**batch, "attention_mask": mask, "use_cache": False, KEYWORD: RingBatch(length, bounds, loss, targets)}
 
     @torch.compiler.disable
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ANN401
@@ -326,73 +345,12 @@ class RingPlan(dict[str, ParallelStyle]):
         # From the keywords that `_enter` returned, not from the plan: they belong to this very forward pass.
         batch: RingBatch = kwargs[KEYWORD]
         self._check_replayed(batch)
+        if batch.targets is not None:
+            output = with_loss(output, batch.targets, self._applied())
         output = self._loss.leave(output, batch.loss, self._applied())
         if self._placement.layout.cut and batch.documents is not None:
             self._documents_of.update(dict.fromkeys(tensors_in(output), batch.documents))
         return output
-
-
-def ring_plan(
-    model: PreTrainedModel,
-    placement: SequencePlacement | None = None,
-    strategy: Strategy | None = None,
-    kernel: KernelName | None = None,
-    *,
-    stages: int | None = None,
-    memory: int | None = None,
-    cost_model: CostModel | None = None,
-    loss: Loss = "model",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    loss_chunk: int | None = None,
-) -> RingPlan:
-    """A plan that makes a Hugging Face model sequence-parallel over one mesh axis.
-
-        plan = ring_plan(model, Zigzag(1))
-        parallelize_module(model, mesh["cp"], plan)          # then fully_shard, compile, ...
-        out = model(input_ids=ids, labels=labels)            # the whole batch, the same on every rank of the axis
-
-    Then every rank of the axis calls the model with the whole batch. `out.logits` are those of this rank's tokens
-    (`plan.gather(out.logits)` for all). `out.loss`:
-    without `num_items_in_batch` the mean over the whole batch, with gradients such that averaging them over the axis (as FSDP2
-    and DDP do) gives those of one device; with `num_items_in_batch=N` this rank's sum / N, whose sum over ranks is the loss: the
-    caller scales, as Trainer and Accelerate do. Packed documents are read from `cu_seq_lens_q`, `seq_idx` or restarting
-    `position_ids`, or passed as `documents=`. Rows padded on the left or right come with an `attention_mask` (B, S): logits of
-    padding tokens are unspecified, their labels must be -100, and a label at the first real token after padding is ignored.
-
-    Args:
-        model: a transformers model of a supported type (`dtensor_ring.integrations.transformers.checks.MODEL_TYPES`).
-        placement: how sequences are cut; `Zigzag(1)` by default, whatever the batches. Where it balances packed documents badly, a
-            warning and `describe()` propose `Zigzag(1, per_document=True)`: it cannot be the default, since it needs the documents
-            wherever tokens are gathered, in one row for the whole batch. All ranks must pass the same.
-        strategy: as in `ring_attention`.
-        kernel: as in `ring_attention`.
-        stages: as in `ring_attention`.
-        memory: as in `ring_attention`.
-        cost_model: as in `ring_attention`.
-        loss: "model", its own; "chunked", the same without whole logits, so that `out.logits` is None where labels are given; or a
-            function of logits (B, n, V) and shift_labels (B, n) that returns each token's loss, or their sum. See docs/losses.md.
-        label_smoothing: the share of the mean over the vocabulary of -log p, as `LabelSmoother` of transformers has it.
-        z_loss: the factor of logsumexp(logits)^2 in each token's loss (PaLM, section 5).
-        loss_chunk: tokens whose logits are made at a time, with "chunked" or a function; by default as many as take 1 GiB.
-
-    Returns:
-        A dict for `parallelize_module`, with `gather`, `describe` and `undo`.
-
-    Raises:
-        TypeError: not a transformers model, stages, memory or a chunk that are no whole number, or no cost model.
-        ValueError: the placement does not cut dim 1, there is no such strategy, kernel or loss, or stages and memory do not fit it.
-        NotImplementedError: the model has something that would be silently wrong on a part of a sequence.
-    """
-    # All of this raises where the plan is made, in the user's own line, and not in a hook at the first batch.
-    check_model(model)
-    check_strategy_name(strategy)
-    check_kernel_name(kernel)
-    placement = Zigzag(1) if placement is None else placement
-    check_placement(placement)
-    asked = Arguments(strategy=strategy, kernel=kernel, stages=stages, memory=memory, cost_model=text_of_model(cost_model))
-    check_stages(asked)
-    return RingPlan(model, placement, asked, ask_loss(model, loss, label_smoothing, z_loss, loss_chunk))
 
 
 class _RootStyle(ParallelStyle):
@@ -406,17 +364,6 @@ class _RootStyle(ParallelStyle):
         return module
 
 
-class _AttentionStyle(ParallelStyle):
-    def __init__(self, plan: RingPlan) -> None:
-        super().__init__()
-        self._plan = plan
-
-    @override
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        self._plan._apply_attention(module, device_mesh)
-        return module
-
-
-def _is_attention(module: nn.Module) -> bool:
-    """Attention modules of transformers carry a layer index and whether they are causal, and call the attention interface."""
-    return type(module).__name__.endswith("Attention") and hasattr(module, "layer_idx")
+def _attention_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The attention modules of a model, by name; asked for when a plan is applied, as wrappers change names before that."""
+    return {name: module for name, module in model.named_modules() if attends(module)}
