@@ -20,6 +20,7 @@ from transformers import (
     LlamaForSequenceClassification,
     MistralConfig,
     PhimoeConfig,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3NextConfig,
 )
@@ -41,6 +42,10 @@ REFUSED = [
     ),
     (lambda: Qwen3Config(head_dim=8, layer_types=["chunked_attention"] * 2, **SIZES), "layers of type chunked_attention"),
     (lambda: PhimoeConfig(sliding_window=5, num_local_experts=2, **SIZES), "its layers do not pass the window on to attention"),
+    (
+        lambda: Qwen2MoeConfig(num_experts=2, use_sliding_window=True, sliding_window=5, max_window_layers=1, **SIZES),
+        "sliding_window=5 of a 'qwen2_moe' model is not supported",
+    ),
     (lambda: BertConfig(add_cross_attention=True, is_decoder=True, **SIZES), "models that attend to a second sequence"),
     (lambda: Gemma2Config(use_bidirectional_attention=True, **GEMMA, **SIZES), "its masks stay causal under some attentions"),
     (lambda: LlamaConfig(is_causal=False, **SIZES), "is_causal=False is not supported in the config"),

@@ -70,9 +70,9 @@ def check_model(model: PreTrainedModel, unlisted: bool = False) -> None:
         )
     if config.model_type not in MODEL_TYPES and not unlisted:
         raise NotImplementedError(
-            f"models of type {config.model_type!r} are not supported; supported are {', '.join(MODEL_TYPES)}. If this one reaches "
-            "other tokens through attention alone, ring_plan(model, unlisted=True) looks at its structure and takes it; then "
-            "compare it with one process, by dtensor_ring.verify"
+            f"models of type {config.model_type!r} are not supported; supported are {', '.join(MODEL_TYPES)}. If tokens reach one "
+            "another through attention alone, ring_plan(model, unlisted=True) looks at the model and takes it; then compare it "
+            "with one process, by dtensor_ring.verify"
         )
     if not type(model).__name__.endswith(_HEADS):
         raise NotImplementedError(
