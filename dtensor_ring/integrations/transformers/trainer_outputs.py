@@ -1,0 +1,131 @@
+"""What a Trainer reads of a parallelized model's outputs, made whole on every rank of the axis.
+
+    loss           with num_items_in_batch, the sum over ranks of their parts: what one process has, on every rank
+    log_probs ...  TRL's values of each token (B, S/W), gathered: (B, S - 1) in order, as TRL has them in one process
+    logits         (B, S, V), gathered where predictions are asked for, and not in training
+
+Gradients fit averaging over the axis, as DDP and FSDP2 do it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from dtensor_ring.data.batch import IGNORED, shift_labels
+from dtensor_ring.integrations.transformers.attention import KEYWORD
+from dtensor_ring.integrations.transformers.plan import RingPlan
+
+# Fields of TRL's `FusedCausalLMOutput`, one value for each token, zero where a label does not count.
+_PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
+
+
+def whole_outputs(model: nn.Module, plan: RingPlan) -> Callable[[], None]:
+    """Makes the losses and TRL's per-token outputs of a parallelized model whole on every rank; returns what undoes it."""
+    shifted_by_caller: list[bool] = []
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        # The plan gives the model shifted labels in any case. Which ones the caller gave decides how many columns it expects.
+        shifted_by_caller[:] = [kwargs.get("shift_labels") is not None]
+
+    def leave(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:  # noqa: ANN401
+        if KEYWORD not in kwargs:
+            return output  # the plan is paused, and the model is whole
+        if isinstance(output, Mapping) and "log_probs" in output and "label_mask" in output:
+            _gather_per_token(output, plan, kwargs, drop_last=not shifted_by_caller[0])
+        if kwargs.get("num_items_in_batch") is None or kwargs[KEYWORD].count is not None or kwargs.get("labels") is None:
+            return output  # no loss, or one that the plan has made whole
+        if isinstance(output, tuple):
+            return (over_ranks(output[0], plan), *output[1:])
+        output["loss"] = over_ranks(output["loss"], plan)
+        return output
+
+    handles: list[RemovableHandle] = [
+        model.register_forward_pre_hook(enter, with_kwargs=True, prepend=True),
+        model.register_forward_hook(leave, with_kwargs=True),
+    ]
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return undo
+
+
+def _gather_per_token(output: Any, plan: RingPlan, kwargs: Mapping[str, Any], *, drop_last: bool) -> None:  # noqa: ANN401
+    names = [name for name in _PER_TOKEN if output.get(name) is not None]
+    parts = [output[name] for name in names]
+    # One transfer for all: they are (B, S/W), and as many numbers as tokens.
+    dtype = output["log_probs"].dtype
+    joined = torch.stack([part.to(dtype) for part in parts], dim=-1)
+    whole = plan.gather(joined, 1, documents=kwargs[KEYWORD].documents)
+    if drop_last:
+        whole = whole[:, :-1]
+    for name, part, values in zip(names, parts, whole.unbind(-1), strict=True):
+        output[name] = values.to(part.dtype)
+
+
+def gather_predictions(outputs: Any, plan: RingPlan) -> Any:  # noqa: ANN401
+    """Logits (B, S/W, V) as (B, S, V), and other outputs of tokens likewise; tuples and dicts part by part."""
+    if isinstance(outputs, Tensor):
+        return plan.gather(outputs, 1, documents=plan.documents) if outputs.dim() > 1 else outputs
+    if isinstance(outputs, (tuple, list)):
+        return type(outputs)(gather_predictions(part, plan) for part in outputs)
+    if isinstance(outputs, Mapping):
+        return {name: gather_predictions(part, plan) for name, part in outputs.items()}
+    return outputs
+
+
+class RingLabelSmoother:
+    """In place of transformers' `LabelSmoother`: the same loss, from the logits of this rank's tokens.
+
+    Whole logits never exist. Labels are shifted within documents, and cut as the batch was.
+    """
+
+    def __init__(self, epsilon: float, plan_of: Callable[[], RingPlan]) -> None:
+        self.epsilon = epsilon
+        self._plan_of = plan_of
+
+    def __call__(
+        self,
+        model_output: Any,  # noqa: ANN401
+        labels: Tensor,
+        shift_labels: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """The smoothed loss of the whole batch, on every rank of the axis.
+
+        Args:
+            model_output: of this rank's tokens, with logits (B, S/W, V).
+            labels: (B, S), of the whole batch.
+            shift_labels: whether labels are those of the tokens themselves, as for every causal model.
+            num_items_in_batch: what sums are divided by; by default how many labels count.
+
+        Raises:
+            NotImplementedError: labels that are not to be shifted.
+        """
+        if not shift_labels:
+            raise NotImplementedError("label smoothing of labels that are not shifted is not supported: only causal models are")
+        logits = model_output["logits"] if isinstance(model_output, Mapping) else model_output[0]
+        return smoothed_loss(logits, labels, self._plan_of(), self.epsilon, num_items_in_batch)
+
+
+def smoothed_loss(logits: Tensor, labels: Tensor, plan: RingPlan, epsilon: float, count: Tensor | int | None) -> Tensor:
+    """(1 - epsilon) times the cross entropy and epsilon times the mean over the vocabulary, over all tokens of a batch."""
+    targets = plan.cut(shift_labels(labels, plan.documents))
+    counts = targets != IGNORED
+    log_probs = logits.log_softmax(-1, dtype=torch.float32)
+    expected = -log_probs.gather(-1, targets.clamp_min(0)[..., None])[..., 0]
+    spread = -log_probs.mean(-1)
+    part = ((1 - epsilon) * expected + epsilon * spread).masked_fill(~counts, 0.0).sum()
+    divisor = over_ranks(counts.sum(), plan) if count is None else count
+    return over_ranks(part, plan) / divisor
+
+
+def over_ranks(part: Tensor, plan: RingPlan) -> Tensor:
+    """The sum over ranks of a number, such as a rank's part of a loss."""
+    return plan.sum_over_tokens(part[None], 0)
