@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING or not (sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv) :][:1] == ["dtensor_ring"]):
     from dtensor_ring import _register
     from dtensor_ring.attention import ring_attention
+    from dtensor_ring.checkpointing import save_attention
     from dtensor_ring.data import ShardedBatch, shard_batch
     from dtensor_ring.placements import (
         Contiguous,
@@ -69,6 +70,7 @@ __all__ = [
     "redistribute",
     "ring_attention",
     "ring_plan",
+    "save_attention",
     "shard_batch",
 ]
 
@@ -85,6 +87,7 @@ _ROOMS = {
     "explain": "dtensor_ring.tools.explain",
     "ring_attention": "dtensor_ring.attention",
     "ring_plan": "dtensor_ring.integrations.transformers",
+    "save_attention": "dtensor_ring.checkpointing",
 }
 
 
