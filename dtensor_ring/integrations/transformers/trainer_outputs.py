@@ -94,7 +94,7 @@ class RingLabelSmoother:
         self,
         model_output: Any,  # noqa: ANN401
         labels: Tensor,
-        shift_labels: bool = False,
+        shift_labels: bool = True,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """The smoothed loss of the whole batch, on every rank of the axis.
@@ -102,14 +102,10 @@ class RingLabelSmoother:
         Args:
             model_output: of this rank's tokens, with logits (B, S/W, V).
             labels: (B, S), of the whole batch.
-            shift_labels: whether labels are those of the tokens themselves, as for every causal model.
+            shift_labels: what Trainer says of the model's class. It is wrong for classes that FSDP2 has renamed, and models under a
+                plan are causal: labels are shifted in any case.
             num_items_in_batch: what sums are divided by; by default how many labels count.
-
-        Raises:
-            NotImplementedError: labels that are not to be shifted.
         """
-        if not shift_labels:
-            raise NotImplementedError("label smoothing of labels that are not shifted is not supported: only causal models are")
         logits = model_output["logits"] if isinstance(model_output, Mapping) else model_output[0]
         return smoothed_loss(logits, labels, self._plan_of(), self.epsilon, num_items_in_batch)
 

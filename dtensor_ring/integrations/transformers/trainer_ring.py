@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,14 +71,10 @@ class TrainerRing:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Inside the block all models are whole on every rank, for generation."""
-        models = [p.model for p in self._planned]
-        for planned in self._planned:
-            planned.undo()
-        self._planned.clear()
-        try:
+        with ExitStack() as stack:
+            for planned in self._planned:
+                stack.enter_context(planned.plan.paused())
             yield
-        finally:
-            self._planned.extend(self._plan(model) for model in models)
 
     def undo(self) -> None:
         """Gives models and accelerator back as they were."""
