@@ -78,7 +78,7 @@ class RingTrainerMixin(GenerationMixin, _Trainer):
         super().__init__(*args, **kwargs)
         if self._ring is None:
             return
-        self._reseed()
+        self._begin_generation()
         self._plan_models()
         if self.label_smoother is not None:
             self.label_smoother = RingLabelSmoother(self.args.label_smoothing_factor, lambda: self.plan)
@@ -196,14 +196,6 @@ class RingTrainerMixin(GenerationMixin, _Trainer):
     def _own_model(self) -> nn.Module:
         assert self.model is not None, "Trainer makes its model before it does anything with it"
         return self.model
-
-    def _reseed(self) -> None:
-        """One seed for all ranks of a sequence, where a trainer gives each process its own (GRPOTrainer)."""
-        assert self._ring is not None, "seeds are shared where there are several ranks a sequence"
-        if hasattr(self, "_generate_single_turn") and hasattr(self, "generation_config"):
-            from transformers import set_seed
-
-            set_seed(self.args.seed + self._ring.ranks.dp_rank)
 
     def _given_whole_logits(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """The loss function given the outputs of all tokens, since it may do anything with them."""

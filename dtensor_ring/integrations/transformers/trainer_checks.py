@@ -52,7 +52,7 @@ def check_trainer(trainer: Trainer, cp_size: int) -> None:
     Raises:
         NotImplementedError: the text names the argument, and what to do.
     """
-    for reason in (*_of_wrapper(trainer.accelerator, trainer.args), *_of_arguments(trainer.args), *_of_trl(trainer)):
+    for reason in (*_of_wrapper(trainer.accelerator, trainer.args), *_of_arguments(trainer.args), *_of_trl(trainer, cp_size)):
         raise NotImplementedError(f"{type(trainer).__name__} over {cp_size} ranks a sequence: {reason}")
 
 
@@ -91,34 +91,29 @@ def _of_arguments(args: TrainingArguments) -> list[str]:
     return reasons
 
 
-def _of_trl(trainer: Trainer) -> list[str]:
+def _of_trl(trainer: Trainer, cp_size: int) -> list[str]:
     """Why a trainer of TRL would compute something from a part of a sequence, or differently on its ranks."""
     theirs = [c.__name__ for c in type(trainer).__mro__ if c.__module__.startswith("trl.") and not c.__name__.startswith("_")]
     if theirs and not set(theirs) & set(_TRIED):
         return [f"{theirs[0]} was not tried: of TRL's, {', '.join(_TRIED)} are supported"]
-    return _of_grpo(trainer.args) if "GRPOTrainer" in theirs else []
+    return _of_grpo(trainer.args, cp_size) if "GRPOTrainer" in theirs else []
 
 
-def _of_grpo(args: Any) -> list[str]:  # noqa: ANN401
-    """Where the copies of a completion that ranks of one sequence have would count as completions of their own."""
+def _of_grpo(args: Any, cp_size: int) -> list[str]:  # noqa: ANN401
+    """What generates otherwise than the model itself, or cannot be dealt out to fewer batches than processes."""
     reasons = []
     if args.use_vllm:
         reasons.append("use_vllm=True was not tried: set it to False, so that the model itself generates")
     if args.use_transformers_continuous_batching:
-        reasons.append("use_transformers_continuous_batching=True sets its own attention: set it to False")
-    if args.scale_rewards == "batch":
-        reasons.append("scale_rewards='batch' counts each reward once for every process: use 'group' or 'none'")
-    if args.multi_objective_aggregation == "normalize_then_sum":
-        reasons.append("multi_objective_aggregation='normalize_then_sum' counts each reward once for every process: leave it out")
-    if args.top_entropy_quantile < 1:
-        reasons.append("top_entropy_quantile below 1 counts each token once for every process: set it to 1.0")
-    for size, per_prompt, name in (
-        (args.per_device_train_batch_size * args.steps_per_generation, args.num_generations, "num_generations"),
-        (args.per_device_eval_batch_size, args.num_generations_eval or args.num_generations, "num_generations_eval"),
+        reasons.append("use_transformers_continuous_batching=True sets an attention of its own: set it to False")
+    evaluated = args.per_device_eval_batch_size * args.world_size
+    for rows, per_prompt, name in (
+        (args.generation_batch_size, args.num_generations, "num_generations"),
+        (evaluated, args.num_generations_eval or args.num_generations, "num_generations_eval"),
     ):
-        if size % per_prompt:
+        if rows // cp_size % per_prompt:
             reasons.append(
-                f"the {per_prompt} completions of a prompt ({name}) must lie on one process, whose rows are {size}: make "
-                "per_device batch size times steps_per_generation a multiple of it"
+                f"{name}={per_prompt} does not divide the {rows // cp_size} completions that all processes have of different "
+                f"prompts ({rows} over {cp_size}): change it or the batch sizes"
             )
     return reasons
