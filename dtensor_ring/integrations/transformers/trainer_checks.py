@@ -65,6 +65,8 @@ def _of_wrapper(accelerator: Accelerator, args: TrainingArguments) -> list[str]:
     if accelerator.distributed_type.name == "FSDP" and not accelerator.is_fsdp2:
         reasons.append("FSDP1 was not tried: use FSDP2 (fsdp_version 2 in fsdp_config)")
     config: Any = accelerator.parallelism_config
+    if type(config).__name__ == "RingParallelismConfig":
+        reasons.append("RingParallelismConfig plans models too: leave it out, and pass cp_size= to this trainer")
     for name in ("tp_size", "sp_size"):
         if config is not None and getattr(config, name) > 1:
             reasons.append(f"ParallelismConfig({name}={getattr(config, name)}) was not tried beside it: set it to 1")

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         def _generate_and_score_completions(self, inputs: Any) -> Any: ...  # noqa: ANN401
         def _compute_loss(self, *args: Any, **kwargs: Any) -> Any: ...  # noqa: ANN401
         def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any: ...  # noqa: ANN401
-        def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor: ...
+        def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor: ...  # noqa: ANN401
 
 else:
     _Base = object
@@ -98,7 +98,8 @@ class GenerationMixin(_Base):
             yield
             return
         accelerator = self.accelerator
-        self.accelerator = _AxesAsProcesses(accelerator, self._ring.ranks)
+        counting: Any = _AxesAsProcesses(accelerator, self._ring.ranks)
+        self.accelerator = counting
         try:
             yield
         finally:
