@@ -11,9 +11,10 @@ processes that have different batches only, so that no completion counts twice i
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,9 +54,12 @@ class GenerationMixin(_Base):
 
         # GRPOTrainer gives each process a seed of its own, as it should each that has its own prompts.
         set_seed(self.args.seed + self._ring.ranks.dp_rank)
-        for name in ("prompt", "completion", "images"):
-            self._logs[name] = _FirstOfAxis(self._ring.ranks, self._logs[name].maxlen)
-        self._logs["extra"] = _Columns(self._ring.ranks, self.args)
+        # The table of completions holds those of one generation, of all processes.
+        most = self._logs["prompt"].maxlen // self._ring.ranks.cp_size
+        gathered = partial(_FirstOfAxis, self._ring.ranks, most)
+        self._logs |= {name: gathered() for name in ("prompt", "completion", "images")}
+        self._logs |= {"extra": defaultdict(gathered), "rewards": defaultdict(partial(deque, maxlen=most))}
+        self._logs["advantages"] = deque(maxlen=most)
 
     @override
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler[int] | None:
@@ -128,7 +132,7 @@ class _AxesAsProcesses:
 class _FirstOfAxis(deque[Any]):
     """A column of a table of completions: of values gathered over all processes it keeps those of one rank of each axis."""
 
-    def __init__(self, ranks: TrainerRanks, most: int | None) -> None:
+    def __init__(self, ranks: TrainerRanks, most: int) -> None:
         super().__init__(maxlen=most)
         self._ranks = ranks
 
@@ -137,15 +141,3 @@ class _FirstOfAxis(deque[Any]):
         values = list(iterable)
         rows = len(values) // (self._ranks.dp_size * self._ranks.cp_size)
         super().extend(value for i, value in enumerate(values) if (i // rows) % self._ranks.cp_size == 0)
-
-
-class _Columns(dict[str, _FirstOfAxis]):
-    """Columns that reward functions add to the table, made when they come."""
-
-    def __init__(self, ranks: TrainerRanks, args: Any) -> None:  # noqa: ANN401
-        super().__init__()
-        self._ranks, self._most = ranks, args.generation_batch_size
-
-    def __missing__(self, name: str) -> _FirstOfAxis:
-        self[name] = _FirstOfAxis(self._ranks, self._most)
-        return self[name]
