@@ -2,6 +2,7 @@
 #
 #   make demo     a real model on two ranks beside one process: a table, under five minutes
 #   make packed   packed texts through the model on two and four ranks, each as if it were alone
+#   make examples the scripts of docs/, each on two ranks
 #   make test     the tests, under five minutes on two cores
 #   make test-all with the slow ones, under forty
 #   make check    format, lint, layer contracts, types, tests
@@ -22,7 +23,7 @@ SPREAD = --numprocesses $(WORKERS) --dist worksteal
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo packed test test-all mutants mutants-again check format lint contracts types wheel clean
+.PHONY: setup demo packed examples test test-all mutants mutants-again check format lint contracts types wheel clean
 
 setup: .venv/ready
 
@@ -40,6 +41,10 @@ demo: setup
 
 packed: setup
 	$(BIN)/python examples/packed.py
+
+examples: setup
+	$(BIN)/torchrun --nproc-per-node 2 examples/trainer_train.py
+	$(BIN)/torchrun --nproc-per-node 2 examples/sft_train.py
 
 test: setup
 	$(BIN)/python -m pytest -q $(SPREAD)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -275,3 +279,34 @@ def whole_and_undone(folder):
 
 def test_models_are_whole_with_one_rank_a_sequence_and_after_undo_and_new_ones_are_planned(pools, tmp_path):
     pools.run(2, whole_and_undone, tmp_path)
+
+
+def test_a_page_shows_the_difference_from_the_script_for_one_gpu_in_at_most_fifteen_lines():
+    root = Path(__file__).parents[1]
+    for page, script in (("trainer", "trainer_train"), ("trl", "sft_train")):
+        diff = (root / "docs" / f"{page}.md").read_text().split("```diff\n")[1].split("```")[0].splitlines()
+        lines = [line.strip() for line in (root / "examples" / f"{script}.py").read_text().splitlines()]
+        changed = [line for line in diff if line.startswith(("+", "-"))]
+        assert len(changed) <= 15
+        assert all(line[1:].strip() in lines for line in diff if not line.startswith("-"))
+        assert not any(line[1:].strip() in lines for line in changed if line.startswith("-"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("script", ["trainer_train.py", "sft_train.py"])
+def test_an_example_of_a_trainer_logs_over_two_ranks_what_it_logs_in_one_process(script, tmp_path):
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    logs = []
+    for command in ([*launcher, str(root / "examples" / script)], [str(root / "examples" / script), "--cp", "1"]):
+        ended = subprocess.run(
+            [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
+        )
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        shown = re.findall(r"'(loss|grad_norm|eval_loss|eval_accuracy|entropy|num_tokens)': '([^']+)'", ended.stdout)
+        logs.append([(name, float(value)) for name, value in shown])
+    assert [name for name, _ in logs[0]] == [name for name, _ in logs[1]]
+    assert [value for _, value in logs[0]] == pytest.approx([value for _, value in logs[1]], rel=2e-3)  # four digits are shown
+    assert logs[0][-1][1] != logs[0][0][1]

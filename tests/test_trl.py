@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
 from helpers import slow
 from trainers import assert_same, fresh_accelerate, make_model, options, outcome, ring
+
+from dtensor_ring.integrations.transformers.trainer_checks import check_trainer
 
 WORDS = [f"w{i}" for i in range(60)]
 
@@ -139,3 +143,29 @@ def beside_one_process(case, kind, folder):
 def test_a_trainer_of_trl_over_ranks_logs_and_trains_as_one_process(pools, tmp_path, case, kind):
     first, *others = pools.run(2, beside_one_process, case, kind, tmp_path)
     assert all(other == first for other in others)
+
+
+def test_trainers_of_trl_that_were_not_tried_and_other_generators_are_refused_by_name():
+    def check(name, **changed):
+        accelerator = SimpleNamespace(
+            distributed_type=SimpleNamespace(name="MULTI_GPU", value="MULTI_GPU"), parallelism_config=None, is_fsdp2=False
+        )
+        given = {"train_sampling_strategy": "random", "neftune_noise_alpha": None, "n_gpu": 1, "world_size": 4}
+        given |= {"accelerator_config": SimpleNamespace(dispatch_batches=None, use_seedable_sampler=True)}
+        given |= {"use_vllm": False, "use_transformers_continuous_batching": False, "generation_batch_size": 16}
+        given |= {"num_generations": 4, "num_generations_eval": None, "per_device_eval_batch_size": 4}
+        trainer = type("Ours", (type(name, (), {"__module__": "trl.trainer"}),), {})()
+        trainer.accelerator, trainer.args = accelerator, SimpleNamespace(**(given | changed))
+        check_trainer(trainer, 2)
+
+    for name in ("SFTTrainer", "DPOTrainer", "GRPOTrainer"):
+        check(name)
+    for wanted, name, changed in (
+        ("KTOTrainer was not tried", "KTOTrainer", {}),
+        ("use_vllm=True", "GRPOTrainer", {"use_vllm": True}),
+        ("continuous_batching", "GRPOTrainer", {"use_transformers_continuous_batching": True}),
+        ("num_generations=16 does not divide the 8", "GRPOTrainer", {"num_generations": 16, "num_generations_eval": 4}),
+        ("num_generations_eval=3 does not divide the 8", "GRPOTrainer", {"num_generations_eval": 3}),
+    ):
+        with pytest.raises(NotImplementedError, match=wanted):
+            check(name, **changed)
