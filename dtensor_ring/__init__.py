@@ -31,6 +31,7 @@ if TYPE_CHECKING or not (sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)
     from dtensor_ring.attention import ring_attention
     from dtensor_ring.checkpointing import save_attention
     from dtensor_ring.data import ShardedBatch, shard_batch
+    from dtensor_ring.losses import chunked_cross_entropy
     from dtensor_ring.placements import (
         Contiguous,
         Stripe,
@@ -63,6 +64,7 @@ __all__ = [
     "Zigzag",
     "average_gradients",
     "check_replicas",
+    "chunked_cross_entropy",
     "distribute_tensor",
     "explain",
     "from_local",
@@ -84,6 +86,7 @@ _ROOMS = {
     "RingTrainerMixin": "dtensor_ring.integrations.transformers",
     "average_gradients": "dtensor_ring.replicas",
     "check_replicas": "dtensor_ring.replicas",
+    "chunked_cross_entropy": "dtensor_ring.losses",
     "explain": "dtensor_ring.tools.explain",
     "ring_attention": "dtensor_ring.attention",
     "ring_plan": "dtensor_ring.integrations.transformers",

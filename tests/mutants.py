@@ -56,6 +56,14 @@ GENERIC = [
     "test_refusals",
 ]
 TESTS = {
+    "integrations/transformers/trainer_generation.py": ["test_trl -m 'slow or not slow' -k GRPO"],
+    "integrations/transformers/trainer*.py": ["test_trainer", "test_trl"],
+    "losses/chunked.py": ["test_losses"],
+    "losses/recomputed.py": ["test_losses"],
+    "losses/terms.py": ["test_losses"],
+    "integrations/transformers/loss.py": ["test_model_loss"],
+    "integrations/transformers/loss_functions.py": ["test_model_loss -k refused_by_name"],
+    "integrations/transformers/router.py": ["test_model_loss -k load_balancing"],
     "planning/layout.py": ["test_layout", "test_schedule", "test_packing -k known"],
     "planning/document_sharding.py": [
         "test_dealing",

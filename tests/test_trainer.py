@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import slow
-from models import packed_mask
+from models import SIZES, build, packed_mask
 from trainers import assert_same, fresh_accelerate, make_model, options, outcome, ring, samples
 
 from dtensor_ring import Documents, Stripe, Zigzag, ring_plan
@@ -39,6 +39,13 @@ def flattened(alone, rows):
     return {name: batch[name] for name in ("input_ids", "labels", "position_ids")} | {"attention_mask": mask}
 
 
+def experts():
+    """A model whose routers have a loss of their own, a mean over all tokens."""
+    from transformers import MixtralConfig
+
+    return build(MixtralConfig(**SIZES, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.1)).float()
+
+
 class Stream(torch.utils.data.IterableDataset):
     def __iter__(self):
         return iter(samples(12))
@@ -52,6 +59,8 @@ CASES = {
     "packed": ({}, {"data_collator": flattened}, {"placement": Zigzag(1, per_document=True)}),
     "packed, label smoothing": ({"label_smoothing_factor": 0.2}, {"data_collator": flattened}, {"placement": Stripe(1)}),
     "compute_loss_func": ({}, {"compute_loss_func": loss_of_logits}, {}),
+    "chunked loss": ({"gradient_accumulation_steps": 2}, {"compute_metrics": None}, {"loss": "chunked"}),
+    "routers": ({"gradient_accumulation_steps": 2}, {"model": "experts", "compute_metrics": None}, {}),
     "stream": ({}, {"train_dataset": "stream"}, {}),
 }
 
@@ -62,6 +71,7 @@ def train(case, kind, folder, cp_size):
 
     changed, given, planned = CASES[case]
     given, seen = {"train_dataset": samples(12), "eval_dataset": samples(5, seed=2)} | given, []
+    given["model"] = make_model() if "model" not in given else experts()
     if given["train_dataset"] == "stream":
         given["train_dataset"] = Stream()
     if "data_collator" in given:
@@ -72,7 +82,7 @@ def train(case, kind, folder, cp_size):
         return {"rows": len(prediction.predictions)}
 
     if "data_collator" not in given:  # rows of a packed batch have no number of their own
-        given["compute_metrics"] = metrics
+        given.setdefault("compute_metrics", metrics)
     if cp_size is not None:
         given |= {"cp_size": cp_size if kind != "config" else None, "make_plan": partial(ring_plan, **planned)}
     if kind == "config":
@@ -85,7 +95,7 @@ def train(case, kind, folder, cp_size):
     wrapper = "fsdp" if kind == "config" else kind
     with fresh_accelerate(wrapper):
         args = TrainingArguments(**options(folder, wrapper, **changed))
-        trainer = (Trainer if cp_size is None else ring(Trainer))(model=make_model(), args=args, **given)
+        trainer = (Trainer if cp_size is None else ring(Trainer))(args=args, **given)
         trainer.train()
         trainer.log(trainer.evaluate())
         return *outcome(trainer), seen
@@ -109,7 +119,7 @@ def beside_one_process(case, kind, folder):
     + [("packed", "ddp"), ("compute_loss_func", "ddp"), ("accumulation, unequal labels", "fsdp")]
     + [("average_tokens_across_devices=False", "config")]
     + [slow(case, "fsdp") for case in ("label smoothing", "packed", "compute_loss_func")]
-    + [slow(case, "ddp") for case in ("stream", "packed, label smoothing")],
+    + [slow(case, "ddp") for case in ("stream", "chunked loss", "routers", "packed, label smoothing")],
 )
 def test_a_trainer_over_ranks_logs_evaluates_and_trains_as_one_process(pools, tmp_path, case, kind):
     first, *others = pools.run(2, beside_one_process, case, kind, tmp_path)
@@ -240,6 +250,22 @@ def test_wrappers_that_were_not_tried_are_refused_by_name():
             refused_wrapper(**changed)
 
 
+def refused_predictions(folder):
+    """Predictions are asked of a plan that makes no logits, and of a model with outputs that cannot be gathered."""
+    from transformers import Trainer, TrainingArguments
+
+    with fresh_accelerate():
+        given = {"make_plan": partial(ring_plan, loss="chunked"), "compute_metrics": len, "cp_size": 2}
+        trainer = ring(Trainer)(model=make_model(), args=TrainingArguments(**options(folder)), eval_dataset=samples(2), **given)
+        with pytest.raises(NotImplementedError, match="losses in chunks make no logits"):
+            trainer.evaluate()
+    with fresh_accelerate():
+        given = {"compute_metrics": len, "cp_size": 2}
+        trainer = ring(Trainer)(model=experts(), args=TrainingArguments(**options(folder)), eval_dataset=samples(2), **given)
+        with pytest.raises(NotImplementedError, match="ignore_keys"):
+            trainer.evaluate()
+
+
 def hidden_processes(folder):
     """A process group that Accelerate does not see, as of a script that torchrun has not started."""
     from transformers import Trainer, TrainingArguments
@@ -275,6 +301,7 @@ def whole_and_undone(folder):
         torch.testing.assert_close(trainer.model(input_ids=ids).logits, whole, rtol=1e-4, atol=1e-5)
         assert {"prepare_data_loader", "gather_for_metrics", "_prepare_cp"}.isdisjoint(vars(trainer.accelerator))
     hidden_processes(folder)
+    refused_predictions(folder)
 
 
 def test_models_are_whole_with_one_rank_a_sequence_and_after_undo_and_new_ones_are_planned(pools, tmp_path):

@@ -29,7 +29,7 @@ from typing_extensions import override
 
 from dtensor_ring.data.batch import labels_that_count
 from dtensor_ring.integrations.transformers.plan import RingPlan, ring_plan
-from dtensor_ring.integrations.transformers.trainer_checks import check_trainer, cp_size_of
+from dtensor_ring.integrations.transformers.trainer_checks import check_made, check_trainer, cp_size_of
 from dtensor_ring.integrations.transformers.trainer_generation import GenerationMixin
 from dtensor_ring.integrations.transformers.trainer_outputs import RingLabelSmoother, gather_predictions
 from dtensor_ring.integrations.transformers.trainer_ranks import TrainerRanks, share_batches
@@ -78,6 +78,7 @@ class RingTrainerMixin(GenerationMixin, _Trainer):
         super().__init__(*args, **kwargs)
         if self._ring is None:
             return
+        check_made(self)
         self._begin_generation()
         self._plan_models()
         if self.label_smoother is not None:
@@ -113,7 +114,8 @@ class RingTrainerMixin(GenerationMixin, _Trainer):
             return
         check_trainer(self, size)
         ranks = TrainerRanks.of(self.accelerator, size)
-        self._ring = TrainerRing(ranks, make_plan, share_batches(self.accelerator, ranks))
+        copies = size if self.args.average_tokens_across_devices else 1
+        self._ring = TrainerRing(ranks, make_plan, copies, share_batches(self.accelerator, ranks))
         # Trainer took the accelerator's own function a moment ago.
         self.gather_function = partial(self.accelerator.gather_for_metrics, use_gather_object=self.args.eval_use_gather_object)
 
@@ -170,6 +172,11 @@ class RingTrainerMixin(GenerationMixin, _Trainer):
     ) -> tuple[Tensor | None, Any, Any]:
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if self._ring is not None and logits is not None:
+            if isinstance(logits, tuple) and not logits:
+                raise NotImplementedError(
+                    "predictions are asked for, but losses in chunks make no logits: leave compute_metrics out, or set "
+                    "prediction_loss_only=True, or plan with loss='model'"
+                )
             logits = gather_predictions(logits, self.plan)
         return loss, logits, labels
 

@@ -56,6 +56,18 @@ def check_trainer(trainer: Trainer, cp_size: int) -> None:
         raise NotImplementedError(f"{type(trainer).__name__} over {cp_size} ranks a sequence: {reason}")
 
 
+def check_made(trainer: Trainer) -> None:
+    """Refuse what a trainer has found out of its model and data by the end of its constructor.
+
+    Raises:
+        NotImplementedError: the text says what, and what to do.
+    """
+    if getattr(trainer, "aux_loss_enabled", False):
+        raise NotImplementedError(
+            f"{type(trainer).__name__} computes the routers' loss itself, from a rank's tokens: set router_aux_loss_coef=0.0"
+        )
+
+
 def _of_wrapper(accelerator: Accelerator, args: TrainingArguments) -> list[str]:
     """Why gradients would not be averaged over all processes as DDP and FSDP2 do it."""
     reasons = []

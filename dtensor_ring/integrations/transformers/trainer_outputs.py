@@ -24,24 +24,34 @@ from dtensor_ring.integrations.transformers.plan import RingPlan
 _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
 
 
-def whole_outputs(model: nn.Module, plan: RingPlan) -> Callable[[], None]:
-    """Makes the losses and TRL's per-token outputs of a parallelized model whole on every rank; returns what undoes it."""
+def whole_outputs(model: nn.Module, plan: RingPlan, copies: int) -> Callable[[], None]:
+    """Makes the losses and TRL's per-token outputs of a parallelized model whole on every rank; returns what undoes it.
+
+    Args:
+        model: the model.
+        plan: its plan, applied.
+        copies: how often a caller's `num_items_in_batch` counts each label: the loss is the sum over all tokens divided by it.
+    """
     shifted_by_caller: list[bool] = []
 
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # The plan gives the model shifted labels in any case. Which ones the caller gave decides how many columns it expects.
         shifted_by_caller[:] = [kwargs.get("shift_labels") is not None]
+        items = kwargs.get("num_items_in_batch")
+        # Routers' losses are means, which the caller multiplies by as many processes as it does the sum: both are divided alike.
+        return args, kwargs if items is None else {**kwargs, "num_items_in_batch": items / copies}
 
     def leave(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:  # noqa: ANN401
         if KEYWORD not in kwargs:
             return output  # the plan is paused, and the model is whole
         if isinstance(output, Mapping) and "log_probs" in output and "label_mask" in output:
             _gather_per_token(output, plan, kwargs, drop_last=not shifted_by_caller[0])
-        if kwargs.get("num_items_in_batch") is None or kwargs[KEYWORD].count is not None or kwargs.get("labels") is None:
+        asked = kwargs[KEYWORD].loss
+        if not asked.has_labels or asked.count is not None:
             return output  # no loss, or one that the plan has made whole
         if isinstance(output, tuple):
-            return (over_ranks(output[0], plan), *output[1:])
-        output["loss"] = over_ranks(output["loss"], plan)
+            return (over_ranks(output[0], plan) / copies, *output[1:])
+        output["loss"] = over_ranks(output["loss"], plan) / copies
         return output
 
     handles: list[RemovableHandle] = [
@@ -70,8 +80,17 @@ def _gather_per_token(output: Any, plan: RingPlan, kwargs: Mapping[str, Any], *,
 
 
 def gather_predictions(outputs: Any, plan: RingPlan) -> Any:  # noqa: ANN401
-    """Logits (B, S/W, V) as (B, S, V), and other outputs of tokens likewise; tuples and dicts part by part."""
+    """Logits (B, S/W, V) as (B, S, V), and other outputs of tokens likewise; tuples and dicts part by part.
+
+    Raises:
+        NotImplementedError: an output whose rows and tokens are one dim, as logits of routers have them.
+    """
     if isinstance(outputs, Tensor):
+        if outputs.dim() == 2:
+            raise NotImplementedError(
+                f"an output of shape {tuple(outputs.shape)} is asked for as a prediction, and only outputs (B, tokens, ...) can be "
+                "gathered: leave it out by ignore_keys=['router_logits'], or whatever its name is"
+            )
         return plan.gather(outputs, 1, documents=plan.documents) if outputs.dim() > 1 else outputs
     if isinstance(outputs, (tuple, list)):
         return type(outputs)(gather_predictions(part, plan) for part in outputs)

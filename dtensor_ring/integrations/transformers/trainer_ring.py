@@ -38,11 +38,13 @@ class TrainerRing:
     Attributes:
         ranks: which ranks share sequences.
         make_plan: makes a plan for a model.
+        copies: how often the trainer counts each label of a batch.
         undo_accelerator: gives the accelerator back as it was.
     """
 
     ranks: TrainerRanks
     make_plan: PlanMaker
+    copies: int
     undo_accelerator: Callable[[], None]
     _planned: list[_Planned] = field(default_factory=list)
 
@@ -61,7 +63,7 @@ class TrainerRing:
         if not isinstance(plan, RingPlan):
             raise TypeError(f"make_plan must return a RingPlan, as ring_plan does, found {type(plan).__name__}")
         parallelize_module(base, self.ranks.mesh, plan)
-        return _Planned(base, plan, whole_outputs(base, plan))
+        return _Planned(base, plan, whole_outputs(base, plan, self.copies))
 
     def plan_of(self, model: nn.Module) -> RingPlan:
         """The plan of a model."""
