@@ -44,6 +44,8 @@ packed: setup
 
 examples: setup
 	$(BIN)/torchrun --nproc-per-node 2 examples/accelerate_train.py --cp 2
+	$(BIN)/torchrun --nproc-per-node 2 examples/trainer_train.py
+	$(BIN)/torchrun --nproc-per-node 2 examples/sft_train.py
 
 test: setup
 	$(BIN)/python -m pytest -q $(SPREAD)

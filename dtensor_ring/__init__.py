@@ -50,7 +50,7 @@ if TYPE_CHECKING or not (sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)
     _register.register()
 
 if TYPE_CHECKING:
-    from dtensor_ring.integrations.transformers import RingPlan, ring_plan
+    from dtensor_ring.integrations.transformers import RingPlan, RingTrainerMixin, ring_plan
 
 __version__ = "0.1.0"
 
@@ -59,6 +59,7 @@ __all__ = [
     "CostModel",
     "Documents",
     "RingPlan",
+    "RingTrainerMixin",
     "ShardedBatch",
     "Stripe",
     "Zigzag",
@@ -86,6 +87,7 @@ _ROOMS = {
     "sequence_sampler": "dtensor_ring.data",
     "shard_batch": "dtensor_ring.data",
     "RingPlan": "dtensor_ring.integrations.transformers",
+    "RingTrainerMixin": "dtensor_ring.integrations.transformers",
     "average_gradients": "dtensor_ring.replicas",
     "check_replicas": "dtensor_ring.replicas",
     "chunked_cross_entropy": "dtensor_ring.losses",

@@ -56,6 +56,8 @@ GENERIC = [
     "test_refusals",
 ]
 TESTS = {
+    "integrations/transformers/trainer_generation.py": ["test_trl -m 'slow or not slow' -k GRPO"],
+    "integrations/transformers/trainer*.py": ["test_trainer", "test_trl"],
     "losses/chunked.py": ["test_losses"],
     "losses/recomputed.py": ["test_losses"],
     "losses/terms.py": ["test_losses"],

@@ -233,15 +233,9 @@ def cut_batch(
         whole["position_ids"] = positions.to(device)
     # A rank's next token is on another rank at the end of each of its chunks, so a model that shifted its share would predict
     # the wrong token there. Losses read `shift_labels` where they are given.
-    labels = whole.get("labels")
-    shifted = whole.get("shift_labels")
-    if isinstance(labels, Tensor):
-        if isinstance(shifted, Tensor):
-            _check_shifted(labels, shifted, packed)
-        else:
-            shifted = whole["shift_labels"] = shift_labels(labels, packed)
-    if isinstance(shifted, Tensor) and padding is not None:
-        shifted = whole["shift_labels"] = _predicted_by_real_tokens(shifted, padding)
+    shifted = _shifted(batch, documents, padding)
+    if shifted is not None:
+        whole["shift_labels"] = shifted
     # A layout that cuts documents needs them from everyone, later too (`gather`): a row without documents is one.
     if placement.layout.cut and documents is None:
         documents = Documents.from_lengths([length])
@@ -252,7 +246,7 @@ def cut_batch(
         share[key] = take_shard(value, 1, split, transport.world, transport.rank) if is_cut and isinstance(value, Tensor) else value
     share.length, share.documents = length, documents
     # Counted in the whole batch, which every rank has here: the parts of the loss add up without asking the other ranks.
-    share.num_items = (shifted != IGNORED).sum() if isinstance(shifted, Tensor) else None
+    share.num_items = (shifted != IGNORED).sum() if shifted is not None else None
     return share
 
 
@@ -276,6 +270,30 @@ def shift_labels(labels: Tensor, documents: Documents | None) -> Tensor:
             ends[row, list(bounds)] = True
         shifted = shifted.masked_fill(ends[:, 1:].to(labels.device), IGNORED)
     return shifted
+
+
+def labels_that_count(batch: Mapping[str, object]) -> int:
+    """How many labels of a whole batch count in its loss: those that a real token of the same document predicts.
+
+    0 for a batch without labels. Raises as `shard_batch` does.
+    """
+    length = sequence_length(batch)
+    shifted = _shifted(batch, find_documents(batch, length), padding_of(batch, rows_of(batch), length))
+    return 0 if shifted is None else int((shifted != IGNORED).sum())
+
+
+def _shifted(batch: Mapping[str, object], documents: Documents | None, padding: Tensor | None) -> Tensor | None:
+    """The label of the next token for every token, -100 where it does not count; None for a batch without labels."""
+    packed = documents if padding is None else None
+    labels, shifted = batch.get("labels"), batch.get("shift_labels")
+    if isinstance(labels, Tensor):
+        if isinstance(shifted, Tensor):
+            _check_shifted(labels, shifted, packed)
+        else:
+            shifted = shift_labels(labels, packed)
+    if isinstance(shifted, Tensor) and padding is not None:
+        shifted = _predicted_by_real_tokens(shifted, padding)
+    return shifted if isinstance(shifted, Tensor) else None
 
 
 def _check_shifted(labels: Tensor, shifted: Tensor, documents: Documents | None) -> None:

@@ -32,6 +32,7 @@ from dtensor_ring._renamed import renamed
 from dtensor_ring._torch import tensors_in
 from dtensor_ring.captures import RingCaptureError, check_not_capturing
 from dtensor_ring.comm import several_ranks, transport_along
+from dtensor_ring.comm.collectives import take_shard
 from dtensor_ring.comm.rank_checks import refused_together
 from dtensor_ring.data.batch import (
     check_mesh,
@@ -79,6 +80,7 @@ from dtensor_ring.integrations.transformers.token_loss import (
 )
 from dtensor_ring.ops.arguments import Arguments
 from dtensor_ring.placements import SequencePlacement
+from dtensor_ring.placements.placement import split_of
 from dtensor_ring.planning.documents import Documents
 
 _SEQUENCE_AXIS = r"cp|sp|seq|context|ring"  # how programs name the mesh axis that holds the sequence
@@ -156,6 +158,23 @@ class RingPlan(dict[str, ParallelStyle]):
         mesh = self._applied()
         check_output(local_tensor, grad)
         return sum_over_tokens(local_tensor, mesh, dim, grad)
+
+    def cut(self, tensor: Tensor, dim: int = 1, documents: Documents | None = None) -> Tensor:
+        """This rank's tokens of a tensor that holds all of them in `dim`, such as labels (B, S): (B, S/W). Undoes `gather`.
+
+        Nothing is sent. Labels must be shifted before.
+
+        Args:
+            tensor: the same on every rank.
+            dim: where its tokens are.
+            documents: as in `gather`; those of the last batch by default.
+
+        Raises:
+            RuntimeError: the plan was not applied yet.
+        """
+        transport = transport_along(self._applied())
+        split = split_of(self._placement.moved_to(range(tensor.ndim)[dim]), documents or self._documents)
+        return take_shard(tensor, dim, split, transport.world, transport.rank)
 
     def global_loss(self, local_loss: Tensor, items: Tensor | int | None = None, *, grad: Convention = "mean") -> Tensor:
         """The mean over the whole batch of a loss of one's own: every rank calls it with its part. Gradients as for `gather`.
