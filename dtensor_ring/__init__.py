@@ -47,7 +47,8 @@ if TYPE_CHECKING or not (sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)
     _register.register()
 
 if TYPE_CHECKING:
-    from dtensor_ring.integrations.transformers import RingPlan, ring_plan
+    from dtensor_ring.integrations.transformers import RingPlan, ring_plan, verify
+    from dtensor_ring.tools.verification import Verification
 
 __version__ = "0.1.0"
 
@@ -58,6 +59,7 @@ __all__ = [
     "RingPlan",
     "ShardedBatch",
     "Stripe",
+    "Verification",
     "Zigzag",
     "average_gradients",
     "check_replicas",
@@ -69,6 +71,7 @@ __all__ = [
     "ring_attention",
     "ring_plan",
     "shard_batch",
+    "verify",
 ]
 
 
@@ -83,11 +86,13 @@ _ROOMS = {
     "explain": "dtensor_ring.tools.explain",
     "ring_attention": "dtensor_ring.attention",
     "ring_plan": "dtensor_ring.integrations.transformers",
+    "Verification": "dtensor_ring.tools.verification",
+    "verify": "dtensor_ring.integrations.transformers",
 }
 
 
 def __getattr__(name: str) -> object:
-    """What is imported when first used: `ring_plan` and `RingPlan`, which need transformers; all names for the command line."""
+    """What is imported when first used: `ring_plan`, `RingPlan` and `verify`, which need transformers; all names for the command line."""
     if name not in __all__:
         raise AttributeError(f"module 'dtensor_ring' has no attribute {name!r}")
     from dtensor_ring._register import register

@@ -20,11 +20,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
 
-WIDTH = 100
 Kind = Literal["output", "loss", "output gradient", "parameter gradient", "edge case"]
 # A deviation may be this many times the model's own error. Two runs that both are right differ by the errors of both, and the largest
 # of many differences varies from run to run.
-FACTOR = 8.0
+FACTOR = 4.0
 
 
 class VerificationError(RuntimeError):
@@ -61,9 +60,9 @@ class Row:
 
     def __str__(self) -> str:
         if self.left_out is not None:
-            return f"{self.name:<44}{'':>9}  {'':>9}  -     {self.left_out}"
+            return f"{self.name:<52}{'':>9}  {'':>9}  -     {self.left_out}"
         note = f"  {self.note}" if self.note and not self.ok else ""
-        return f"{self.name:<44}{_number(self.deviation):>9}  {_number(self.tolerance):>9}  {self.verdict:<4}{note}".rstrip()
+        return f"{self.name:<52}{_number(self.deviation):>9}  {_number(self.tolerance):>9}  {self.verdict:<4}{note}".rstrip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +165,7 @@ class Verification:
         }
 
     def __str__(self) -> str:
-        head = f"{'compared':<44}{'deviation':>9}  {'tolerance':>9}"
+        head = f"{'compared':<52}{'deviation':>9}  {'tolerance':>9}"
         lines = [f"verify: {self.title}", head, *map(str, self.rows)]
         if self.first_difference is not None:
             lines.append(f"first difference: {self.first_difference}")
@@ -264,6 +263,17 @@ def relative(size: float, scale: float) -> float:
     if size == 0:
         return 0.0
     return size / scale if scale > 0 else math.inf
+
+
+def tolerance(own: float, scale: float, unit: float) -> float:
+    """The largest relative difference that is right: a multiple of the model's own error, which is at least one unit.
+
+    Args:
+        own: how far the value moves by rounding alone; what is not finite counts as unknown.
+        scale: the largest value.
+        unit: one unit in the last place, relative.
+    """
+    return FACTOR * max(relative(own, scale) if math.isfinite(own) and scale > 0 else 0.0, unit)
 
 
 def ratio_note(ratio: float, world: int) -> str:

@@ -4,9 +4,10 @@ from dtensor_ring.optional import MissingExtraError
 
 try:
     from dtensor_ring.integrations.transformers.plan import RingPlan, ring_plan
+    from dtensor_ring.integrations.transformers.verifying import verify
 except ImportError as error:
     if not (error.name or "").startswith("transformers"):
         raise  # a fault of ours, which installing transformers would not mend
     raise MissingExtraError.of("transformers", "transformers 5.0 or newer", error) from error
 
-__all__ = ["RingPlan", "ring_plan"]
+__all__ = ["RingPlan", "ring_plan", "verify"]

@@ -59,12 +59,12 @@ def verify(
     by bit, when another document (or padding, or row) becomes another one; and loss and gradients of a batch in which the first rank has
     no label that counts, and of one in which ranks hold padding only.
 
-    **Tolerances.** What only moves data must be equal. Other differences, relative to the largest value in one process, may be 8 times
+    **Tolerances.** What only moves data must be equal. Other differences, relative to the largest value in one process, may be 4 times
     the model's own error, and that is the larger of two: how far one process moves when every weight grows or shrinks by one unit
     in its last place, by the flip of a coin (two such runs; one for edge cases); and one unit in the last place of the largest value
-    (of loss and norm, averages, that unit over the square root of the labels that count; for them and gradients at least one of
-    float32, in which transformers computes losses). The unit is that of the coarsest dtype that weights or outputs have: bfloat16
-    under autocast. Where experts route tokens, logits of other documents may also move by the tolerance of logits, since an expert's
+    (of loss and norm, which are averages, that unit over the square root of the labels that count, and at least float32's). The unit
+    is that of the coarsest dtype that weights or outputs have, bfloat16 under autocast, and of float64 float32's, in which
+    transformers computes norms, softmax and losses all the same. Where experts route tokens, logits of other documents may also move by the tolerance of logits, since an expert's
     matrix product rounds otherwise with other tokens beside. In float32 near-ties of experts do not flip; in bfloat16 they may.
 
     The model is run in evaluation mode, without dropout, and without compiled code. Weights, gradients, buffers, training flags and
