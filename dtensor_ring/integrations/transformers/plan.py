@@ -14,8 +14,7 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -89,7 +88,6 @@ class RingPlan(dict[str, ParallelStyle]):
         self._documents_of: MutableMapping[Tensor, Documents] = WeakTensorKeyDictionary()
         self._handles: list[RemovableHandle] = []
         self._marked: list[nn.Module] = []
-        self._is_paused = False
         names = [name for name, module in model.named_modules() if _is_attention(module)]
         # parallelize_module follows this order: the root refuses a wrong model or mesh before any module is marked.
         super().__init__({"": _RootStyle(self)} | {name: _AttentionStyle(self) for name in names})
@@ -161,18 +159,6 @@ class RingPlan(dict[str, ParallelStyle]):
         """What the plan does, in a few lines."""
         batch, attention = self._documents if self._is_packed else None, [name for name in self if name]
         return describe(self._model, self._placement, self._asked, attention, self._mesh, batch)
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Inside the block the model is as without the plan."""
-        self._applied()
-        self._model.set_attn_implementation(self._before or "sdpa")
-        self._is_paused = True
-        try:
-            yield
-        finally:
-            self._is_paused = False
-            self._model.set_attn_implementation(NAME)
 
     def undo(self) -> None:
         """Gives the model back as it was: the attention implementation is restored, hooks and marks are removed."""
@@ -260,10 +246,8 @@ class RingPlan(dict[str, ParallelStyle]):
 
     # Not compiled: it reads values of the batch and compares ranks on the host. The model behind it is.
     @torch.compiler.disable
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         """Takes the arguments of the whole batch, and returns those of this rank's share."""
-        if self._is_paused:
-            return args, kwargs
         transport = transport_along(self._applied())
         with refused_together(lambda: [transport]):
             self._check_attention_name()
@@ -297,8 +281,6 @@ class RingPlan(dict[str, ParallelStyle]):
     @torch.compiler.disable
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ANN401
         """Makes the mean over the whole batch of this rank's sum of losses, and remembers that these outputs are of this batch."""
-        if self._is_paused:
-            return output
         # From the keywords that `_enter` returned, not from the plan: they belong to this very forward pass.
         self._check_replayed(kwargs[KEYWORD])
         count, documents = kwargs[KEYWORD].count, kwargs[KEYWORD].documents
