@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING or not (sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv) :][:1] == ["dtensor_ring"]):
     from dtensor_ring import _register
     from dtensor_ring.attention import ring_attention
+    from dtensor_ring.checkpointing import save_attention
     from dtensor_ring.data import ShardedBatch, shard_batch
     from dtensor_ring.placements import (
         Contiguous,
@@ -70,6 +71,7 @@ __all__ = [
     "redistribute",
     "ring_attention",
     "ring_plan",
+    "save_attention",
     "shard_batch",
     "verify",
 ]
@@ -88,11 +90,12 @@ _ROOMS = {
     "ring_plan": "dtensor_ring.integrations.transformers",
     "Verification": "dtensor_ring.tools.verification",
     "verify": "dtensor_ring.integrations.transformers",
+    "save_attention": "dtensor_ring.checkpointing",
 }
 
 
 def __getattr__(name: str) -> object:
-    """What is imported when first used: `ring_plan`, `RingPlan` and `verify`, which need transformers; all names for the command line."""
+    """What is imported when first used: names that need transformers, such as `ring_plan`; all names for the command line."""
     if name not in __all__:
         raise AttributeError(f"module 'dtensor_ring' has no attribute {name!r}")
     from dtensor_ring._register import register

@@ -117,7 +117,7 @@ def ring_attention_forward(
     if ring_batch is None:
         raise RuntimeError(
             f"{type(module).__name__} was called without {KEYWORD!r}: call the parallelized model itself with the whole batch, not "
-            "a module inside it"
+            "a module inside it, and call backward() of what paused() gave before the pause ends"
         )
     if not torch.compiler.is_compiling():
         if is_capturing():

@@ -15,6 +15,7 @@ import inspect
 import re
 import warnings
 from collections.abc import MutableMapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ from dtensor_ring.integrations.transformers.outputs import (
     gather_tokens,
     sum_over_tokens,
 )
+from dtensor_ring.integrations.transformers.paused import Pause
 from dtensor_ring.ops.arguments import Arguments, Strategy, check_stages, check_strategy_name, text_of_model
 from dtensor_ring.ops.kernels import KernelName, check_kernel_name
 from dtensor_ring.placements import SequencePlacement, Zigzag
@@ -88,6 +90,7 @@ class RingPlan(dict[str, ParallelStyle]):
         self._documents_of: MutableMapping[Tensor, Documents] = WeakTensorKeyDictionary()
         self._handles: list[RemovableHandle] = []
         self._marked: list[nn.Module] = []
+        self._pause = Pause(model)
         names = [name for name, module in model.named_modules() if _is_attention(module)]
         # parallelize_module follows this order: the root refuses a wrong model or mesh before any module is marked.
         super().__init__({"": _RootStyle(self)} | {name: _AttentionStyle(self) for name in names})
@@ -160,6 +163,21 @@ class RingPlan(dict[str, ParallelStyle]):
         batch, attention = self._documents if self._is_packed else None, [name for name in self if name]
         return describe(self._model, self._placement, self._asked, attention, self._mesh, batch)
 
+    def paused(self) -> AbstractContextManager[None]:
+        """A context in which the model is as without the plan, to evaluate or to generate in the middle of training.
+
+            with plan.paused(), torch.no_grad():
+                texts = model.generate(prompts)          # on every rank, which computes whole rows by itself
+
+        Afterwards, and where the body raises, the plan is as it was. Backward passes keep to their side of it. Over weights that
+        FSDP2 has sharded, ranks must run the same number of forward passes: `generate(..., synced_gpus=True)`.
+
+        Raises:
+            RuntimeError: the plan is not applied or paused already, or the model is in the middle of a forward pass.
+        """
+        self._applied()
+        return self._pause.begin(self._before or "sdpa", self._marked)
+
     def undo(self) -> None:
         """Gives the model back as it was: the attention implementation is restored, hooks and marks are removed."""
         self._applied()
@@ -175,6 +193,7 @@ class RingPlan(dict[str, ParallelStyle]):
     def _applied(self) -> DeviceMesh:
         if self._mesh is None:
             raise RuntimeError("the plan is not applied: call parallelize_module(model, mesh['cp'], plan) first")
+        self._pause.check_over()
         return self._mesh
 
     def __del__(self) -> None:
@@ -235,10 +254,7 @@ class RingPlan(dict[str, ParallelStyle]):
         self._model.set_attn_implementation(NAME)
         self._mesh = mesh
         # Hooks and not another forward: signature and class of the model stay as they are, which Trainer and FSDP2 look at.
-        self._handles = [
-            module.register_forward_pre_hook(self._enter, with_kwargs=True),
-            module.register_forward_hook(self._leave, with_kwargs=True),
-        ]
+        self._handles = self._pause.hook(self._enter, self._leave)
 
     def _apply_attention(self, module: nn.Module, mesh: DeviceMesh) -> None:
         setattr(module, STATE, AttentionState(mesh, self._placement.layout, self._asked))

@@ -1,0 +1,98 @@
+"""`RingPlan.paused`: a model as it is without its plan, for a while.
+
+before, after    the root cuts the batch; attention is ours, over the ranks
+in a pause       the root leaves the batch alone; attention is what the config asked for before the plan came
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from dtensor_ring.integrations.transformers.attention import KEYWORD, NAME
+
+
+class Pause:
+    """Whether a plan is paused, and whether its model is in the middle of a forward pass.
+
+    Attributes:
+        on: the plan is paused now.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model, self.on, self._is_running = model, False, False
+
+    def hook(self, enter: Callable[..., Any], leave: Callable[..., Any]) -> list[RemovableHandle]:
+        """Registers the plan's hooks of the root, which rest in a pause, and one that sees forward passes end.
+
+        Args:
+            enter: a forward pre-hook with keywords.
+            leave: a forward hook with keywords.
+        """
+
+        # They stay registered: put back after a pause, they would stand behind the hooks that FSDP2 has added since.
+        @torch.compiler.disable
+        def begun(*call: Any) -> Any:  # noqa: ANN401
+            self._is_running = True
+            return None if self.on else enter(*call)
+
+        @torch.compiler.disable
+        def left(*call: Any) -> Any:  # noqa: ANN401
+            return None if self.on else leave(*call)
+
+        @torch.compiler.disable
+        def ended(*_call: object) -> None:
+            self._is_running = False
+
+        return [
+            self._model.register_forward_pre_hook(begun, with_kwargs=True),
+            self._model.register_forward_hook(left, with_kwargs=True),
+            self._model.register_forward_hook(ended, always_call=True),  # also where the forward pass raises
+        ]
+
+    def check_over(self) -> None:
+        """Raises RuntimeError in a pause."""
+        if self.on:
+            raise RuntimeError("the plan is paused, and its model gives whole outputs: leave `with plan.paused():` first")
+
+    @contextmanager
+    def begin(self, attention: str, modules: Sequence[nn.Module]) -> Generator[None]:
+        """The pause itself.
+
+        Args:
+            attention: the attention implementation of the model without the plan.
+            modules: the attention modules that the plan has marked.
+        """
+        self.check_over()
+        # Layers before this point have attended to keys of all ranks, those after it would attend to a part of the sequence.
+        if self._is_running:
+            raise RuntimeError(
+                f"this {type(self._model).__name__} is in the middle of a forward pass, which began with its plan: call "
+                "plan.paused() outside of the model, not in a hook or a module of it"
+            )
+        handles = [module.register_forward_pre_hook(_refuse_earlier_batches, with_kwargs=True) for module in modules]
+        try:
+            self._model.set_attn_implementation(attention)
+            self.on = True
+            yield
+        finally:
+            self.on = False
+            for handle in handles:
+                handle.remove()
+            self._model.set_attn_implementation(NAME)
+
+
+def _refuse_earlier_batches(module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raises RuntimeError for a layer that runs again on this rank's tokens of an earlier batch, as checkpointing does."""
+    # Its attention is the model's own now, and would see a part of the sequence: other activations, and no error.
+    if KEYWORD in kwargs:
+        raise RuntimeError(
+            f"{type(module).__name__} runs again, in paused(), on a batch from before: activation checkpointing does so in "
+            "backward. Call backward() of that batch before the pause or after it"
+        )
