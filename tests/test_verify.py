@@ -10,9 +10,10 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import PLACEMENTS, line, refused, slow
+from helpers import PLACEMENTS, grid, line, refused, slow
 from test_families import FAMILIES, ONLY_EAGER
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 from transformers import AutoModelForCausalLM
 
@@ -358,6 +359,30 @@ def other_batches():
     assert headless.row("labels of each rank").left_out == "the model was given none"
 
 
+def sharded_weights():
+    """FSDP2 over the sequence axis, or over data too, whose ranks have other batches: gradients are reduced by it."""
+    world = dist.get_world_size()
+    mesh = line() if world == 2 else grid()
+    cp, whole = (mesh, mesh) if world == 2 else (mesh["cp"], mesh["dp", "cp"]._flatten("dp_cp"))
+    model = make_model()
+    plan = ring_plan(model)
+    parallelize_module(model, cp, plan)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=whole)
+    fully_shard(model, mesh=whole)
+    batch = make_batch(packed=False)
+    batch["input_ids"] = (batch["input_ids"] + dist.get_rank() // cp.size()) % 48
+    before = [parameter.to_local().clone() for parameter in model.parameters()]
+    found = verify(model, batch, cp, plan=plan)
+    assert found.ok, str(found)
+    assert found.row("gradients, of 21 parameters").tolerance > 0
+    for parameter, value in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter.to_local(), value)
+        assert parameter.grad is None
+    with in_one_layer(model, scaled_badly):
+        assert verify(model, batch, cp, plan=plan, edge_cases=False).first_difference.module == ATTENTION
+
+
 def calls_that_are_refused():
     mesh, batch = line(), make_batch(packed=False)
     model, other = make_model(), make_model()
@@ -387,6 +412,11 @@ def test_model_plan_and_generators_are_left_as_they_were(pools):
 
 def test_batches_of_every_kind_are_verified(pools):
     pools.run(2, in_one_call, ("other_batches",))
+
+
+@pytest.mark.parametrize("world", [2, slow(4)])
+def test_weights_that_fsdp2_has_sharded_are_verified(pools, world):
+    pools.run(world, in_one_call, ("sharded_weights",))
 
 
 @pytest.mark.filterwarnings("ignore")

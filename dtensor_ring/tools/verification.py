@@ -160,7 +160,7 @@ class Verification:
         return {
             "title": self.title,
             "ok": self.ok,
-            "rows": [{**_plain(asdict(row)), "verdict": row.verdict} for row in self.rows],
+            "rows": [_plain({**asdict(row), "note": "" if row.ok else row.note, "verdict": row.verdict}) for row in self.rows],
             "first_difference": None if self.first_difference is None else _plain(asdict(self.first_difference)),
         }
 
