@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from unittest.mock import patch
@@ -16,17 +19,24 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from dtensor_ring import Contiguous, Documents, Zigzag, ring_plan, verify
+from dtensor_ring.__main__ import main
+from dtensor_ring.integrations.transformers import verify_command
 from dtensor_ring.integrations.transformers.attention import KEYWORD, STATE
 from dtensor_ring.planning.layout import Layout
+from dtensor_ring.tools.verification import Difference, Judged, Row, Verification, VerificationError, first_culprit
+from dtensor_ring.tools.verify_arguments import add_arguments
 
 LENGTH, ATTENTION = 24, "model.layers.1.self_attn"
 
 
 def make_model(family: str = "llama", dtype: torch.dtype = torch.float32):
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(FAMILIES[family](), attn_implementation="eager" if family in ONLY_EAGER else "sdpa").to(dtype)
+    return AutoModelForCausalLM.from_config(FAMILIES[family](), attn_implementation="eager" if family in ONLY_EAGER else "sdpa").to(
+        dtype
+    )
 
 
 def make_batch(*, packed: bool, rows: int = 2):
@@ -59,7 +69,9 @@ SWEEP = [(family, dtype, packed, "zigzag") for family in FAMILIES for dtype in D
 
 @pytest.mark.parametrize(
     ("world", "family", "dtype", "packed", "placement"),
-    [(2, *cell) for cell in BY_DEFAULT] + [slow(4, *cell) for cell in SWEEP] + [slow(4, "llama", torch.float32, True, "zigzag/documents")],
+    [(2, *cell) for cell in BY_DEFAULT]
+    + [slow(4, *cell) for cell in SWEEP]
+    + [slow(4, "llama", torch.float32, True, "zigzag/documents")],
 )
 def test_a_right_model_passes_alike_on_every_rank(pools, world, family, dtype, packed, placement):
     if placement == "zigzag/documents":
@@ -175,7 +187,7 @@ def leak_between_documents():
     row = found.row("others, when the first document changes")
     assert row.deviation > 0
     assert row.tolerance == 0
-    assert row.note == "19 tokens of others move, from 5 on"
+    assert row.note == "19 tokens from 5 on"
     assert found.first_difference.first_token == 5, "where the second document begins"
     return found.first_difference, ATTENTION, "output"
 
@@ -339,19 +351,18 @@ def other_batches():
     padded = {"input_ids": plain["input_ids"], "attention_mask": mask, "labels": plain["labels"].masked_fill(mask == 0, -100)}
     rows = torch.cat([Documents.from_lengths(lengths).position_ids() for lengths in ([9, 15], [LENGTH])])
     model = make_model()
-    for batch in (
-        padded,
-        {**plain, "position_ids": rows},
-        {**plain, "num_items_in_batch": torch.tensor(31)},
-        {"input_ids": plain["input_ids"]},
-    ):
-        found = verify(model, batch, mesh)
-        assert found.ok, str(found)
-        assert found.row("rank 0 without labels: loss").tolerance > 0
-    assert verify(model, padded, mesh).row("others, when padding changes").left_out is None
+    given = {**plain, "position_ids": rows, "num_items_in_batch": torch.tensor(31)}
+    edges = {}
+    for name, batch in {"padded": padded, "given": given, "no labels": {"input_ids": plain["input_ids"]}}.items():
+        edges[name] = verify(model, batch, mesh, edge_cases=name != "no labels")
+        assert edges[name].ok, str(edges[name])
+        assert edges[name].row("labels of each rank").left_out is None
+    assert edges["padded"].row("others, when padding changes").left_out is None
+    assert edges["given"].row("others, when the first document changes").left_out is None
+    assert edges["given"].row("rank 0 without labels: loss").tolerance > 0
     embedded = model.get_input_embeddings()(plain["input_ids"]).detach()
     for batch in ({"inputs_embeds": embedded}, {"inputs_embeds": embedded, "labels": plain["labels"]}):
-        found = verify(model, batch, mesh)
+        found = verify(model, batch, mesh, edge_cases=False)
         assert found.ok, str(found)
     headless = verify(model.model, {"input_ids": plain["input_ids"]}, mesh)
     assert headless.ok, str(headless)
@@ -388,7 +399,9 @@ def calls_that_are_refused():
     model, other = make_model(), make_model()
     refused(lambda: verify(model, batch, mesh, plan=ring_plan(model), placement=Zigzag(1)), ValueError, "pass plan= alone")
     refused(lambda: verify(model, batch, mesh, plan=ring_plan(other)), ValueError, "was made for another LlamaForCausalLM")
-    refused(lambda: verify(model, {**batch, "labels": batch["labels"] * 0 - 100}, mesh), ValueError, "no label of this batch counts")
+    refused(
+        lambda: verify(model, {**batch, "labels": batch["labels"] * 0 - 100}, mesh), ValueError, "no label of this batch counts"
+    )
     refused(lambda: verify(nn.Linear(2, 2), batch, mesh), TypeError, "takes a transformers PreTrainedModel, found Linear")
     with under_plan(model, Zigzag(1)):
         refused(lambda: verify(model, batch, mesh), ValueError, "this model is parallelized: pass its plan")
@@ -422,3 +435,113 @@ def test_weights_that_fsdp2_has_sharded_are_verified(pools, world):
 @pytest.mark.filterwarnings("ignore")
 def test_calls_that_cannot_be_verified_are_refused_on_every_rank(pools):
     pools.run(2, in_one_call, ("calls_that_are_refused",))
+
+
+def options_of(*words: str):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, int)
+    return parser.parse_args(words)
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**FAMILIES["gemma2"]().to_dict(), "model_type": "gemma2", "num_hidden_layers": 4}))
+    return path
+
+
+def command(*words: str):
+    before = logging.get_verbosity()
+    try:
+        return verify_command._answer(options_of(*words))
+    finally:
+        logging.set_verbosity(before)
+
+
+def test_the_command_verifies_a_model_of_its_first_layers(pools, config_file):
+    words = ("--model", str(config_file), "--layers", "1", "--packed", "--layout", "zigzag/documents", "--length", "33", "--json")
+    first, second = pools.run(2, command, *words)
+    assert first == second
+    facts = json.loads(first.text)
+    assert first.ok is facts["ok"] is True
+    assert facts["cp"] == 2
+    assert "Zigzag(1, per_document=True) over 2 ranks" in facts["title"]
+    assert "2 x 33 tokens in 5 documents" in facts["title"]
+    assert {"name", "deviation", "tolerance", "verdict"} <= facts["rows"][0].keys()
+    assert any(row["name"] == "layout of 1 attention modules" for row in facts["rows"])
+
+
+def test_weights_of_a_folder_are_read(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    loaded = verify_command.load(options_of("--model", str(tmp_path), "--layers", "1", "--dtype", "float64"))
+    assert loaded.dtype == torch.float64
+    assert len(loaded.model.layers) == 1
+    assert torch.equal(loaded.model.embed_tokens.weight.float(), model.model.embed_tokens.weight)
+    random = verify_command.load(options_of("--model", str(tmp_path / "config.json")))
+    assert len(random.model.layers) == 2
+    assert not torch.equal(random.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--model", "nowhere"], "nowhere: no such file or folder. Give a folder with a config.json"),
+        (["--model", ".", "--cp", "0"], "--cp is at least 1, found 0"),
+        (["--model", ".", "--layout", "zigzag/even"], "unknown layout"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_in_one_line(capsys, words, text):
+    with pytest.raises(SystemExit) as ended:
+        main(["verify", *words])
+    assert ended.value.code == 2
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_command_starts_processes_of_its_own(config_file):
+    words = [
+        sys.executable,
+        "-m",
+        "dtensor_ring",
+        "verify",
+        "--model",
+        str(config_file),
+        "--cp",
+        "2",
+        "--layers",
+        "2",
+        "--no-edge-cases",
+    ]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=280, check=True)
+    assert ended.stdout.splitlines()[-1] == "the same as in one process"
+    refusal = subprocess.run([*words[:-1], "--layers", "9"], capture_output=True, text=True, timeout=280, check=False)
+    assert (refusal.returncode, refusal.stdout) == (2, "")
+    assert "--layers 9, but the model has 4" in refusal.stderr
+
+
+def test_a_table_names_what_failed_and_every_value_can_be_json():
+    difference = Difference("a.b", "B", "output", float("inf"), 1e-6, (1,), 3, 7, "what it was given agrees")
+    found = Verification("T", (Row("loss", 0.5, 1e-6, "note"), Row("x", left_out="why"), Row("nan", float("nan"), 1)), difference)
+    assert not found.ok
+    assert [row.name for row in found.failed] == ["loss", "nan"]
+    text = str(found)
+    assert "FAIL  note" in text
+    assert "a.b (B): its output parts by inf, tolerance 1.0e-06, rank 1, 3 tokens from 7 on; what it was given agrees" in text
+    assert text.endswith("NOT the same as in one process: 2 rows")
+    json.dumps(found.facts(), allow_nan=False)
+    with pytest.raises(VerificationError, match="NOT the same"):
+        found.raise_if_wrong()
+    with pytest.raises(KeyError, match="no row 'logits'; there are loss"):
+        found.row("logits")
+    assert Verification("T", (Row("x", 1e-7, 1e-6),)).raise_if_wrong().ok
+
+
+def test_a_module_is_blamed_where_it_was_given_what_is_right():
+    classes = {"a": "A", "a.in": "In", "b": "B"}
+    right = Judged("a.in", 0, 0.0, 1e-6)
+    inner, outer, behind = (Judged(name, 0, 1.0, 1e-6, given) for name, given in (("a.in", 0.5), ("a", 0.0), ("b", 1.0)))
+    assert first_culprit([right], classes) is None
+    assert first_culprit([inner, outer, behind], classes).module == "a"
+    assert first_culprit([right, behind], classes).note == "what it was given parts already"
+    assert first_culprit([inner._replace(deviation=float("nan"))], classes).module == "a.in"

@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
 
 Kind = Literal["output", "loss", "output gradient", "parameter gradient", "edge case"]
-# A deviation may be this many times the model's own error. Two runs that both are right differ by the errors of both, and the largest
-# of many differences varies from run to run.
+# A deviation may be this many times the model's own error. Two right runs differ by the errors of both, and the largest of many
+# differences varies from run to run.
 FACTOR = 4.0
 
 
@@ -278,7 +278,10 @@ def tolerance(own: float, scale: float, unit: float) -> float:
 
 def ratio_note(ratio: float, world: int) -> str:
     """What gradients that are a plain multiple of the right ones look like."""
-    for factor, text in ((1 / world, f"1/{world}: averaged once too often, or never scaled by the ranks"), (world, "the ranks: added up")):
+    for factor, text in (
+        (1 / world, f"1/{world}: averaged once too often, or never scaled by the ranks"),
+        (world, "the ranks: added up"),
+    ):
         if world > 1 and abs(ratio - factor) <= 0.02 * factor:
             return f"every gradient is {ratio:.4g} times that of one process, which is {text}"
     return f"every gradient is {ratio:.4g} times that of one process"

@@ -1,9 +1,9 @@
 """The batches that `verify` runs: the user's own, cut into what one process runs alone, and batches made of it for edge cases.
 
-    packed row      a a a | b b | c c c c         one process runs each document by itself: what packing must not change
-    padded row      a a a a - - -                 one process runs the rows as they are, with their mask
-    no labels       ranks 0: labels -100          as above, but one rank has no label that counts
-    padding only    a a - - - - - -               as above, but ranks hold nothing but padding
+packed row      a a a | b b | c c c c         one process runs each document by itself: what packing must not change
+padded row      a a a a - - -                 one process runs the rows as they are, with their mask
+no labels       ranks 0: labels -100          as above, but one rank has no label that counts
+padding only    a a - - - - - -               as above, but ranks hold nothing but padding
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from dtensor_ring.data.batch_reading import BOUND_KEYS, CUT_KEYS, find_documents
 from dtensor_ring.placements import SequencePlacement
 from dtensor_ring.placements.placement import split_of
 from dtensor_ring.planning.documents import Documents
+
+LABELS = ("labels", "shift_labels", "num_items_in_batch")  # without them a model gives logits alone
 
 
 class Piece(NamedTuple):
@@ -101,7 +103,7 @@ class Case:
                 value = value[row, piece.start : piece.stop]
             taken[key] = value
         labels = taken.get("labels")
-        # One process counts the label of a first real token, predicted by the padding before it; a plan leaves it out, as documented.
+        # One process counts the label of a first real token, which padding predicts; a plan leaves it out, as documented.
         if isinstance(labels, Tensor) and self.padding is not None:
             first = ~self.padding & pad(self.padding, (1, 0))[:, :-1]
             taken["labels"] = labels.masked_fill(first, IGNORED)
@@ -210,7 +212,7 @@ def changes(case: Case, vocabulary: int) -> Iterator[Change]:
 
 
 def _changed(case: Case, what: str, where: Tensor, still: Tensor, vocabulary: int) -> Change:
-    given = {key: value for key, value in case.given.items() if key not in ("labels", "shift_labels", "num_items_in_batch")}
+    given = {key: value for key, value in case.given.items() if key not in LABELS}
     if isinstance(ids := given.get("input_ids"), Tensor):
         given["input_ids"] = torch.where(where.to(ids.device), (ids + 1) % vocabulary, ids)
     if isinstance(embeds := given.get("inputs_embeds"), Tensor):

@@ -54,7 +54,12 @@ def run(options: argparse.Namespace) -> Answer | None:
     answers = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         started = multiprocessing.start_processes(
-            _work, (world, f"file://{folder}/meeting", options, answers), nprocs=world, join=False, daemon=True, start_method="spawn"
+            _work,
+            (world, f"file://{folder}/meeting", options, answers),
+            nprocs=world,
+            join=False,
+            daemon=True,
+            start_method="spawn",
         )
         assert started is not None, "processes that are not joined are returned"
         while not started.join():
@@ -105,7 +110,9 @@ def _answer(options: argparse.Namespace) -> Answer:
         found = verified(options)
     except _REFUSALS as failure:
         return Answer(str(failure), ok=False, refused=True)
-    text = json.dumps({"model": options.model, "cp": dist.get_world_size(), **found.facts()}, indent=2) if options.json else str(found)
+    text = (
+        json.dumps({"model": options.model, "cp": dist.get_world_size(), **found.facts()}, indent=2) if options.json else str(found)
+    )
     return Answer(text, found.ok)
 
 
@@ -129,7 +136,8 @@ def verified(options: argparse.Namespace) -> Verification:
 def load(options: argparse.Namespace) -> PreTrainedModel:
     """The model at a path, in a dtype, with its weights or with random ones, and perhaps fewer layers."""
     path = Path(options.model).expanduser()
-    folder, source = path if path.is_dir() else path.parent, {}
+    folder = path if path.is_dir() else path.parent
+    source: dict[str, str] = {}
     if path.suffix == ".gguf":
         source = {"gguf_file": path.name}
     elif path.is_dir() and not (path / "config.json").exists():

@@ -1,11 +1,11 @@
-"""What `verify` compares, row by row, and the judgement that all ranks come to."""
+"""What `verify` compares, row by row."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +16,11 @@ from dtensor_ring.comm.rank_checks import checksum
 from dtensor_ring.data.batch import IGNORED
 from dtensor_ring.integrations.transformers.attention import STATE, AttentionState
 from dtensor_ring.integrations.transformers.plan import RingPlan
-from dtensor_ring.integrations.transformers.verify_batches import Case, changes, padded_for, without_labels_of
-from dtensor_ring.integrations.transformers.verify_runs import Run, Runner, local_gradients
+from dtensor_ring.integrations.transformers.verify_batches import LABELS, Case, changes, padded_for, without_labels_of
+from dtensor_ring.integrations.transformers.verify_judgement import Judge, Pair
+from dtensor_ring.integrations.transformers.verify_runs import Runner
 from dtensor_ring.integrations.transformers.verify_state import Ranks, nudged, parameters_of
-from dtensor_ring.integrations.transformers.verify_watch import Compared, Key, Kept, OwnError, difference, local_summary
+from dtensor_ring.integrations.transformers.verify_watch import Compared, Kept, OwnError, difference
 from dtensor_ring.placements import SequencePlacement
 from dtensor_ring.tools.verification import (
     Difference,
@@ -28,25 +29,14 @@ from dtensor_ring.tools.verification import (
     Verification,
     first_culprit,
     on_ranks,
-    ratio_note,
     relative,
     tolerance,
-    worst,
     worst_row,
 )
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _SINGLE = torch.finfo(torch.float32).eps
 _NUDGES = 2
-
-
-class Pair(NamedTuple):
-    """A case under the plan and in one process, and what nudged weights made of the latter."""
-
-    case: Case
-    ring: Run
-    alone: Run
-    nudges: list[Run]
 
 
 class Verifier:
@@ -57,24 +47,24 @@ class Verifier:
         self._world = ranks.mesh.size()
         self._runner = Runner(model, plan, placement, ranks)
         self._classes = {name: type(module).__name__ for name, module in model.named_modules()}
-        self._unit = 0.0
+        self._judge = Judge(ranks, _SINGLE)
 
     def verify(self, case: Case, title: str, *, edge_cases: bool) -> Verification:
         """All rows for a case, and where the two runs part."""
         compared = Compared(Kept())
         pair = self._run(case, compared, _NUDGES)
-        outputs, gradients = self._judge_modules(compared, case)
-        by_parameter, parameters = self._gradients("gradients", pair)
+        outputs, gradients = self._judge.modules(compared, self._runner.tokens(case))
+        by_parameter, parameters = self._judge.gradients("gradients", pair)
         loss = self._loss("loss", pair)
         rows = [
             self._weights(),
             *self._shares(pair),
             loss,
-            *self._logits(pair),
+            self._logits(pair),
             worst_row("outputs of modules", outputs),
             worst_row("gradients of outputs", gradients),
             parameters,
-            self._norm("gradient norm", pair),
+            self._number("gradient norm", pair, pair.ring.norm, pair.alone.norm, [run.norm for run in pair.nudges]),
         ]
         first = self._first(outputs, loss, gradients, by_parameter)
         del compared
@@ -85,50 +75,27 @@ class Verifier:
         return Verification(title, tuple(rows), first)
 
     def _run(self, case: Case, compared: Compared | None, nudges: int) -> Pair:
-        kept = None if compared is None else compared.kept
-        ring = self._runner.ring(case, kept)
-        self._unit = self._unit or self._coarsest(kept)
+        ring = self._runner.ring(case, None if compared is None else compared.kept)
+        if compared is not None:
+            self._judge.unit = self._coarsest(compared.kept)
         with self._plan.paused():
             alone = self._runner.alone(case, compared, compared)
             moved = []
             for seed in range(nudges):
-                with nudged(self._model, self._unit, seed + 1):
+                with nudged(self._model, self._judge.unit, seed + 1):
                     moved.append(self._runner.alone(case, None if compared is None else OwnError(compared), compared))
         return Pair(case, ring, alone, moved)
 
-    def _coarsest(self, kept: Kept | None) -> float:
+    def _coarsest(self, kept: Kept) -> float:
         """One unit in the last place, relative, of the coarsest dtype that weights or outputs have."""
-        assert kept is not None, "the first case is watched"
         dtypes = {parameter.dtype for parameter in parameters_of(self._model).values() if parameter.is_floating_point()}
         dtypes |= {tensor.dtype for key, (tensor, _) in kept.tensors.items() if key.part == "output"}
-        (unit,) = self._ranks.most({"": (max(torch.finfo(dtype).eps for dtype in dtypes),)})[""]
-        return max(unit, _SINGLE)
+        # Also of float64: transformers computes norms, softmax and losses in float32 all the same.
+        return self._most(max(_SINGLE, *(torch.finfo(dtype).eps for dtype in dtypes)))
 
-    def _judge_modules(self, compared: Compared, case: Case) -> tuple[list[Judged], list[Judged]]:
-        """Outputs in forward order and their gradients in backward order, judged over all ranks."""
-        mine = {_text(key): numbers for key, numbers in local_summary(compared.deviations).items()}
-        order = dict.fromkeys(text for _, theirs in self._ranks.tell(list(mine)) for text in theirs)
-        most = self._ranks.most(mine)
-        bounds, sizes = {}, {}
-        for text in order:
-            size, scale, own, _ = most[text]
-            sizes[text], bounds[text] = relative(size, scale), tolerance(own, scale, self._unit)
-        apart = {text for text in order if _part(text) != "input" and not sizes[text] <= bounds[text]}
-        tokens = self._runner.tokens(case)
-        places = self._ranks.tell({_text(k): _places(one.tokens, bounds[_text(k)] * most[_text(k)][1], tokens, one.mine) for k, one in compared.deviations.items() if _text(k) in apart})
-        inputs: dict[str, float] = {}
-        for text in order:
-            if _part(text) == "input":
-                call = _call(text)
-                inputs[call] = max(inputs.get(call, 0.0), sizes[text])
-        judged: dict[str, list[Judged]] = {"output": [], "gradient": []}
-        for text in order:
-            if _part(text) == "input":
-                continue
-            module, call = text.split("|")[:2]
-            found = Judged(module, int(call), sizes[text], bounds[text], inputs.get(_call(text), 0.0))
-            judged[_part(text)].append(_placed(found, text, places) if text in apart else found)
-        return judged["output"], judged["gradient"]
+    def _most(self, value: float) -> float:
+        """The largest over all ranks."""
+        return self._ranks.most({"": (value,)})[""][0]
 
     def _first(
         self, outputs: Sequence[Judged], loss: Row, gradients: Sequence[Judged], parameters: Sequence[Judged]
@@ -150,137 +117,99 @@ class Verifier:
         """Weights that ranks should hold alike, bit by bit."""
         mine = {n: checksum(local_of(p)) for n, p in parameters_of(self._model).items() if n not in self._ranks.reduced}
         mine |= {name: checksum(buffer) for name, buffer in self._model.named_buffers()}
-        told = self._ranks.tell(mine)
-        apart = [name for name in mine if len({theirs.get(name) for _, theirs in told}) > 1]
+        # Of this axis: another data-parallel rank may hold another shard.
+        told = self._ranks.on_axis(mine)
+        mine_apart = [name for name in mine if len({theirs.get(name) for theirs in told}) > 1]
+        apart = list(dict.fromkeys(name for _, names in self._ranks.tell(mine_apart) for name in names))
         return Row(f"weights, of {len(mine)} tensors", len(apart), 0, f"ranks hold different {', '.join(apart[:3])}")
 
     def _shares(self, pair: Pair) -> list[Row]:
         """Which tokens, positions and labels each rank got, and in which layout its layers attend."""
         case, share, mine = pair.case, pair.ring.share or {}, self._runner.tokens(pair.case)
-        wrong = {"tokens": _apart(share, case.given, ("input_ids", "inputs_embeds"), mine)}
-        wrong["positions"] = _apart(share, {"position_ids": _positions(case)}, ("position_ids",), mine)
-        targets = case.targets()
-        labels = None if targets is None or share.get("shift_labels") is None else targets
-        wrong["labels"] = 0 if labels is None else _apart(share, {"shift_labels": labels}, ("shift_labels",), mine)
-        counted = 0 if labels is None else int((share["shift_labels"] != IGNORED).sum())
-        states = {n: state for n, m in self._model.named_modules() if (state := getattr(m, STATE, None)) is not None}
-        other = [n for n, state in states.items() if isinstance(state, AttentionState) and state.layout != self._placement.layout]
-        told = self._ranks.tell((wrong, len(mine), counted, other))
-        rows = []
+        targets, shifted = case.targets(), share.get("shift_labels")
+        wrong = {
+            "tokens": _apart(share, case.given, ("input_ids", "inputs_embeds"), mine),
+            "positions": _apart(share, {"position_ids": _positions(case)}, ("position_ids",), mine),
+            "labels": _apart(share, {"shift_labels": targets}, ("shift_labels",), mine),
+        }
+        told = self._ranks.tell(wrong)
+        rows: list[Row] = []
         for name in wrong:
-            total, ranks = sum(each[0][name] for _, each in told), tuple(rank for rank, each in told if each[0][name])
-            rows.append(Row(f"{name} of each rank", total, 0, f"{total} {name} are not those that {self._placement!r} gives {on_ranks(ranks)}"))
-        if labels is None:
-            rows[-1] = Row("labels of each rank", left_out="the model was given none")
-        on_axis = {rank: each for rank, each in told}
-        held, count = sum(each[1] for each in on_axis.values()), sum(each[2] for each in on_axis.values())
-        rows.append(Row("tokens held by all ranks", abs(held - case.length), 0, f"{held} of {case.length}"))
-        if labels is not None:
-            rows.append(Row("labels that count", abs(count - case.count()), 0, f"{count} over all ranks, {case.count()} in one process"))
-        layouts = sorted({name for _, each in told for name in each[3]})
+            total, ranks = sum(each[name] for _, each in told), sorted({rank for rank, each in told if each[name]})
+            note = f"{total} {name} are not those that {self._placement!r} gives {on_ranks(ranks)}"
+            rows.append(Row(f"{name} of each rank", total, 0, note))
+        held = sum(self._ranks.on_axis(len(mine)))
+        rows.append(Row("tokens held by all ranks", self._most(abs(held - case.length)), 0, f"{held} of {case.length}"))
+        if isinstance(shifted, Tensor) and targets is not None:
+            count = sum(self._ranks.on_axis(int((shifted != IGNORED).sum())))
+            note = f"{count} over all ranks, {case.count()} in one process"
+            rows.append(Row("labels that count", self._most(abs(count - case.count())), 0, note))
+        else:
+            rows[2] = replace(rows[2], left_out="the model was given none")
+        states = {
+            name: state for name, m in self._model.named_modules() if isinstance(state := getattr(m, STATE, None), AttentionState)
+        }
+        other = [name for name, state in states.items() if state.layout != self._placement.layout]
+        layouts = list(dict.fromkeys(name for _, names in self._ranks.tell(other) for name in names))
         note = f"{', '.join(layouts[:3])}: attends in another layout than {self._placement.layout}, by which the batch is cut"
-        rows.append(Row(f"layout of {len(states)} attention modules", len(layouts), 0, note))
-        return rows
+        return [*rows, Row(f"layout of {len(states)} attention modules", len(layouts), 0, note)]
 
-    def _loss(self, name: str, pair: Pair) -> Row:
-        value, wanted = pair.ring.loss, pair.alone.loss
-        own = max((abs(run.loss - wanted) for run in pair.nudges), default=0.0)
-        size, own = self._ranks.most({"": (abs(value - wanted), own)})[""]
-        scale = abs(wanted) or 1.0
+    def _number(self, name: str, pair: Pair, value: float, wanted: float, own: Sequence[float]) -> Row:
+        """An average over labels: a loss, or the norm of gradients."""
         if not math.isfinite(wanted):
             return Row(name, math.inf, 0, f"one process itself gives {wanted}")
+        unit = max(_SINGLE, self._judge.unit / max(pair.case.count(), 1) ** 0.5)
         note = f"{value:.6g} under the plan, {wanted:.6g} in one process"
-        return Row(name, relative(size, scale), tolerance(own, scale, self._averaged(pair.case)), note)
+        return Row(name, *self._judge.number(own, value, wanted, unit), note)
 
-    def _averaged(self, case: Case) -> float:
-        """One unit in the last place of an average over labels."""
-        return max(_SINGLE, self._unit / max(case.count(), 1) ** 0.5)
+    def _loss(self, name: str, pair: Pair) -> Row:
+        return self._number(name, pair, pair.ring.loss, pair.alone.loss, [run.loss for run in pair.nudges])
 
-    def _norm(self, name: str, pair: Pair) -> Row:
-        value, wanted = pair.ring.norm, pair.alone.norm
-        own = max((abs(run.norm - wanted) for run in pair.nudges), default=0.0)
-        size, own = self._ranks.most({"": (abs(value - wanted), own)})[""]
-        note = f"{value:.6g} under the plan, {wanted:.6g} in one process"
-        return Row(name, relative(size, wanted), tolerance(own, wanted, self._averaged(pair.case)), note)
-
-    def _logits(self, pair: Pair) -> list[Row]:
+    def _logits(self, pair: Pair) -> Row:
         """All tokens in order, as the plan gathers them."""
         ours, theirs = pair.ring.logits, pair.alone.logits
         if ours is None or theirs is None:
-            return [Row("logits", left_out="the model gives none")]
+            return Row("logits", left_out="the model gives none")
         if ours.shape != theirs.shape:
-            return [Row("logits", 1, 0, f"gathered as {tuple(ours.shape)}, {tuple(theirs.shape)} in one process")]
-        found = _real_difference(ours, theirs, pair.case)
-        own = max((float(_real_difference(run.logits, theirs, pair.case).max()) for run in pair.nudges if run.logits is not None), default=0.0)
-        scale = float(_real(theirs, pair.case).abs().max())
+            return Row("logits", math.inf, 0, f"gathered as {tuple(ours.shape)}, {tuple(theirs.shape)} in one process")
+        found = _by_token(ours, theirs, pair.case)
+        nudges = [_by_token(run.logits, theirs, pair.case) for run in pair.nudges if run.logits is not None]
+        own = max((float(nudge.max()) for nudge in nudges), default=0.0)
+        scale = float(_by_token(theirs, torch.zeros_like(theirs), pair.case).max())
         size, own, scale = self._ranks.most({"": (float(found.max()), own, scale)})[""]
-        bound = tolerance(own, scale, self._unit)
-        apart = (found > bound * scale).any(0).nonzero()[:, 0].tolist()
-        note = f"{len(apart)} tokens from {apart[0]} on" if apart else ""
-        return [Row("logits", relative(size, scale), bound, note)]
-
-    def _gradients(self, name: str, pair: Pair) -> tuple[list[Judged], Row]:
-        """Every parameter's gradient."""
-        ours, theirs, nudges = local_gradients(pair.ring), local_gradients(pair.alone), [local_gradients(run) for run in pair.nudges]
-        mine: dict[str, tuple[float, ...]] = {}
-        product = square = 0.0
-        for parameter in dict.fromkeys((*theirs, *ours)):
-            a, b = ours.get(parameter), theirs.get(parameter)
-            like = a if b is None else b
-            assert like is not None, "one of the two runs has it"
-            a, b = (torch.zeros_like(like) if each is None else each for each in (a, b))
-            own = [difference(run.get(parameter, torch.zeros_like(like)), b) for run in nudges]
-            mine[parameter] = (_max(difference(a, b)), _max(b.abs()), max(map(_max, own), default=0.0), _max(a.abs()))
-            product += float((a.double() * b.double()).sum())
-            square += float((b.double() ** 2).sum())
-        judged = []
-        for parameter, (size, scale, own, _) in self._ranks.most(mine).items():
-            judged.append(Judged(parameter, 0, relative(size, scale), tolerance(own, scale, self._unit)))
-        told = self._ranks.tell((product, square, [p for p, numbers in mine.items() if not numbers[3] and numbers[1]]))
-        apart = sum(not each.ok for each in judged)
-        found = worst(judged)
-        if found is None:
-            return judged, Row(name, left_out="no parameter has one")
-        square = sum(each[1] for _, each in told)
-        ratio = sum(each[0] for _, each in told) / square if square else 0.0
-        note = f"{apart} of {len(judged)} part, furthest {found.module}"
-        if apart == len(judged) and _is_multiple(ours, theirs, ratio):
-            note += f"; {ratio_note(ratio, self._world)}"
-        return judged, Row(f"{name}, of {len(judged)} parameters", found.deviation, found.tolerance, note)
+        bound = tolerance(own, scale, self._judge.unit)
+        return Row("logits", relative(size, scale), bound, _tokens_note(found, bound * scale))
 
     def _edges(self, pair: Pair) -> list[Row]:
         """Batches made of the user's."""
         return [*self._with_items(pair), *self._isolation(pair), *self._masked_ranks(pair.case)]
 
     def _with_items(self, pair: Pair) -> list[Row]:
-        case = pair.case
-        name = "loss with num_items_in_batch"
+        case, name = pair.case, "loss with num_items_in_batch"
         if case.given.get("labels") is None or "num_items_in_batch" in case.given:
             return [Row(name, left_out="the batch has one" if "num_items_in_batch" in case.given else "no labels")]
         out = self._runner.ring_forward({**case.given, "num_items_in_batch": torch.as_tensor(case.count())})
         loss = out[0] if isinstance(out, tuple) else out.loss
-        value = sum(part for part in self._runner.on_axis(float(loss)))
-        return [self._loss(name, pair._replace(ring=replace(pair.ring, loss=value)))]
+        return [self._loss(name, pair._replace(ring=replace(pair.ring, loss=sum(self._ranks.on_axis(float(loss))))))]
 
     def _isolation(self, pair: Pair) -> list[Row]:
-        case, vocabulary = pair.case, int(self._model.config.get_text_config().vocab_size)
-        rows = []
+        """Logits of what is not changed stay, bit by bit."""
+        case, config = pair.case, self._model.config.get_text_config()
+        rows: list[Row] = []
         before: Tensor | None = None
-        for change in changes(case, vocabulary):
+        for change in changes(case, int(config.vocab_size)):
             if before is None:
-                plain = {k: v for k, v in case.given.items() if k not in ("labels", "shift_labels", "num_items_in_batch")}
+                plain = {key: case.given[key] for key in case.given if key not in LABELS}
                 before = self._runner.gathered(self._runner.ring_forward(plain))
             after = self._runner.gathered(self._runner.ring_forward(change.given))
             if before is None or after is None:
                 break
-            still = change.still.to(before.device)
-            moved = difference(before, after).amax(-1).masked_fill(~still, 0)
+            moved = difference(before, after).amax(-1).masked_fill(~change.still.to(before.device), 0)
             scale = float(before.abs().max())
-            bound = self._logits(pair)[0].tolerance if any(getattr(self._model.config, name, None) for name in _EXPERTS) else 0.0
-            tokens = (moved > bound * scale).any(0).nonzero()[:, 0].tolist()
-            note = f"{len(tokens)} tokens of others move, from {tokens[0]} on" if tokens else ""
-            ((size,),) = self._ranks.most({"": (float(moved.max()),)}).values()
-            rows.append(Row(f"others, when {change.what} changes", relative(size, scale), bound, note))
+            # A product of an expert's matrix with other tokens beside may round otherwise, in one process too.
+            bound = self._logits(pair).tolerance if any(getattr(config, name, None) for name in _EXPERTS) else 0.0
+            note = _tokens_note(moved, bound * scale)
+            rows.append(Row(f"others, when {change.what} changes", relative(self._most(float(moved.max())), scale), bound, note))
         return rows or [Row("isolation", left_out="one row of one document")]
 
     def _masked_ranks(self, case: Case) -> list[Row]:
@@ -301,33 +230,8 @@ class Verifier:
                 if not math.isfinite(pair.alone.loss) or not math.isfinite(pair.alone.norm):
                     rows.append(Row(name, left_out="one process itself gives NaN"))  # some masks leave a query without keys
                     continue
-                rows += [self._loss(f"{name}: loss", pair), self._gradients(f"{name}: gradients", pair)[1]]
+                rows += [self._loss(f"{name}: loss", pair), self._judge.gradients(f"{name}: gradients", pair)[1]]
         return rows
-
-
-def _text(key: Key) -> str:
-    return f"{key.module}|{key.call}|{key.part}|{key.slot}"
-
-
-def _part(text: str) -> str:
-    return text.split("|")[2]
-
-
-def _call(text: str) -> str:
-    return "|".join(text.split("|")[:2])
-
-
-def _places(by_token: Tensor, bound: float, tokens: Sequence[int], mine: Tensor) -> tuple[list[int], bool]:
-    """The tokens that part, and whether this rank has nothing but zeros."""
-    apart = (~(by_token <= bound)).nonzero()[:, 0].tolist()
-    return [tokens[i] for i in apart], bool(mine == 0)
-
-
-def _placed(found: Judged, text: str, told: Sequence[tuple[int, Mapping[str, tuple[list[int], bool]]]]) -> Judged:
-    here = {rank: theirs[text] for rank, theirs in told if text in theirs and theirs[text][0]}
-    tokens = {token for apart, _ in here.values() for token in apart}
-    zero = tuple(rank for rank, (_, is_zero) in here.items() if is_zero)
-    return found._replace(ranks=tuple(sorted(here)), tokens=len(tokens), first_token=min(tokens, default=None), zero_on=zero)
 
 
 def _apart(share: Mapping[str, Any], whole: Mapping[str, Any], names: Sequence[str], tokens: Sequence[int]) -> int:
@@ -351,20 +255,12 @@ def _positions(case: Case) -> Tensor:
     return torch.arange(case.length)[None] if case.documents is None else case.documents.position_ids()
 
 
-def _real(values: Tensor, case: Case) -> Tensor:
-    return values if case.real is None else values * case.real.to(values.device)[..., None]
-
-
-def _real_difference(a: Tensor, b: Tensor, case: Case) -> Tensor:
+def _by_token(a: Tensor, b: Tensor, case: Case) -> Tensor:
     """(B, S) the largest difference of each real token."""
     by_token = difference(a, b).amax(-1)
     return by_token if case.real is None else by_token.masked_fill(~case.real.to(by_token.device), 0)
 
 
-def _max(values: Tensor) -> float:
-    return float(values.max()) if values.numel() else 0.0
-
-
-def _is_multiple(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], ratio: float) -> bool:
-    """Whether every gradient is one multiple of the right one."""
-    return all(_max(difference(ours[name], ratio * grad)) <= 0.01 * abs(ratio) * _max(grad.abs()) for name, grad in theirs.items() if name in ours)
+def _tokens_note(by_token: Tensor, bound: float) -> str:
+    tokens = (by_token > bound).any(0).nonzero()[:, 0].tolist()
+    return f"{len(tokens)} token{'s' * (len(tokens) != 1)} from {tokens[0]} on" if tokens else ""

@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from dtensor_ring._torch import local_of, tensors_in
-from dtensor_ring.comm import transport_along
 from dtensor_ring.integrations.transformers.plan import RingPlan
 from dtensor_ring.integrations.transformers.verify_batches import Case, Piece
 from dtensor_ring.integrations.transformers.verify_state import Ranks, global_norm, parameters_of
@@ -58,7 +57,11 @@ class Runner:
         """Forward and backward under the plan: the loss's gradients as one process has them, and gathered logits."""
         world = self._mesh.size()
         share: dict[str, Any] = {}
-        handle = self._model.register_forward_pre_hook(lambda _m, _a, kwargs: share.update(kwargs), with_kwargs=True)
+
+        def note(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            share.update(kwargs)
+
+        handle = self._model.register_forward_pre_hook(note, with_kwargs=True)  # after the plan's own hook, which cuts the batch
         try:
             with self.watch.telling(kept) if kept is not None else nullcontext():
                 with self.watch.forward():
@@ -70,7 +73,7 @@ class Runner:
             handle.remove()
         value = float(loss.detach())
         if is_part:
-            value = sum(self.on_axis(value))
+            value = sum(self._ranks.on_axis(value))
         taken = self._take_gradients(average=True)
         return Run(value, self.gathered(out), taken, global_norm(taken), share)
 
@@ -117,11 +120,8 @@ class Runner:
         weights = torch.randn(case.rows, case.length, *tokens.shape[2:], generator=coins) / (case.rows * case.length)
         if case.real is not None:
             weights = weights * case.real.cpu()[..., None]
-        if piece is None:
-            weights = weights[:, self.tokens(case)]
-        else:
-            weights = weights[piece.first : piece.last, piece.start : piece.stop]
-        return (tokens.float() * weights.to(tokens.device)).sum(), True
+        mine = weights[:, self.tokens(case)] if piece is None else weights[piece.first : piece.last, piece.start : piece.stop]
+        return (tokens.float() * mine.to(tokens.device)).sum(), True
 
     def tokens(self, case: Case) -> list[int]:
         """The tokens that this rank is to hold."""
@@ -146,13 +146,6 @@ class Runner:
             parameter.grad = None
         return taken
 
-    def on_axis(self, value: float) -> list[float]:
-        """The number of every rank of the axis."""
-        # Bits of a float travel as an integer; those of this axis alone belong to this batch.
-        bits = torch.tensor([value], dtype=torch.float64).view(torch.int64)
-        told = transport_along(self._mesh).gather_values(bits.tolist())
-        return [float(torch.tensor(one, dtype=torch.int64).view(torch.float64)) for one in told]
-
 
 def main_output(out: Any) -> Tensor | None:  # noqa: ANN401  an output of transformers
     """What the model gives for each token, (B, S, ...): logits, or the last hidden states."""
@@ -174,4 +167,3 @@ def _put(whole: Tensor | None, part: Tensor | None, case: Case, piece: Piece) ->
 def local_gradients(run: Run) -> dict[str, Tensor]:
     """The gradients as plain tensors: what this rank holds of them."""
     return {name: local_of(gradient) for name, gradient in run.gradients.items()}
-

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -16,14 +17,15 @@ from torch.distributed.tensor import DTensor
 from dtensor_ring._torch import local_of
 
 T = TypeVar("T")
+Name = TypeVar("Name", bound=Hashable)
 
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Inside the block the model is in evaluation mode and without gradients; afterwards it is as before.
 
-    Gradients, buffers, plain attributes of modules (such as `training`, or the longest row that a rotary embedding has seen) and the
-    generators of random numbers come back.
+    Gradients, buffers, generators of random numbers and plain attributes of modules (such as `training`, or the longest row that a
+    rotary embedding has seen) come back.
     """
     plain = [(module, {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float))}) for module in model.modules()]
     buffers = [
@@ -115,9 +117,15 @@ class Ranks:
             known = {rank: one for answer in answers for rank, one in answer.items()}
         return [known[rank] for rank in sorted(known)]
 
-    def most(self, values: Mapping[str, tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
+    def on_axis(self, value: T) -> list[T]:
+        """The value of every rank of the sequence axis alone, which has one batch, in the order of the axis."""
+        answers: list[Any] = [None] * self.mesh.size()
+        dist.all_gather_object(answers, value, group=self.mesh.get_group())
+        return answers
+
+    def most(self, values: Mapping[Name, tuple[float, ...]]) -> dict[Name, tuple[float, ...]]:
         """The largest of every number over all ranks, by name; a rank need not have every name."""
-        largest: dict[str, tuple[float, ...]] = {}
+        largest: dict[Name, tuple[float, ...]] = {}
         for _, theirs in self.tell(dict(values)):
             for name, numbers in theirs.items():
                 known = largest.get(name, numbers)
@@ -126,7 +134,7 @@ class Ranks:
 
 
 def _larger(a: float, b: float) -> float:
-    return a if a != a or a >= b else b  # noqa: PLR0124  NaN stays
+    return a if math.isnan(a) or a >= b else b
 
 
 def global_norm(gradients: Mapping[str, Tensor]) -> float:

@@ -274,10 +274,10 @@ def _most(values: Tensor, real: Tensor | None) -> Tensor:
     return by_token.max() if by_token.numel() else by_token.new_zeros(())
 
 
-def local_summary(deviations: Mapping[Key, Deviation]) -> dict[Key, tuple[float, float, float, float]]:
-    """Largest difference, scale, own error, and largest value under the plan, as numbers."""
-    found: dict[Key, tuple[float, float, float, float]] = {}
+def largest_values(deviations: Mapping[Key, Deviation]) -> dict[Key, tuple[float, ...]]:
+    """Largest difference, scale and own error as numbers."""
+    found: dict[Key, tuple[float, ...]] = {}
     for key, one in deviations.items():
-        worst = one.tokens.max() if one.tokens.numel() else one.own
-        found[key] = (float(worst), float(one.scale), float(one.own), float(one.mine))
+        worst = one.tokens.max() if one.tokens.numel() else torch.zeros(())
+        found[key] = float(worst), float(one.scale), float(one.own)
     return found

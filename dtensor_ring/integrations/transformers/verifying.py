@@ -53,19 +53,20 @@ def verify(
     few rows of a hundred tokens a rank show what a long sequence would. It runs on GPUs or, over gloo, on CPUs. One process runs
     packed documents each by itself, and padded rows with their mask.
 
-    Compared are: the weights of all ranks; which tokens, positions and labels each rank got, and how many labels count; the layout
-    of each attention; outputs of all modules, their gradients, loss, logits, each parameter's gradient and the norm of all, averaged
-    over the axis unless FSDP2 has done it. With `edge_cases` also: the loss where `num_items_in_batch` is given; that logits stay, bit
-    by bit, when another document (or padding, or row) becomes another one; and loss and gradients of a batch in which the first rank has
-    no label that counts, and of one in which ranks hold padding only.
+    Compared are: the weights of all ranks; which tokens, positions and labels each rank got, and how many labels count; the
+    layout of each attention; outputs of all modules, their gradients, loss, logits, each parameter's gradient and the norm of
+    all, averaged over the axis unless FSDP2 has done it. With `edge_cases` also: the loss where `num_items_in_batch` is given;
+    that logits stay, bit by bit, when another document (or padding, or row) becomes another one; and loss and gradients of a
+    batch in which the first rank has no label that counts, and of one in which ranks hold padding only.
 
-    **Tolerances.** What only moves data must be equal. Other differences, relative to the largest value in one process, may be 4 times
-    the model's own error, and that is the larger of two: how far one process moves when every weight grows or shrinks by one unit
-    in its last place, by the flip of a coin (two such runs; one for edge cases); and one unit in the last place of the largest value
-    (of loss and norm, which are averages, that unit over the square root of the labels that count, and at least float32's). The unit
-    is that of the coarsest dtype that weights or outputs have, bfloat16 under autocast, and of float64 float32's, in which
-    transformers computes norms, softmax and losses all the same. Where experts route tokens, logits of other documents may also move by the tolerance of logits, since an expert's
-    matrix product rounds otherwise with other tokens beside. In float32 near-ties of experts do not flip; in bfloat16 they may.
+    **Tolerances.** What only moves data must be equal. Other differences, relative to the largest value in one process, may be
+    4 times the model's own error, and that is the larger of two. First, how far one process moves when every weight grows or
+    shrinks by one unit in its last place, by the flip of a coin (two such runs; one for edge cases). Second, one unit in the last
+    place of the largest value (of loss and norm, which are averages: that unit over the square root of the labels that count, and
+    at least float32's). The unit is that of the coarsest dtype that weights or outputs have, so bfloat16's under autocast, and at
+    least float32's, in which transformers computes norms, softmax and losses of float64 models all the same. Where experts route
+    tokens, logits of other documents may move by the tolerance of logits, since an expert's matrix product rounds otherwise with
+    other tokens beside. In bfloat16 a router's near-ties may flip, and part tokens of a model that is right: float32 settles it.
 
     The model is run in evaluation mode, without dropout, and without compiled code. Weights, gradients, buffers, training flags and
     generators of random numbers are as before, and so is the plan: one that is applied stays so, any other is undone.
