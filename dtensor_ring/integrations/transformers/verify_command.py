@@ -150,15 +150,16 @@ def load(options: argparse.Namespace) -> PreTrainedModel:
     else:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, **source)
     _shorten(config, options.layers)
-    dtype = getattr(torch, options.dtype)
+    # One process is the measure, and transformers' sdpa knows neither the softcaps of some models nor the sinks of others.
+    chosen: dict[str, Any] = {"dtype": getattr(torch, options.dtype), "attn_implementation": "eager"}
     has_weights = bool(source) or (path.is_dir() and any(next(path.glob(end), None) for end in ("*.safetensors", "*.bin")))
     if has_weights:
-        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True, **source)
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config, local_files_only=True, **chosen, **source)
         if source:
             del model.config.quantization_config  # the weights are of the dtype now
         return model
     torch.manual_seed(options.seed)  # the same weights on every rank
-    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return AutoModelForCausalLM.from_config(config, **chosen)
 
 
 def _shorten(config: Any, layers: int | None) -> None:  # noqa: ANN401

@@ -5,8 +5,9 @@
     one process,      OwnError: compared with these copies
     weights nudged
 
-Modules return tokens in several forms: (B, S, H), heads (B, H, S, D), rows put one after another (B*S, H). `tokens_first` finds the
-form that fits both runs. What fits in none (experts that get some of the tokens) is not compared; what the module around it returns is.
+Modules return tokens in several forms: (B, S, H), heads (B, H, S, D), rows put one after another (B*S, H). `tokens_first` finds
+the form that fits both runs. What fits in none (experts that get some of the tokens) is not compared; what the module around it
+returns is.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ class Watch:
 
 @dataclass
 class Kept:
-    """Keeps what it is told of: the run under the plan. Tensors that were changed in place since are not taken for what they were."""
+    """Keeps what it is told of: the run under the plan. Tensors that were changed in place since are left out."""
 
     tensors: dict[Key, tuple[Tensor, int]] = field(default_factory=dict)
 
