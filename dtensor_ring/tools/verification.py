@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple
 Kind = Literal["output", "loss", "output gradient", "parameter gradient", "edge case"]
 # A deviation may be this many times the model's own error. Two right runs differ by the errors of both, and the largest of many
 # differences varies from run to run.
-FACTOR = 4.0
+FACTOR = 8.0
 
 
 class VerificationError(RuntimeError):

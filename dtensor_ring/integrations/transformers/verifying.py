@@ -60,7 +60,7 @@ def verify(
     batch in which the first rank has no label that counts, and of one in which ranks hold padding only.
 
     **Tolerances.** What only moves data must be equal. Other differences, relative to the largest value in one process, may be
-    4 times the model's own error, and that is the larger of two. First, how far one process moves when every weight grows or
+    8 times the model's own error, and that is the larger of two. First, how far one process moves when every weight grows or
     shrinks by one unit in its last place, by the flip of a coin (two such runs; one for edge cases). Second, one unit in the last
     place of the largest value (of loss and norm, which are averages: that unit over the square root of the labels that count, and
     at least float32's). The unit is that of the coarsest dtype that weights or outputs have, so bfloat16's under autocast, and at
