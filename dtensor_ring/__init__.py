@@ -44,12 +44,12 @@ if TYPE_CHECKING or not (sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)
     from dtensor_ring.planning.documents import Documents
     from dtensor_ring.replicas import average_gradients, check_replicas
     from dtensor_ring.tools.explain import explain
+    from dtensor_ring.tools.verification import Verification
 
     _register.register()
 
 if TYPE_CHECKING:
     from dtensor_ring.integrations.transformers import RingPlan, ring_plan, verify
-    from dtensor_ring.tools.verification import Verification
 
 __version__ = "0.1.0"
 

@@ -35,14 +35,13 @@ from dtensor_ring.tools.verify_arguments import add_arguments as add_verify_argu
 _LENGTH = 64
 _UNITS = {"": 1, "k": 1000, "M": 1000**2, "G": 1000**3, "Ki": 1024, "Mi": 1024**2, "Gi": 1024**3}
 
-_ABOUT = "Look at plans of attention, at what kernels and transports support, and verify models."
+_ABOUT = "Look at plans of attention, kernels and transports, and verify models."
 _EXAMPLES = """\
 examples:
   python -m dtensor_ring plan --layout zigzag --world 4 --length 64
   python -m dtensor_ring plan --world 1024 --length 10M --summary
   python -m dtensor_ring kernels
   python -m dtensor_ring transports
-  python -m dtensor_ring verify --model my-llama --cp 4
 """
 _ABOUT_CALIBRATE = """\
 Measure this machine's GPU for a minute and write its figures as JSON: kernels,
