@@ -47,6 +47,7 @@ class Case:
         length: tokens of a row.
         documents: bounds of packed documents; None where there are none, also in a padded batch.
         padding: (B, S), true at padding; None where there is none.
+        shifted: a token predicts the label of the next one; else its own, as in masked language models.
     """
 
     given: Mapping[str, Any]
@@ -54,9 +55,10 @@ class Case:
     length: int
     documents: Documents | None
     padding: Tensor | None
+    shifted: bool = True
 
     @classmethod
-    def read(cls, given: Mapping[str, Any]) -> Case:
+    def read(cls, given: Mapping[str, Any], *, shifted: bool = True) -> Case:
         """Reads a batch.
 
         Raises:
@@ -66,7 +68,7 @@ class Case:
         rows = rows_of(given)
         padding = padding_of(given, rows, length)
         bounds = find_documents(given, length, given.get("documents"))
-        return cls(given, rows, length, bounds if padding is None else None, padding)
+        return cls(given, rows, length, bounds if padding is None else None, padding, shifted)
 
     @property
     def real(self) -> Tensor | None:
@@ -100,11 +102,11 @@ class Case:
                 continue
             if isinstance(value, Tensor) and (key in CUT_KEYS or key == "attention_mask"):
                 row = slice(None) if value.shape[0] == 1 else slice(piece.first, piece.last)
-                value = value[row, piece.start : piece.stop]
+                value = value[row, piece.start : piece.stop].contiguous()  # losses view their labels
             taken[key] = value
         labels = taken.get("labels")
         # One process counts the label of a first real token, which padding predicts; a plan leaves it out, as documented.
-        if isinstance(labels, Tensor) and self.padding is not None:
+        if isinstance(labels, Tensor) and self.padding is not None and self.shifted:
             first = ~self.padding & pad(self.padding, (1, 0))[:, :-1]
             taken["labels"] = labels.masked_fill(first, IGNORED)
         return {**taken, "use_cache": False}
@@ -114,6 +116,8 @@ class Case:
         shifted, labels = self.given.get("shift_labels"), self.given.get("labels")
         if isinstance(shifted, Tensor):
             targets = shifted.clone()
+        elif isinstance(labels, Tensor) and not self.shifted:
+            targets = labels.clone()
         elif isinstance(labels, Tensor):
             targets = torch.full_like(labels, IGNORED)
             for row, bounds in enumerate(self.bounds):
@@ -125,9 +129,11 @@ class Case:
             targets[self.padding] = IGNORED
         return targets
 
-    def count(self) -> int:
-        """Labels that count."""
+    def count(self, piece: Piece | None = None) -> int:
+        """Labels that count, in all rows or in a piece."""
         targets = self.targets()
+        if targets is not None and piece is not None:
+            targets = targets[piece.first : piece.last, piece.start : piece.stop]
         return 0 if targets is None else int((targets != IGNORED).sum())
 
     def tokens_of(self, placement: SequencePlacement, world: int) -> list[list[int]]:
@@ -138,6 +144,11 @@ class Case:
             documents = find_documents(self.given, self.length) or Documents.from_lengths([self.length])
         split = split_of(placement, documents)
         return [list(split.tokens(self.length, world, rank)) for rank in range(world)]
+
+
+def is_shifted(model: PreTrainedModel) -> bool:
+    """Whether the model's loss takes the label of the next token."""
+    return not type(model).__name__.endswith("ForMaskedLM")
 
 
 def with_labels(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,7 +168,8 @@ def without_labels_of(case: Case, tokens: Sequence[int]) -> Case:
     mine = torch.zeros(case.length, dtype=torch.bool)
     mine[list(tokens)] = True
     if isinstance(labels := given.get("labels"), Tensor):
-        given["labels"] = labels.masked_fill(pad(mine, (1, 0))[:-1].to(labels.device), IGNORED)
+        where = pad(mine, (1, 0))[:-1] if case.shifted else mine
+        given["labels"] = labels.masked_fill(where.to(labels.device), IGNORED)
     if isinstance(shifted := given.get("shift_labels"), Tensor):
         given["shift_labels"] = shifted.masked_fill(mine.to(shifted.device), IGNORED)
     return replace(case, given=given)
@@ -180,7 +192,7 @@ def padded_for(case: Case, tokens_of: Sequence[Sequence[int]]) -> Case | str:
     mask[:, :real] = 1
     if isinstance(labels := given.get("labels"), Tensor):
         given["labels"] = labels.masked_fill(mask == 0, IGNORED)
-    return Case.read({**given, "attention_mask": mask})
+    return Case.read({**given, "attention_mask": mask}, shifted=case.shifted)
 
 
 class Change(NamedTuple):

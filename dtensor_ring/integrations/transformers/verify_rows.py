@@ -126,11 +126,12 @@ class Verifier:
     def _shares(self, pair: Pair) -> list[Row]:
         """Which tokens, positions and labels each rank got, and in which layout its layers attend."""
         case, share, mine = pair.case, pair.ring.share or {}, self._runner.tokens(pair.case)
-        targets, shifted = case.targets(), share.get("shift_labels")
+        key = "shift_labels" if case.shifted else "labels"
+        targets, labels = case.targets(), share.get(key)
         wrong = {
             "tokens": _apart(share, case.given, ("input_ids", "inputs_embeds"), mine),
             "positions": _apart(share, {"position_ids": _positions(case)}, ("position_ids",), mine),
-            "labels": _apart(share, {"shift_labels": targets}, ("shift_labels",), mine),
+            "labels": _apart(share, {key: targets}, (key,), mine),
         }
         told = self._ranks.tell(wrong)
         rows: list[Row] = []
@@ -140,8 +141,8 @@ class Verifier:
             rows.append(Row(f"{name} of each rank", total, 0, note))
         held = sum(self._ranks.on_axis(len(mine)))
         rows.append(Row("tokens held by all ranks", self._most(abs(held - case.length)), 0, f"{held} of {case.length}"))
-        if isinstance(shifted, Tensor) and targets is not None:
-            count = sum(self._ranks.on_axis(int((shifted != IGNORED).sum())))
+        if isinstance(labels, Tensor) and targets is not None:
+            count = sum(self._ranks.on_axis(int((labels != IGNORED).sum())))
             note = f"{count} over all ranks, {case.count()} in one process"
             rows.append(Row("labels that count", self._most(abs(count - case.count())), 0, note))
         else:

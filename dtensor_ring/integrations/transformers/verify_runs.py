@@ -97,11 +97,15 @@ class Runner:
                 if compared is not None:
                     compared.place = self._place(case, piece)
                 given = case.alone(piece)
-                if given.get("labels") is not None:
+                if given.get("labels") is not None and case.shifted:
                     given["num_items_in_batch"] = torch.as_tensor(count)
                 with self.watch.forward():
                     out = self._model(**given)
                 loss, _ = self._objective(out, case, piece)
+                if given.get("labels") is not None and not case.shifted:
+                    # The losses of these models are means of what they are given, whatever the number of items.
+                    labels = case.count(piece)
+                    loss = loss * (labels / float(count)) if labels else loss.nan_to_num() * 0
                 loss.backward()
                 loss_sum += float(loss.detach())
                 whole = _put(whole, main_output(out), case, piece)

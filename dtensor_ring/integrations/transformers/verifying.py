@@ -25,7 +25,7 @@ from dtensor_ring.comm.rank_checks import meet, refused_together
 from dtensor_ring.data.batch import check_mesh
 from dtensor_ring.integrations.transformers.attention import NAME
 from dtensor_ring.integrations.transformers.plan import RingPlan, ring_plan
-from dtensor_ring.integrations.transformers.verify_batches import Case, with_labels
+from dtensor_ring.integrations.transformers.verify_batches import Case, is_shifted, with_labels
 from dtensor_ring.integrations.transformers.verify_rows import Verifier
 from dtensor_ring.integrations.transformers.verify_state import Ranks, unchanged
 from dtensor_ring.ops.arguments import Strategy
@@ -96,9 +96,11 @@ def verify(
     transport = transport_along(device_mesh)
     with refused_together(lambda: [transport]):
         chosen = _plan_for(model, device_mesh, placement, strategy, plan)
-        case = Case.read(with_labels(model, batch))
+        case = Case.read(with_labels(model, batch), shifted=is_shifted(model))
         if "labels" in inspect.signature(model.forward).parameters and case.given.get("labels") is not None and not case.count():
             raise ValueError("verify: no label of this batch counts, so there is no loss to compare: give labels other than -100")
+    # The plan's own model: a wrapper such as PEFT's adds nothing to compare, and its modules are inside.
+    model = chosen._model
     # A rank that has refused is found here, before any rank applies a plan.
     meet(transport, "verify", [case.rows, case.length, int(edge_cases)])
     with _eager(), _applied(model, device_mesh, chosen), unchanged(model), _remembering(chosen):
@@ -124,7 +126,7 @@ def _plan_for(
         return ring_plan(model, placement, strategy)
     if placement is not None or strategy is not None:
         raise ValueError("verify: a plan has its own placement and strategy: pass plan= alone")
-    if plan._model is not model:
+    if not any(plan._model is module for module in model.modules()):
         raise ValueError(f"verify: this plan was made for another {type(plan._model).__name__}: pass the plan of this model")
     if plan._mesh is not None and plan._mesh.mesh.tolist() != mesh.mesh.tolist():
         raise ValueError(f"verify: the plan is applied over {plan._mesh}, not over {mesh}: pass the mesh axis of the plan")
