@@ -46,11 +46,12 @@ if TYPE_CHECKING or not (sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)
     from dtensor_ring.planning.documents import Documents
     from dtensor_ring.replicas import average_gradients, check_replicas
     from dtensor_ring.tools.explain import explain
+    from dtensor_ring.tools.verification import Verification
 
     _register.register()
 
 if TYPE_CHECKING:
-    from dtensor_ring.integrations.transformers import RingPlan, RingTrainerMixin, ring_plan
+    from dtensor_ring.integrations.transformers import RingPlan, RingTrainerMixin, ring_plan, verify
 
 __version__ = "0.1.0"
 
@@ -62,6 +63,7 @@ __all__ = [
     "RingTrainerMixin",
     "ShardedBatch",
     "Stripe",
+    "Verification",
     "Zigzag",
     "average_gradients",
     "check_replicas",
@@ -77,6 +79,7 @@ __all__ = [
     "save_attention",
     "sequence_sampler",
     "shard_batch",
+    "verify",
 ]
 
 
@@ -95,12 +98,14 @@ _ROOMS = {
     "explain": "dtensor_ring.tools.explain",
     "ring_attention": "dtensor_ring.attention",
     "ring_plan": "dtensor_ring.integrations.transformers",
+    "Verification": "dtensor_ring.tools.verification",
+    "verify": "dtensor_ring.integrations.transformers",
     "save_attention": "dtensor_ring.checkpointing",
 }
 
 
 def __getattr__(name: str) -> object:
-    """What is imported when first used: `ring_plan` and `RingPlan`, which need transformers; all names for the command line."""
+    """What is imported when first used: names that need transformers, such as `ring_plan`; all names for the command line."""
     if name not in __all__:
         raise AttributeError(f"module 'dtensor_ring' has no attribute {name!r}")
     from dtensor_ring._register import register

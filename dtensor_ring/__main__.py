@@ -1,5 +1,7 @@
 """`python -m dtensor_ring plan ...` prints the plan of an attention, `kernels` and `transports` what each of these supports.
 
+`verify` runs a model over several processes and beside them in one.
+
 `plan` loads no torch: see `dtensor_ring/__init__.py`.
 """
 
@@ -26,11 +28,14 @@ from dtensor_ring.tools.drawing import draw, summary
 from dtensor_ring.tools.explain import shape_of_heads
 from dtensor_ring.tools.facts import facts
 from dtensor_ring.tools.predicted import predicted, predicted_text, predictor_for, staged_by
+from dtensor_ring.tools.verify_arguments import ABOUT as ABOUT_VERIFY
+from dtensor_ring.tools.verify_arguments import EXAMPLES as EXAMPLES_OF_VERIFY
+from dtensor_ring.tools.verify_arguments import add_arguments as add_verify_arguments
 
 _LENGTH = 64
 _UNITS = {"": 1, "k": 1000, "M": 1000**2, "G": 1000**3, "Ki": 1024, "Mi": 1024**2, "Gi": 1024**3}
 
-_ABOUT = "Look at plans of attention, and at what kernels and transports support."
+_ABOUT = "Look at plans of attention, kernels and transports, and verify models."
 _EXAMPLES = """\
 examples:
   python -m dtensor_ring plan --layout zigzag --world 4 --length 64
@@ -91,9 +96,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     calibrating.add_argument("--out", required=True, metavar="FILE", help="the JSON file to write")
     commands.add_parser("transports", help="which transport connects which ranks, and why not", formatter_class=_formatter)
+    verifying = commands.add_parser(
+        "verify",
+        help="a model of yours over several processes beside one: loss, logits, gradients, modules",
+        description=ABOUT_VERIFY,
+        epilog=EXAMPLES_OF_VERIFY,
+        formatter_class=_formatter,
+    )
+    add_verify_arguments(verifying, _length)
     options = parser.parse_args(arguments)
     if options.command == "calibrate":
         return _calibrate(options.out, calibrating)
+    if options.command == "verify":
+        return _verify(options, verifying)
     if options.command != "plan":
         from dtensor_ring import debug  # it asks the kernels and transports, which need torch
 
@@ -118,6 +133,21 @@ def _calibrate(path: str, parser: argparse.ArgumentParser) -> int:
         parser.error(str(error))
     _write(f"{model.device}, {', '.join(name for name, _ in model.kernels)}: {path}, digest {model.digest}\n")
     return 0
+
+
+def _verify(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from dtensor_ring.integrations.transformers.verify_command import run as verified
+
+    try:
+        answer = verified(options)
+    except ValueError as error:
+        parser.error(str(error))
+    if answer is None:
+        return 0
+    if answer.refused:
+        parser.error(answer.text)
+    _write(answer.text + "\n")
+    return 0 if answer.ok else 1
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

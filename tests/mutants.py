@@ -96,6 +96,8 @@ TESTS = {
     "planning/predict.py": ["test_cost_model", "test_stage_choice"],
     "planning/stage_choice.py": ["test_stage_choice"],
     "tools/calibrate.py": ["test_calibrate"],
+    "tools/verification.py": ["test_verify"],
+    "integrations/transformers/verif*.py": ["test_verify"],
     "tools/predicted.py": ["test_cost_model -k explain", "test_calibrate -k plan"],
     "planning/head_sharing.py": ["test_costs -k heads", "test_ulysses"],
     "planning/segmentation.py": ["test_layout", "test_schedule", "test_totals"],

@@ -159,7 +159,9 @@ def test_every_line_about_documents_has_at_most_80_columns(capsys, layout, strat
 
 
 @pytest.mark.parametrize("width", ["40", "80", "200"])
-@pytest.mark.parametrize("arguments", [["--help"], ["plan", "--help"], ["kernels", "--help"], ["transports", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["plan", "--help"], ["kernels", "--help"], ["transports", "--help"], ["verify", "--help"]]
+)
 def test_help_has_at_most_80_columns_on_every_terminal(capsys, monkeypatch, arguments, width):
     monkeypatch.setenv("COLUMNS", width)
     with pytest.raises(SystemExit):
