@@ -1,0 +1,379 @@
+"""Memory and time of training steps on one GPU, beside what `dtensor_ring.estimate` says of them.
+
+    python -m benchmarks.estimate --json benchmarks/results/estimate-h100.json      about two minutes of one GPU
+    python -m benchmarks.estimate --beside benchmarks/results/estimate-h100.json    those figures beside estimates; no GPU
+    python -m benchmarks.estimate --device cpu --cases tiny                         whether it runs: no memory, and times mean nothing
+
+Models of `CASES` with random weights train for some steps at world 1 under ring_plan, with AdamW. Of the second step, which starts
+without gradients as every step of a loop does, PyTorch's allocator says what is allocated after the model was made, and the most
+that was in each phase: forward, backward, optimizer. Cases that are held out had no part in how the formulas and constants of
+`estimate` were found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import inspect
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import parallelize_module
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.record import device_name, facts, save
+from dtensor_ring import Zigzag, ring_plan
+
+GIB = 2**30
+_LLAMA_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and a step of it.
+
+    Attributes:
+        name: for tables.
+        config: fields of its `config.json`.
+        tokens: of a row.
+        rows: in the batch.
+        checkpoint: "full" recomputes every layer in backward, "none" saves everything.
+        loss: "whole" logits, or "chunked".
+        precision: "bf16" for all, or "mixed": weights, gradients and AdamW in float32, computed in bfloat16 under FSDP2.
+        held_out: whether it had no part in finding formulas and constants.
+    """
+
+    name: str
+    config: dict[str, Any]
+    tokens: int
+    rows: int = 1
+    checkpoint: str = "none"
+    loss: str = "whole"
+    precision: str = "bf16"
+    held_out: bool = False
+
+
+def _of(fields: dict[str, Any], **more: object) -> dict[str, Any]:
+    return {**fields, **more}
+
+
+_QWEN3 = {
+    "model_type": "qwen3",
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+}
+_LLAMA_1B = _of(
+    _LLAMA_8B, hidden_size=2048, intermediate_size=8192, head_dim=64, num_hidden_layers=8, tie_word_embeddings=True
+)
+_MOE = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_hidden_layers": 3,
+    "vocab_size": 151936,
+}
+_GEMMA3 = {
+    "model_type": "gemma3_text",
+    "hidden_size": 1152,
+    "intermediate_size": 6912,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "num_hidden_layers": 8,
+    "sliding_window": 512,
+    "vocab_size": 65536,
+}
+_QWEN2_3B = {
+    "model_type": "qwen2",
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 12,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+_MISTRAL = {
+    "model_type": "mistral",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 5,
+    "sliding_window": 4096,
+    "vocab_size": 32768,
+}
+_LLAMA_13B = {
+    "model_type": "llama",
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+    "num_hidden_layers": 4,
+    "vocab_size": 32000,
+}
+_TINY = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "vocab_size": 256,
+}
+CASES = (
+    Case("llama-8b, 4 layers", _of(_LLAMA_8B, num_hidden_layers=4), 8192),
+    Case("llama-8b, 4 layers", _of(_LLAMA_8B, num_hidden_layers=4), 8192, checkpoint="full"),
+    Case("llama-8b, 2 layers", _of(_LLAMA_8B, num_hidden_layers=2), 32768, checkpoint="full", loss="chunked"),
+    Case("llama-1b, 8 layers", _LLAMA_1B, 8192, rows=2),
+    Case("qwen3-8b, 3 layers", _of(_QWEN3, num_hidden_layers=3), 16384, checkpoint="full"),
+    Case("qwen3-moe, 3 layers", _MOE, 8192),
+    Case("gemma3-1b, 8 layers", _GEMMA3, 16384),
+    Case("llama-8b, 4 layers", _of(_LLAMA_8B, num_hidden_layers=4), 8192, checkpoint="full", precision="mixed"),
+    Case("qwen2.5-3b, 12 layers", _QWEN2_3B, 16384, checkpoint="full", held_out=True),
+    Case("mistral-7b, 5 layers", _MISTRAL, 12288, held_out=True),
+    Case("llama-13b, 4 layers", _LLAMA_13B, 8192, rows=2, held_out=True),
+    Case("llama-13b, 8 layers", _of(_LLAMA_13B, num_hidden_layers=8), 32768, checkpoint="full", held_out=True),
+)
+_SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+TINY = (
+    Case("tiny", _TINY, 64),
+    Case("tiny qwen3", _of(_QWEN3, **_SMALL, head_dim=16, vocab_size=256), 64, rows=2, checkpoint="full", held_out=True),
+    Case("tiny moe", _of(_MOE, **_SMALL, head_dim=16, vocab_size=256, num_experts=4, num_experts_per_tok=2), 64),
+    Case("tiny gemma3", _of(_GEMMA3, **_SMALL, head_dim=16, vocab_size=256, sliding_window=16), 64),
+    Case("tiny", _TINY, 64, checkpoint="full", loss="chunked"),
+    Case("tiny", _TINY, 64, checkpoint="full", precision="mixed"),
+)
+
+
+@dataclass
+class Row:
+    """A case as it ran: bytes that PyTorch's allocator had given out, and milliseconds.
+
+    Attributes:
+        case: what ran.
+        parameters: held once the model is made.
+        states: held between steps, with the optimizer's states.
+        saved: held between forward and backward, beyond `states`.
+        forward: the most during forward.
+        backward: the most during backward.
+        optimizer: the most during the optimizer's step.
+        reserved: the most that the allocator had of the GPU.
+        ms: of a step.
+        forward_ms: of its forward pass.
+        optimizer_ms: of its optimizer.
+    """
+
+    case: Case
+    parameters: int = 0
+    states: int = 0
+    saved: int = 0
+    forward: int = 0
+    backward: int = 0
+    optimizer: int = 0
+    reserved: int = 0
+    ms: float = 0.0
+    forward_ms: float = 0.0
+    optimizer_ms: float = 0.0
+    note: str = ""
+
+    @property
+    def peak(self) -> int:
+        """The most of all phases."""
+        return max(self.forward, self.backward, self.optimizer)
+
+
+@dataclass
+class Meter:
+    """Reads allocator and clock of a device; of a CPU no memory."""
+
+    device: torch.device
+    marks: list[Any] = field(default_factory=list)
+
+    def held(self) -> int:
+        """Bytes that are allocated now."""
+        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+    def most(self) -> int:
+        """The most bytes since the last call, or since `begin`."""
+        if self.device.type != "cuda":
+            return 0
+        torch.cuda.synchronize(self.device)
+        most = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return most
+
+    def mark(self) -> None:
+        """Note the time on the device."""
+        if self.device.type == "cuda":
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+
+    def spans(self) -> list[float]:
+        """Milliseconds between marks; forgets them."""
+        if self.device.type != "cuda":
+            return []
+        torch.cuda.synchronize(self.device)
+        spans = [a.elapsed_time(b) for a, b in zip(self.marks, self.marks[1:], strict=False)]
+        self.marks.clear()
+        return spans
+
+
+def make_model(case: Case, mesh: DeviceMesh, device: torch.device) -> nn.Module:
+    """The model with random weights, sequence-parallel over the mesh of one rank."""
+    torch.manual_seed(0)
+    fields = dict(case.config)
+    config = AutoConfig.for_model(fields.pop("model_type"), **{"max_position_embeddings": 1 << 20, **fields})
+    mixed = case.precision == "mixed"
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32 if mixed else torch.bfloat16).train()
+    if case.checkpoint == "full":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    asked = {} if case.loss == "whole" else {"loss": case.loss}
+    parallelize_module(model, mesh, ring_plan(model, Zigzag(1), **asked))
+    if mixed:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def run_case(case: Case, mesh: DeviceMesh, device: torch.device, steps: int) -> Row:
+    """Train for a step that is not looked at, one whose memory is read, and some that are timed."""
+    meter, row = Meter(device), Row(case)
+    before = meter.held()  # what the CUDA libraries keep from earlier cases
+    model = make_model(case, mesh, device)
+    row.parameters = meter.held() - before
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type == "cuda")
+    ids = torch.randint(0, case.config["vocab_size"], (case.rows, case.tokens), generator=torch.Generator().manual_seed(1))
+    ids = ids.to(device)
+
+    def forward() -> Tensor:
+        return model(input_ids=ids, labels=ids).loss
+
+    forward().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    gc.collect()
+    meter.most()
+    row.states = meter.held()
+    loss = forward()
+    row.saved = meter.held() - row.states
+    row.forward = meter.most()
+    loss.backward()
+    row.backward = meter.most()
+    optimizer.step()
+    row.optimizer = meter.most()
+    del loss
+    timed: list[list[float]] = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        meter.mark()
+        loss = forward()
+        meter.mark()
+        loss.backward()
+        meter.mark()
+        optimizer.step()
+        meter.mark()
+        del loss
+        timed.append(meter.spans())
+    if device.type == "cuda":
+        row.ms = statistics.median(map(sum, timed))
+        row.forward_ms, _, row.optimizer_ms = (statistics.median(each) for each in zip(*timed, strict=True))
+        row.reserved = torch.cuda.max_memory_reserved(device)
+    return row
+
+
+def refuses(case: Case) -> str | None:
+    """Why a case cannot run here, or None."""
+    if case.loss != "whole" and "loss" not in inspect.signature(ring_plan).parameters:
+        return "this ring_plan has no loss="
+    return None
+
+
+def run(cases: tuple[Case, ...], mesh: DeviceMesh, device: torch.device, steps: int, report: Callable[[str], None]) -> list[Row]:
+    """Run every case, alone on the device."""
+    rows = []
+    for case in cases:
+        reason = refuses(case)
+        if reason is not None:
+            report(f"{case.name}: left out, {reason}")
+            continue
+        try:
+            row = run_case(case, mesh, device, steps)
+        except torch.OutOfMemoryError as error:
+            row = Row(case, note=f"out of memory: {str(error)[:200]}")
+        rows.append(row)
+        report(line(row))
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+    return rows
+
+
+HEADER = f"{'model':<24}{'tokens':>7}{'':>3}{'saved':>9}{'forward':>9}{'backward':>9}{'optim.':>9} GiB{'ms':>9}"
+
+
+def line(row: Row) -> str:
+    """A row as it is printed while cases run."""
+    case = row.case
+    gib = "".join(f"{x / GIB:>9.3f}" for x in (row.saved, row.forward, row.backward, row.optimizer))
+    about = ", ".join(word for word in (case.checkpoint, case.loss, case.precision, "held out" if case.held_out else "") if word)
+    return f"{case.name:<24}{case.rows * case.tokens:>7}{'':>3}{gib}    {row.ms:>9.1f}  {about} {row.note}"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", choices=("all", "tiny"), default="all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=3, help="that are timed")
+    parser.add_argument("--json", type=Path)
+    return parser
+
+
+def main() -> int:
+    """Measure; exit status 1 if a case failed."""
+    options = parser().parse_args()
+    device = torch.device(options.device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh(device.type, (1,), mesh_dim_names=("cp",))
+    print(f"{device_name(device)}, torch {torch.__version__}\n{HEADER}", flush=True)
+    rows = run(TINY if options.cases == "tiny" else CASES, mesh, device, options.steps, print)
+    if options.json:
+        save(options.json, facts("estimate", device), [{**asdict(row), "peak": row.peak} for row in rows])
+    dist.destroy_process_group()
+    return int(any(row.note for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
