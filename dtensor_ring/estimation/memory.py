@@ -1,0 +1,347 @@
+"""The memory of one training step on one GPU, phase by phase: a ledger that walks through the step as PyTorch runs it.
+
+    between steps   parameters, optimizer states
+    forward         + what layers keep for backward, or their inputs where they are recomputed; logits
+    backward        + gradients, while what was kept goes; a layer at a time is recomputed
+    optimizer       parameters, optimizer states, gradients
+
+The step begins without gradients, as after `optimizer.zero_grad()`, and keeps nothing of the model's output but the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from dtensor_ring.estimation.layers import Layer, LayerGradients
+from dtensor_ring.estimation.ledger import PARTS, Ledger, Part
+from dtensor_ring.estimation.model_shape import ModelShape
+
+Checkpoint = Literal["none", "full", "attention"]
+Loss = Literal["whole", "chunked"]
+Parallel = Literal["none", "ddp", "fsdp"]
+Optimizer = Literal["adamw", "adamw_foreach", "sgd"]
+PhaseName = Literal["between steps", "forward", "backward", "optimizer"]
+
+# cuBLAS has a workspace of 32 MiB for each thread that multiplies on a Hopper GPU: that of forward, and that of autograd.
+LIBRARIES = 64 * 2**20
+
+
+class Precision(NamedTuple):
+    """Bytes of a number of weights and of their gradients, of optimizer states, of activations, and of gradients between ranks."""
+
+    weight: int
+    state: int
+    compute: int
+    reduce: int
+
+
+PRECISIONS = {
+    "bf16": Precision(2, 2, 2, 2),  # everything in bfloat16
+    "mixed": Precision(4, 4, 2, 4),  # float32 weights, computed with in bfloat16: FSDP2's MixedPrecisionPolicy
+    "fp32": Precision(4, 4, 4, 4),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What is trained, and how, as one GPU sees it.
+
+    Attributes:
+        model: the model.
+        tokens: tokens of all batch rows on this GPU.
+        batch_tokens: tokens of all batch rows that this GPU is given: those of the whole sequence.
+        precision: which numbers are how large.
+        checkpoint: what layers keep: everything, their input, or their input and what attention returns.
+        loss: whether logits exist whole.
+        chunk: tokens whose logits exist at a time where they do not.
+        parallel: how weights are spread: not at all, alike with gradients in buckets, or in shards.
+        shards: GPUs that share the weights.
+        tp: GPUs that share heads and MLPs.
+        optimizer: which states there are.
+    """
+
+    model: ModelShape
+    tokens: int
+    batch_tokens: int
+    precision: Precision
+    checkpoint: Checkpoint = "none"
+    loss: Loss = "whole"
+    chunk: int = 2048
+    parallel: Parallel = "none"
+    shards: int = 1
+    tp: int = 1
+    optimizer: Optimizer = "adamw"
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """The largest moment of a phase.
+
+    Attributes:
+        name: of the phase.
+        bytes: what is held then.
+        parts: the same by what it is for.
+        moment: what goes on then.
+    """
+
+    name: PhaseName
+    bytes: int
+    parts: tuple[tuple[Part, int], ...]
+    moment: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepMemory:
+    """The memory of a step.
+
+    Attributes:
+        phases: the largest moment of each.
+        saved: bytes that are held between forward and backward, beside those between steps.
+    """
+
+    phases: tuple[Phase, ...]
+    saved: int
+
+    @property
+    def peak(self) -> Phase:
+        """The phase with the largest moment."""
+        return max(self.phases, key=lambda phase: phase.bytes)
+
+    def phase(self, name: PhaseName) -> Phase:
+        """One of them."""
+        return next(phase for phase in self.phases if phase.name == name)
+
+
+# Of a layer's attention, by its window: bytes that forward and backward hold beside what is kept.
+AttentionBytes = Callable[[int], tuple[float, float]]
+
+
+def step_memory(training: Training, attention: AttentionBytes) -> StepMemory:
+    """Walk through a step.
+
+    Args:
+        training: what is trained.
+        attention: buffers and workspaces of a layer's attention by its window, 0 for none.
+    """
+    return _Step(training, attention).run()
+
+
+class _Step:
+    def __init__(self, training: Training, attention: AttentionBytes) -> None:
+        self.training, self.model, self.size = training, training.model, training.precision
+        self.ledger = Ledger()
+        self.phases: list[Phase] = []
+        by_window = {window: attention(window) for window in set(self.model.windows)}
+        plain = Layer(self.model, training.tokens, self.size.compute, tp=training.tp)
+        self.plain = plain
+        self.layers = [
+            plain.of(sparse, *by_window[window]) for sparse, window in zip(self.model.sparse, self.model.windows, strict=True)
+        ]
+
+    def run(self) -> StepMemory:
+        """All phases."""
+        self.between()
+        self._phase("between steps")
+        before = self.ledger.total
+        self.forward()
+        self._phase("forward")
+        saved = self.ledger.total - before
+        self.backward()
+        self._phase("backward")
+        self.optimizer()
+        self._phase("optimizer")
+        return StepMemory(tuple(self.phases), saved)
+
+    def _phase(self, name: PhaseName) -> None:
+        ledger = self.ledger
+        parts = tuple((part, ledger.most[part]) for part in PARTS)
+        self.phases.append(Phase(name, ledger.most_total, parts, ledger.moment))
+        ledger.turn()
+
+    # Weights.
+
+    def _attention_weights(self) -> float:
+        """Of a layer's attention and norms on this GPU, before they are spread over shards."""
+        norms = (4 if self.model.four_norms else 2) * self.model.hidden
+        return norms + (self.model.attention_weights() - norms) / self.training.tp
+
+    def _layer_weights(self, layer: int) -> float:
+        return self._attention_weights() + self.model.mlp_weights(self.model.sparse[layer]) / self.training.tp
+
+    @property
+    def _head_weights(self) -> float:
+        """Of a head of its own; 0 where it is the embedding."""
+        return 0.0 if self.model.tied else self.model.embedding / self.training.tp
+
+    @property
+    def _outer_weights(self) -> float:
+        return self.model.embedding + self.model.hidden + self._head_weights
+
+    @property
+    def weights(self) -> float:
+        """Of the whole model, before they are spread over shards."""
+        return self._outer_weights + sum(map(self._layer_weights, range(self.model.layers)))
+
+    # Phases.
+
+    def between(self) -> None:
+        """What stays."""
+        ledger, size, shards = self.ledger, self.size, self.training.shards
+        ledger.doing("between steps")
+        ledger.hold("libraries", LIBRARIES)
+        # ids, labels, positions and their copies are int64
+        ledger.hold("batch", 8 * 3 * self.training.batch_tokens + 8 * 2 * self.training.tokens)
+        ledger.hold("parameters", self.weights * size.weight / shards)
+        states = 0 if self.training.optimizer == "sgd" else 2
+        ledger.hold("optimizer", states * self.weights * size.state / shards)
+        if self.training.parallel == "ddp":
+            ledger.hold("sharding buffers", self.weights * size.weight)  # buckets, as large as the gradients
+
+    def forward(self) -> None:
+        """Embedding, layers, norm, head and loss."""
+        ledger, size = self.ledger, self.size
+        ledger.doing("forward, embedding")
+        if self.training.parallel == "fsdp":  # what belongs to no layer stays whole until its gradients are there
+            ledger.hold("sharding buffers", self._outer_weights * size.compute)
+        ledger.hold("activations", 2 * self.training.tokens * self.model.head_dim * size.compute)  # cosines and sines
+        ledger.hold("temporaries", self.plain.h)  # what goes from layer to layer
+        for index, layer in enumerate(self.layers):
+            ledger.doing(f"forward, layer {index}")
+            with ledger.passing("sharding buffers", self._gathered(index, index + 1)):
+                layer.forward(ledger, self._kept(layer))
+        ledger.doing("forward, last norm")
+        ledger.hold("activations", self.plain.norm_saved(self.plain.h) + self.plain.h)
+        ledger.release("temporaries", self.plain.h)
+        self._loss_forward()
+
+    def _kept(self, layer: Layer) -> float:
+        """What a layer keeps from forward to backward."""
+        if self.training.checkpoint == "none":
+            return layer.saved
+        return layer.h + (layer.q + layer.lse if self.training.checkpoint == "attention" else 0.0)
+
+    def _gathered(self, *layers: int) -> float:
+        """Whole weights of layers, in FSDP2 alone: of the one that computes, and of the one that is fetched meanwhile."""
+        if self.training.parallel != "fsdp":
+            return 0.0
+        return sum(self._layer_weights(layer) for layer in layers if 0 <= layer < self.model.layers) * self.size.compute
+
+    def _logits(self, tokens: int) -> int:
+        """Numbers of the logits of some tokens."""
+        return tokens * self.model.vocab
+
+    def _loss_forward(self) -> None:
+        ledger, size = self.ledger, self.size
+        ledger.doing("forward, loss")
+        if self.training.loss == "chunked":
+            return self._piece(forward=True)
+        logits = self._logits(self.training.tokens)
+        capped = logits * size.compute * self.model.logit_softcap  # the tanh is kept
+        ledger.hold("logits and loss", logits * 4 + capped)  # the log-softmax is kept
+        # The logits as the head made them, and in float32.
+        with ledger.passing("logits and loss", logits * (size.compute + (4 if size.compute != 4 else 0))):
+            pass
+        return None
+
+    def _piece(self, forward: bool) -> None:
+        """The loss of some tokens: logits, the same in float32, their log-softmax; in backward two gradients of it."""
+        logits = self._logits(min(self.training.chunk, self.training.tokens))
+        numbers = self.size.compute + 8 if forward else 12
+        with self.ledger.passing("logits and loss", logits * numbers):
+            pass
+
+    def backward(self) -> None:
+        """From the loss to the embedding."""
+        self._loss_backward()
+        self._head_backward()
+        ledger = self.ledger
+        ledger.doing("backward, last norm")
+        ledger.release("activations", self.plain.h)
+        self.plain.norm_backward(ledger, self.plain.h)
+        ledger.release("activations", self.plain.norm_saved(self.plain.h))
+        for index in reversed(range(self.model.layers)):
+            self._layer_backward(index)
+        ledger.doing("backward, embedding")
+        embedding = self.model.embedding * self._gradient
+        ledger.hold("gradients" if not self.model.tied else "temporaries", embedding)
+        if self.model.tied:  # its gradient is made apart from that of the head, to which it is added
+            ledger.release("temporaries", embedding)
+        ledger.release("temporaries", self.plain.h)
+        ledger.release("activations", 2 * self.training.tokens * self.model.head_dim * self.size.compute)
+        if self.training.parallel == "fsdp":
+            ledger.release("sharding buffers", self._outer_weights * self.size.compute)
+            self._scattered(self._outer_weights)
+
+    @property
+    def _gradient(self) -> int:
+        """Bytes of a number of a gradient as backward makes it."""
+        return self.size.compute if self.training.parallel == "fsdp" else self.size.weight
+
+    def _loss_backward(self) -> None:
+        ledger, size = self.ledger, self.size
+        ledger.doing("backward, loss")
+        if self.training.loss == "chunked":
+            return self._piece(forward=False)
+        logits = self._logits(self.training.tokens)
+        with ledger.passing("logits and loss", 8 * logits):  # gradients of the log-softmax, and of the logits in float32
+            pass
+        ledger.release("logits and loss", 4 * logits)
+        ledger.release("logits and loss", logits * size.compute * self.model.logit_softcap)
+        return None
+
+    def _head_backward(self) -> None:
+        """The gradients of the head's weight and input, while that of the logits is there."""
+        ledger = self.ledger
+        ledger.doing("backward, head")
+        tokens = self.training.tokens if self.training.loss == "whole" else min(self.training.chunk, self.training.tokens)
+        with ledger.passing("logits and loss", self._logits(tokens) * self.size.compute):
+            ledger.hold("temporaries", self.plain.h)
+            ledger.hold("gradients", (self._head_weights or self.model.embedding / self.training.tp) * self._gradient)
+        if self.model.tied and self.training.tp > 1:
+            ledger.hold("gradients", self.model.embedding * (1 - 1 / self.training.tp) * self._gradient)
+
+    def _layer_backward(self, index: int) -> None:
+        ledger, layer = self.ledger, self.layers[index]
+        gathered = self._gathered(index, index - 1)
+        ledger.doing(f"backward, layer {index}")
+        ledger.hold("sharding buffers", gathered)
+        kept = self._kept(layer)
+        if kept < layer.saved:
+            ledger.doing(f"backward, layer {index} recomputed")
+            # The input stays until the layer is done; what attention returned is not made again.
+            again = kept - layer.h
+            ledger.hold("activations", layer.saved - again)
+        gradients = LayerGradients(
+            self._attention_weights() * self._gradient,
+            self.model.mlp_weights(self.model.sparse[index]) / self.training.tp * self._gradient,
+        )
+        with ledger.passing("temporaries", 0):
+            layer.backward(ledger, gradients)
+        if kept < layer.saved:
+            ledger.release("activations", layer.h)
+        ledger.release("sharding buffers", gathered)
+        self._scattered(self._layer_weights(index))
+
+    def _scattered(self, weights: float) -> None:
+        """In FSDP2 gradients are copied for the other ranks, added up, and kept as this rank's shard."""
+        if self.training.parallel != "fsdp":
+            return
+        ledger, size = self.ledger, self.size
+        ledger.doing(f"{ledger.moment.split(',')[0]}, gradients sent")
+        with ledger.passing("sharding buffers", weights * size.reduce):
+            ledger.release("gradients", weights * self._gradient)
+            ledger.hold("gradients", weights * size.weight / self.training.shards)
+
+    def optimizer(self) -> None:
+        """The optimizer's step."""
+        ledger = self.ledger
+        ledger.doing("optimizer")
+        # Unfused AdamW makes the denominators of all weights at once.
+        spare = self.weights * self.size.state / self.training.shards if self.training.optimizer == "adamw_foreach" else 0.0
+        with ledger.passing("temporaries", spare):
+            pass
+
+
+__all__ = ["LIBRARIES", "PRECISIONS", "AttentionBytes", "Phase", "Precision", "StepMemory", "Training", "step_memory"]
