@@ -122,32 +122,32 @@ class Layer:
         with ledger.passing("attention buffers", self.attention_forward):
             pass
         if kept < self.saved:  # recomputed later: what one half of the layer needs exists while it runs
-            half = 3 * inside if not self.sparse else self.mlp_saved
-            with ledger.passing("temporaries", 2 * self.h + half):
+            mlp = self.mlp_saved if self.sparse else (4 if self.model.fused else 3) * inside
+            # Of queries: as projected, and what rotation makes of them; or their norm in float32.
+            attention = (1 + 2 * self.wide) * self.q if self.model.head_norms else 4 * self.q + 2 * self.kv
+            with ledger.passing("temporaries", 2 * self.h + max(mlp, attention)):
                 pass
         else:
             with ledger.passing("temporaries", self.h):
                 pass
         ledger.hold("activations", kept)
 
-    def backward(self, ledger: Ledger, weights: "LayerGradients") -> None:
+    def backward(self, ledger: Ledger, weights: LayerGradients) -> None:
         """The layer's backward pass: given what `saved` says and the gradient of its output, which is held as a temporary."""
         self._mlp_backward(ledger, weights)
         self._attention_backward(ledger, weights)
 
-    def _mlp_backward(self, ledger: Ledger, weights: "LayerGradients") -> None:
+    def _mlp_backward(self, ledger: Ledger, weights: LayerGradients) -> None:
         if self.model.four_norms:
             self.norm_backward(ledger, self.h)
-            ledger.release("activations", self.norm_saved(self.h))
         if self.sparse and self.model.experts is not None:
             self._experts_backward(ledger, self.model.experts, weights)
         else:
             self._dense_backward(ledger, weights)
         ledger.release("activations", self.h)  # the input of the MLP
         self.norm_backward(ledger, self.h)
-        ledger.release("activations", self.norm_saved(self.h))
 
-    def _dense_backward(self, ledger: Ledger, weights: "LayerGradients") -> None:
+    def _dense_backward(self, ledger: Ledger, weights: LayerGradients) -> None:
         inside = self.tokens * self.model.intermediate * self.itemsize / self.tp
         ledger.hold("temporaries", inside)  # of the product
         ledger.hold("gradients", weights.mlp / 3)
@@ -160,29 +160,28 @@ class Layer:
         ledger.release("activations", inside)
         ledger.release("temporaries", inside)
 
-    def _experts_backward(self, ledger: Ledger, experts: Experts, weights: "LayerGradients") -> None:
+    def _experts_backward(self, ledger: Ledger, experts: Experts, weights: LayerGradients) -> None:
         rows, inside = self.tokens * experts.chosen, experts.intermediate / self.tp
         wide, narrow = rows * self.model.hidden * self.itemsize, rows * inside * self.itemsize
-        # Gradients of the rows that came back: put in order, weighed, masked.
-        with ledger.passing("temporaries", 3 * wide):
+        # Gradients of the rows that came back: put in order, weighed, masked; in float32 where weights of experts are.
+        with ledger.passing("temporaries", 3 * wide * (self.wide if experts.wide_weights else 1)):
             pass
         ledger.release("activations", wide)
         with ledger.passing("temporaries", wide + narrow):
             ledger.hold("gradients", weights.mlp / 3)
+        ledger.release("activations", narrow)  # the product
         with ledger.passing("temporaries", (4 if experts.clamped else 3) * narrow):
             pass
-        made = (5 if experts.clamped else 2) * narrow
-        ledger.release("activations", made)
+        ledger.release("activations", (6 if experts.clamped else 3) * narrow)  # all that it was made of
         with ledger.passing("temporaries", 4 * narrow):
             pass
         with ledger.passing("temporaries", 2 * narrow + 2 * wide):
             ledger.hold("gradients", weights.mlp * 2 / 3)
-        ledger.release("activations", self.mlp_saved - wide - made)
+        ledger.release("activations", self.mlp_saved - wide - (7 if experts.clamped else 4) * narrow)
 
-    def _attention_backward(self, ledger: Ledger, weights: "LayerGradients") -> None:
+    def _attention_backward(self, ledger: Ledger, weights: LayerGradients) -> None:
         if self.model.four_norms:
             self.norm_backward(ledger, self.h)
-            ledger.release("activations", self.norm_saved(self.h))
         q, kv = self.q, self.kv
         ledger.hold("gradients", weights.attention / 2)
         ledger.hold("temporaries", q)  # of out
@@ -192,21 +191,27 @@ class Layer:
         ledger.release("activations", self.attention_saved)
         with ledger.passing("temporaries", 4 * q):  # rotation
             pass
-        if self.model.head_norms:
-            with ledger.passing("temporaries", 5 * q * self.wide):
-                pass
-            ledger.release("activations", self.head_norms_saved)
-        with ledger.passing("temporaries", 2 * self.h):
-            ledger.hold("gradients", weights.attention / 2)
-        ledger.release("temporaries", q + 2 * kv)
+        # The projections follow each other, v first; the gradients of their common input are added up.
+        ledger.hold("temporaries", self.h)
+        for size, heads, is_normed in ((kv, 0, False), (kv, self.model.kv_heads, True), (q, self.model.heads, True)):
+            if is_normed and self.model.head_norms:
+                ledger.release("temporaries", size)
+                self.norm_backward(ledger, size, self.tokens * heads / self.tp)
+                ledger.hold("temporaries", size)
+            with ledger.passing("temporaries", self.h):
+                ledger.hold("gradients", weights.attention / 6)
+            ledger.release("temporaries", size)
+        ledger.release("temporaries", self.h)
         ledger.release("activations", self.h)  # the input of q, k and v
         self.norm_backward(ledger, self.h)
-        ledger.release("activations", self.norm_saved(self.h))
 
-    def norm_backward(self, ledger: Ledger, size: float) -> None:
-        """What the backward pass of a norm over a tensor of `size` bytes makes: five tensors in float32 at its end."""
+    def norm_backward(self, ledger: Ledger, size: float, rows: float | None = None) -> None:
+        """The backward pass of a norm over a tensor of `size` bytes: frees what it kept, and makes five tensors in float32."""
+        normalised = size * self.wide if self.model.wide_norms else size
+        ledger.release("activations", normalised)
         with ledger.passing("temporaries", 5 * size * self.wide):
             pass
+        ledger.release("activations", self.norm_saved(size, rows) - normalised)
 
     def of(self, sparse: bool, forward: float, backward: float) -> Layer:
         """Another layer of the same tokens."""

@@ -26,6 +26,7 @@ PhaseName = Literal["between steps", "forward", "backward", "optimizer"]
 
 # cuBLAS has a workspace of 32 MiB for each thread that multiplies on a Hopper GPU: that of forward, and that of autograd.
 LIBRARIES = 64 * 2**20
+_INT64 = 8
 
 
 class Precision(NamedTuple):
@@ -191,8 +192,7 @@ class _Step:
         ledger, size, shards = self.ledger, self.size, self.training.shards
         ledger.doing("between steps")
         ledger.hold("libraries", LIBRARIES)
-        # ids, labels, positions and their copies are int64
-        ledger.hold("batch", 8 * 3 * self.training.batch_tokens + 8 * 2 * self.training.tokens)
+        ledger.hold("batch", 2 * _INT64 * self.training.batch_tokens)  # ids and labels
         ledger.hold("parameters", self.weights * size.weight / shards)
         states = 0 if self.training.optimizer == "sgd" else 2
         ledger.hold("optimizer", states * self.weights * size.state / shards)
@@ -203,6 +203,7 @@ class _Step:
         """Embedding, layers, norm, head and loss."""
         ledger, size = self.ledger, self.size
         ledger.doing("forward, embedding")
+        ledger.hold("batch", 3 * _INT64 * self.training.tokens)  # this rank's ids, labels and positions
         if self.training.parallel == "fsdp":  # what belongs to no layer stays whole until its gradients are there
             ledger.hold("sharding buffers", self._outer_weights * size.compute)
         ledger.hold("activations", 2 * self.training.tokens * self.model.head_dim * size.compute)  # cosines and sines
@@ -259,8 +260,9 @@ class _Step:
         ledger = self.ledger
         ledger.doing("backward, last norm")
         ledger.release("activations", self.plain.h)
+        ledger.release("temporaries", self.plain.h)
         self.plain.norm_backward(ledger, self.plain.h)
-        ledger.release("activations", self.plain.norm_saved(self.plain.h))
+        ledger.hold("temporaries", self.plain.h)
         for index in reversed(range(self.model.layers)):
             self._layer_backward(index)
         ledger.doing("backward, embedding")
@@ -270,6 +272,7 @@ class _Step:
             ledger.release("temporaries", embedding)
         ledger.release("temporaries", self.plain.h)
         ledger.release("activations", 2 * self.training.tokens * self.model.head_dim * self.size.compute)
+        ledger.release("batch", 3 * _INT64 * self.training.tokens)
         if self.training.parallel == "fsdp":
             ledger.release("sharding buffers", self._outer_weights * self.size.compute)
             self._scattered(self._outer_weights)
@@ -317,8 +320,7 @@ class _Step:
             self._attention_weights() * self._gradient,
             self.model.mlp_weights(self.model.sparse[index]) / self.training.tp * self._gradient,
         )
-        with ledger.passing("temporaries", 0):
-            layer.backward(ledger, gradients)
+        layer.backward(ledger, gradients)
         if kept < layer.saved:
             ledger.release("activations", layer.h)
         ledger.release("sharding buffers", gathered)

@@ -28,6 +28,7 @@ class Experts:
         intermediate: numbers inside an expert.
         biased: whether its linear layers add a bias.
         clamped: whether gate and up are clamped, as in gpt-oss.
+        wide_weights: whether what experts return is weighed in float32, as in Mixtral.
     """
 
     count: int
@@ -35,6 +36,7 @@ class Experts:
     intermediate: int
     biased: bool = False
     clamped: bool = False
+    wide_weights: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class ModelShape:
         mlp_bias: whether those of a dense MLP do.
         head_norms: whether queries and keys are normalised head by head.
         four_norms: whether a layer has two more norms, after attention and after the MLP.
-        wide_norms: whether norms multiply with their weight in float32, as Gemma's do.
+        wide_norms: whether norms multiply with their weight in float32, as Gemma's and gpt-oss's do.
         fused: whether q, k, v are one matrix, and gate and up another, as Phi-3's are.
         gelu: whether the MLP's function is GELU, and not SiLU.
         sinks: whether each query head has a sink.
@@ -262,7 +264,7 @@ def _shape(fields: Mapping[str, Any], name: str) -> ModelShape:
         mlp_bias=read.flag("mlp_bias"),
         head_norms=read.flag("head_norms"),
         four_norms=is_gemma,
-        wide_norms=is_gemma,
+        wide_norms=is_gemma or model_type == "gpt_oss",
         fused=read.flag("fused"),
         gelu=str(read.get("hidden_activation", "hidden_act") or ("gelu" if is_gemma else "silu")).startswith("gelu"),
         sinks=read.flag("sinks"),
@@ -280,7 +282,8 @@ def _experts(read: _Fields, model_type: str) -> Experts | None:
     if chosen > count:
         raise ValueError(f"a token of a config is sent to num_experts_per_tok={chosen} of its {count} experts")
     is_gpt_oss = model_type == "gpt_oss"
-    return Experts(count, chosen, read.size("moe_intermediate_size", "intermediate_size"), is_gpt_oss, is_gpt_oss)
+    names = ("intermediate_size",) if model_type in ("gpt_oss", "mixtral") else ("moe_intermediate_size", "intermediate_size")
+    return Experts(count, chosen, read.size(*names), is_gpt_oss, is_gpt_oss, model_type == "mixtral")
 
 
 def _is_sparse(read: _Fields, layer: int) -> bool:
