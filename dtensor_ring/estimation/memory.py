@@ -26,7 +26,7 @@ PhaseName = Literal["between steps", "forward", "backward", "optimizer"]
 
 # cuBLAS has a workspace of 32 MiB for each thread that multiplies on a Hopper GPU: that of forward, and that of autograd.
 LIBRARIES = 64 * 2**20
-_INT64 = 8
+_INT64, _FLOAT32 = 8, 4
 
 
 class Precision(NamedTuple):
@@ -134,6 +134,7 @@ class _Step:
         self.training, self.model, self.size = training, training.model, training.precision
         self.ledger = Ledger()
         self.phases: list[Phase] = []
+        self._sent = 0.0  # bytes of gradients that are on their way to other shards
         by_window = {window: attention(window) for window in set(self.model.windows)}
         plain = Layer(self.model, training.tokens, self.size.compute, tp=training.tp)
         self.plain = plain
@@ -204,13 +205,18 @@ class _Step:
         ledger, size = self.ledger, self.size
         ledger.doing("forward, embedding")
         ledger.hold("batch", 3 * _INT64 * self.training.tokens)  # this rank's ids, labels and positions
-        if self.training.parallel == "fsdp":  # what belongs to no layer stays whole until its gradients are there
-            ledger.hold("sharding buffers", self._outer_weights * size.compute)
+        outer = self._whole(self._outer_weights)  # stays whole until its gradients are there
+        ledger.hold("sharding buffers", outer)
         ledger.hold("activations", 2 * self.training.tokens * self.model.head_dim * size.compute)  # cosines and sines
         ledger.hold("temporaries", self.plain.h)  # what goes from layer to layer
         for index, layer in enumerate(self.layers):
             ledger.doing(f"forward, layer {index}")
-            with ledger.passing("sharding buffers", self._gathered(index, index + 1)):
+            weights = self._whole(self._layer_weights(index))
+            before = outer if index == 0 else self._whole(self._layer_weights(index - 1))
+            # What was fetched for the layer before is freed once that of this one has been copied to its weights.
+            with ledger.passing("sharding buffers", 2 * weights):
+                with ledger.passing("sharding buffers", before):
+                    pass
                 layer.forward(ledger, self._kept(layer))
         ledger.doing("forward, last norm")
         ledger.hold("activations", self.plain.norm_saved(self.plain.h) + self.plain.h)
@@ -223,11 +229,9 @@ class _Step:
             return layer.saved
         return layer.h + (layer.q + layer.lse if self.training.checkpoint == "attention" else 0.0)
 
-    def _gathered(self, *layers: int) -> float:
-        """Whole weights of layers, in FSDP2 alone: of the one that computes, and of the one that is fetched meanwhile."""
-        if self.training.parallel != "fsdp":
-            return 0.0
-        return sum(self._layer_weights(layer) for layer in layers if 0 <= layer < self.model.layers) * self.size.compute
+    def _whole(self, weights: float) -> float:
+        """Bytes of weights that FSDP2 has put together from all shards, 0 elsewhere."""
+        return weights * self.size.compute if self.training.parallel == "fsdp" else 0.0
 
     def _logits(self, tokens: int) -> int:
         """Numbers of the logits of some tokens."""
@@ -273,9 +277,9 @@ class _Step:
         ledger.release("temporaries", self.plain.h)
         ledger.release("activations", 2 * self.training.tokens * self.model.head_dim * self.size.compute)
         ledger.release("batch", 3 * _INT64 * self.training.tokens)
-        if self.training.parallel == "fsdp":
-            ledger.release("sharding buffers", self._outer_weights * self.size.compute)
-            self._scattered(self._outer_weights)
+        ledger.release("sharding buffers", self._whole(self._outer_weights))
+        self._scattered(self._outer_weights)
+        ledger.release("sharding buffers", self._sent)
 
     @property
     def _gradient(self) -> int:
@@ -307,34 +311,39 @@ class _Step:
 
     def _layer_backward(self, index: int) -> None:
         ledger, layer = self.ledger, self.layers[index]
-        gathered = self._gathered(index, index - 1)
         ledger.doing(f"backward, layer {index}")
-        ledger.hold("sharding buffers", gathered)
+        weights = self._layer_weights(index)
+        fetched = self._whole(self._layer_weights(index - 1)) if index else 0.0  # for the layer that comes next
+        ledger.hold("sharding buffers", self._whole(weights) + fetched)
         kept = self._kept(layer)
         if kept < layer.saved:
             ledger.doing(f"backward, layer {index} recomputed")
-            # The input stays until the layer is done; what attention returned is not made again.
-            again = kept - layer.h
+            # The input stays until the layer is done: in float32 it is what the first norm keeps. What attention returned is not
+            # made again.
+            again = kept - (0 if self.size.compute == _FLOAT32 else layer.h)
             ledger.hold("activations", layer.saved - again)
         gradients = LayerGradients(
             self._attention_weights() * self._gradient,
             self.model.mlp_weights(self.model.sparse[index]) / self.training.tp * self._gradient,
         )
         layer.backward(ledger, gradients)
-        if kept < layer.saved:
+        if kept < layer.saved and self.size.compute != _FLOAT32:
             ledger.release("activations", layer.h)
-        ledger.release("sharding buffers", gathered)
-        self._scattered(self._layer_weights(index))
+        ledger.release("sharding buffers", self._whole(weights))
+        self._scattered(weights)
+        ledger.release("sharding buffers", fetched)
 
     def _scattered(self, weights: float) -> None:
-        """In FSDP2 gradients are copied for the other ranks, added up, and kept as this rank's shard."""
+        """In FSDP2 gradients are copied for the other ranks, while the copies before are on their way, and a shard comes back."""
         if self.training.parallel != "fsdp":
             return
         ledger, size = self.ledger, self.size
-        ledger.doing(f"{ledger.moment.split(',')[0]}, gradients sent")
-        with ledger.passing("sharding buffers", weights * size.reduce):
-            ledger.release("gradients", weights * self._gradient)
-            ledger.hold("gradients", weights * size.weight / self.training.shards)
+        copied = weights * size.reduce
+        ledger.hold("sharding buffers", copied)
+        ledger.release("gradients", weights * self._gradient)
+        ledger.release("sharding buffers", self._sent)
+        self._sent = copied
+        ledger.hold("gradients", weights * size.weight / self.training.shards)
 
     def optimizer(self) -> None:
         """The optimizer's step."""
