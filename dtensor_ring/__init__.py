@@ -30,6 +30,7 @@ if TYPE_CHECKING or not (sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)
     from dtensor_ring import _register
     from dtensor_ring.attention import ring_attention
     from dtensor_ring.data import ShardedBatch, shard_batch
+    from dtensor_ring.losses import chunked_cross_entropy
     from dtensor_ring.placements import (
         Contiguous,
         Stripe,
@@ -61,6 +62,7 @@ __all__ = [
     "Zigzag",
     "average_gradients",
     "check_replicas",
+    "chunked_cross_entropy",
     "distribute_tensor",
     "explain",
     "from_local",
@@ -80,6 +82,7 @@ _ROOMS = {
     "RingPlan": "dtensor_ring.integrations.transformers",
     "average_gradients": "dtensor_ring.replicas",
     "check_replicas": "dtensor_ring.replicas",
+    "chunked_cross_entropy": "dtensor_ring.losses",
     "explain": "dtensor_ring.tools.explain",
     "ring_attention": "dtensor_ring.attention",
     "ring_plan": "dtensor_ring.integrations.transformers",

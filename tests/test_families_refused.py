@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from helpers import refused
-from test_families import EXPERTS, FAMILIES, GEMMA, SIZES, make_batch, make_model
+from test_families import FAMILIES, GEMMA, SIZES, make_batch, make_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 from transformers import (
@@ -16,13 +16,11 @@ from transformers import (
     Gemma3Config,
     Gemma3Model,
     Gemma3TextConfig,
-    GptOssConfig,
     LlamaConfig,
     LlamaForSequenceClassification,
-    MixtralConfig,
+    MistralConfig,
     Phi3Config,
     Qwen3Config,
-    Qwen3MoeConfig,
     Qwen3NextConfig,
 )
 
@@ -51,9 +49,9 @@ REFUSED = [
     (lambda: Gemma3TextConfig(use_bidirectional_attention=True, **GEMMA, **SIZES), "use_bidirectional_attention=True"),
     (lambda: Gemma2Config(use_bidirectional_attention=True, **GEMMA, **SIZES), "True (embedding models) is not supported"),
     (lambda: LlamaConfig(is_causal=False, **SIZES), "is_causal=False is not supported"),
-    (lambda: MixtralConfig(output_router_logits=True, **EXPERTS, **SIZES), "output_router_logits=True in the config"),
-    (lambda: Qwen3MoeConfig(head_dim=8, num_experts=2, output_router_logits=True, **SIZES), "load-balancing loss is not linear"),
-    (lambda: GptOssConfig(head_dim=8, output_router_logits=True, **EXPERTS, **SIZES), "in the config is not supported"),
+    (lambda: LlamaConfig(output_router_logits=True, **SIZES), "output_router_logits=True in the config"),
+    (lambda: MistralConfig(output_router_logits=True, **SIZES), "load-balancing loss is not linear"),
+    (lambda: Phi3Config(output_router_logits=True, **SIZES), "in the config is not supported"),
     (lambda: Gemma3Config(text_config=FAMILIES["gemma3_text"](), vision_config=VISION), "holds more than a text model"),
     (lambda: Qwen3NextConfig(head_dim=8, **SIZES), "models of type 'qwen3_next' are not supported; supported are llama, mistral"),
 ]
@@ -90,7 +88,7 @@ def test_windows_without_tokens_are_refused(window, text):
 
 
 def refused_calls():
-    model, batch = make_model("mixtral"), make_batch(8)
+    model, batch = make_model("mistral"), make_batch(8)
     parallelize_module(model, init_device_mesh("cpu", (2,)), ring_plan(model))
     cases = [
         ({"output_router_logits": True}, "output_router_logits=True in the call is not supported"),

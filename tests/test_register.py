@@ -107,5 +107,5 @@ def test_every_register_of_a_module_is_called_in_the_one_place():
     modules.remove("integrations/transformers/attention")  # changes transformers, and only where a model is parallelized
     listed = [line.split()[0] for line in _register.__doc__.splitlines() if line.startswith("    ")]
     assert modules == set(listed)
-    called = [line.strip().removesuffix(".register()") for line in Path(_register.__file__).read_text().splitlines()[-6:]]
+    called = [line.strip().removesuffix(".register()") for line in Path(_register.__file__).read_text().splitlines()[-7:]]
     assert called == [module.split("/")[-1] for module in listed]

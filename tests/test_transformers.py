@@ -207,8 +207,8 @@ def refused_calls():
         refused(generate, NotImplementedError, "Generate with the model before parallelize_module, or after plan.undo()")
     absent = batch["input_ids"].to("meta")
     refused(lambda: model(input_ids=absent), ValueError, "input_ids is on the meta device, which has no values to read")
-    model.loss_function = lambda **_: None
-    refused(lambda: model(**batch), NotImplementedError, "only the causal language-model loss adds up")
+    model.loss_function = lambda logits, *_, **_names: logits.mean()
+    refused(lambda: model(**batch), ValueError, "not linear over tokens, whose parts ranks cannot add up")
 
 
 @pytest.mark.filterwarnings("ignore")

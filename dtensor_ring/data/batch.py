@@ -35,11 +35,11 @@ from dtensor_ring.data.batch_reading import (
     rows_of,
     sequence_length,
 )
+from dtensor_ring.losses import IGNORED
 from dtensor_ring.placements.placement import SequencePlacement, Zigzag, split_of
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import work_balance
 
-IGNORED = -100
 GOOD_BALANCE = 0.8  # mean work over the most loaded rank's, below which a packed batch is worth a warning
 _BATCHES_LOOKED_AT = 16  # counting is host work for every packed batch, and a warning comes in the first ones or not at all
 
@@ -254,6 +254,16 @@ def cut_batch(
     # Counted in the whole batch, which every rank has here: the parts of the loss add up without asking the other ranks.
     share.num_items = (shifted != IGNORED).sum() if isinstance(shifted, Tensor) else None
     return share
+
+
+def mask_share(
+    batch: Mapping[str, object], placement: SequencePlacement, transport: Transport, documents: Documents | None
+) -> Tensor | None:
+    """This rank's part (B, S/W) of a checked batch's attention mask, None without one."""
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, Tensor):
+        return None
+    return take_shard(mask, 1, split_of(placement, documents), transport.world, transport.rank)
 
 
 def shift_labels(labels: Tensor, documents: Documents | None) -> Tensor:

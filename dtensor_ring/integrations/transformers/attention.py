@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from dtensor_ring._torch import is_capturing
-from dtensor_ring.integrations.transformers.layer_call import read_layer_call
+from dtensor_ring.integrations.transformers.layer_call import NO_LOSS, LossCall, read_layer_call
 from dtensor_ring.ops.agree import refused_in_group
 from dtensor_ring.ops.arguments import Arguments
 from dtensor_ring.ops.attend import attend
@@ -40,14 +40,14 @@ class RingBatch:
     Attributes:
         length: global tokens of a row.
         documents: bounds of packed documents, or None.
-        count: labels that count in the whole batch, where the loss is their mean; None where the caller scales it.
+        loss: what the call asks of the loss.
     """
 
     # A keyword and not a field of the plan: activation checkpointing and pipelines run a layer again after another batch has come,
     # and must find the batch that the layer was called with.
     length: int
     documents: Documents | None
-    count: Tensor | None = None
+    loss: LossCall = NO_LOSS
 
 
 @dataclass(slots=True)

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils.generic import TransformersKwargs
 
 from dtensor_ring.data.batch import IGNORED
@@ -33,10 +32,7 @@ MODEL_TYPES = (
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
 _HEADS = ("ForCausalLM", "Model")  # ends of class names
 _LAYER_TYPES = ("full_attention", "sliding_attention")
-_OUTPUTS = {
-    "output_attentions": "attention weights are never held whole",
-    "output_router_logits": "its load-balancing loss is not linear over tokens, so that the parts of ranks do not add up to it",
-}
+_OUTPUTS = {"output_attentions": "attention weights are never held whole"}
 # Keywords that models or their loss take beside those that transformers lists.
 _OTHER_KEYWORDS = ("ignore_index", "cache_position")
 _OTHER_INPUTS = ("token_type_ids", "mm_token_type_ids", "pixel_values")
@@ -161,11 +157,6 @@ def check_call(model: PreTrainedModel, arguments: Mapping[str, Any], parameters:
         if arguments.get(name) is not None:
             raise NotImplementedError(f"{name} is not supported: it tells image tokens, and only text is read; leave it out")
     _check_outputs(model.config, arguments)
-    if arguments.get("labels") is not None and getattr(model, "loss_function", ForCausalLMLoss) is not ForCausalLMLoss:
-        raise NotImplementedError(
-            f"{type(model).__name__} computes its loss with {model.loss_function!r}; only the causal language-model loss adds up "
-            "over parts of a sequence: pass no labels and compute the loss from the logits"
-        )
     # Models take any keyword and hand it to their layers, which ignore what they do not know: documents under a wrong name would be
     # lost without an error, and a tensor of the whole sequence would meet tokens of a part.
     own = (*parameters, *TransformersKwargs.__annotations__, *_OTHER_KEYWORDS)

@@ -24,6 +24,7 @@ def describe(
     attention: Sequence[str],
     mesh: DeviceMesh | None,
     packed: Documents | None,
+    loss: str,
 ) -> str:
     """The text of `RingPlan.describe`.
 
@@ -34,6 +35,7 @@ def describe(
         attention: names of its attention modules, in their order.
         mesh: the axis it is applied over, or None.
         packed: the documents of the last batch where that was packed, or None.
+        loss: what is computed, in a few words.
     """
     where = "not applied yet" if mesh is None else f"over {mesh.size()} ranks of axis {axis_text(mesh)}"
     transport = "that of the axis" if mesh is None else transport_along(mesh).name
@@ -46,7 +48,8 @@ def describe(
             f"  kernel:    {asked.kernel or 'the first that does not refuse'}",
             f"  transport: {transport}",
             "  batch:     input_ids, inputs_embeds, position_ids and labels are cut; labels are shifted first",
-            "  loss:      mean over the whole batch; with num_items_in_batch this rank's sum / num_items_in_batch",
+            f"  loss:      {loss}",
+            "             mean over the whole batch; with num_items_in_batch this rank's sum / num_items_in_batch",
             "  gradients: to be averaged over the axis: fully_shard or DDP over it, or average_gradients(model, mesh)",
             f"  balance:   {_balance(placement, mesh, packed, reach_of(model))}",
         ]

@@ -37,6 +37,27 @@ class LayerCall(NamedTuple):
     sinks: Tensor | None
 
 
+class LossCall(NamedTuple):
+    """What a call of a model asks of its loss, read before the call and carried through it.
+
+    Attributes:
+        count: labels that count in the whole batch, where the loss is their mean; None without, or where the caller scales it.
+        has_labels: the model is to compute a loss.
+        router: the load-balancing loss of its routers is asked for.
+        router_mask: (B, S/W), 1 at this rank's tokens that count in that loss; None where all do.
+        as_tuple: the caller wants a tuple, and gets one: inside, outputs have names.
+    """
+
+    count: Tensor | None = None
+    has_labels: bool = False
+    router: bool = False
+    router_mask: Tensor | None = None
+    as_tuple: bool = False
+
+
+NO_LOSS = LossCall()
+
+
 def read_layer_call(
     module: nn.Module,
     query: Tensor,

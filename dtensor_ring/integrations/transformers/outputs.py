@@ -53,6 +53,26 @@ def sum_over_tokens(local: Tensor, mesh: DeviceMesh, dim: int, grad: Convention)
     return whole.to(local.dtype) if local.is_floating_point() else whole
 
 
+def mean_over_items(
+    local_loss: Tensor, items: Tensor | int | None, whole: Tensor | None, mesh: DeviceMesh, grad: Convention
+) -> Tensor:
+    """The sum over ranks of a rank's losses, divided by that of its items, or by `whole` where items are left out.
+
+    Raises:
+        ValueError: neither is known.
+    """
+    if items is None and whole is None:
+        raise ValueError(
+            "it is not known how many tokens this loss is the mean over: the last batch had no labels. Pass items=, how many of "
+            "this rank's tokens count"
+        )
+    if items is not None:
+        whole = _summed(torch.as_tensor(items, device=local_loss.device, dtype=torch.int64).sum(), mesh)
+    assert whole is not None, "one of the two is there"
+    part = local_loss.sum(dtype=accumulate_dtype(local_loss.dtype))  # the sum of a sum is itself
+    return SumOverRanks.apply(part, mesh, grad) / whole
+
+
 class SumOverRanks(torch.autograd.Function):
     """The sum over ranks. Under "mean" its gradient is summed over ranks too: W times that of a value that all ranks use alike."""
 

@@ -38,6 +38,7 @@ from dtensor_ring.data.batch import (
     check_same,
     cut_batch,
     is_packed,
+    mask_share,
     warn_of_imbalance,
 )
 from dtensor_ring.data.batch_reading import find_documents, sequence_length
@@ -54,11 +55,12 @@ from dtensor_ring.integrations.transformers.attention import (
 from dtensor_ring.integrations.transformers.checks import check_call, check_length, check_model
 from dtensor_ring.integrations.transformers.description import axis_text, describe, reach_of
 from dtensor_ring.integrations.transformers.layer_call import by_name
+from dtensor_ring.integrations.transformers.loss import AskedLoss, Loss, ModelLoss, ask_loss
 from dtensor_ring.integrations.transformers.outputs import (
     Convention,
-    SumOverRanks,
     check_convention,
     gather_tokens,
+    mean_over_items,
     sum_over_tokens,
 )
 from dtensor_ring.ops.arguments import Arguments, Strategy, check_stages, check_strategy_name, text_of_model
@@ -76,8 +78,10 @@ class RingPlan(dict[str, ParallelStyle]):
     Made by `ring_plan`, for one model, applied once.
     """
 
-    def __init__(self, model: PreTrainedModel, placement: SequencePlacement, asked: Arguments) -> None:
-        self._model, self._placement, self._asked = model, placement, asked
+    def __init__(self, model: PreTrainedModel, placement: SequencePlacement, asked: Arguments, loss: AskedLoss) -> None:
+        self._model, self._placement, self._asked, self._asked_loss = model, placement, asked, loss
+        self._loss = ModelLoss(model, loss)
+        self._num_items: Tensor | None = None
         self._mesh: DeviceMesh | None = None
         # Asked now too, for the warning of a plan that was never applied: when it ends the process group may have ended before it.
         self._was_applied, self._begun_among_ranks = False, several_ranks()
@@ -134,6 +138,23 @@ class RingPlan(dict[str, ParallelStyle]):
         check_convention(grad)
         return sum_over_tokens(local_tensor, mesh, dim, grad)
 
+    def global_loss(self, local_loss: Tensor, items: Tensor | int | None = None, *, grad: Convention = "mean") -> Tensor:
+        """The mean over the whole batch of a loss of one's own: every rank calls it with its part. Gradients as for `gather`.
+
+            loss = plan.global_loss(my_losses(model(input_ids=ids).logits, mine), items=(mine != -100).sum())
+
+        Args:
+            local_loss: this rank's sum (), or the losses of its tokens (B, S/W), 0 where a token does not count.
+            items: how many of this rank's tokens count; None where the last batch had labels, for as many as count there.
+            grad: "mean", or "sum" where gradients are summed over the axis.
+
+        Raises:
+            RuntimeError: the plan was not applied yet.
+            ValueError: it is not known how many tokens count, or no such convention.
+        """
+        check_convention(grad)
+        return mean_over_items(local_loss, items, self._num_items, self._applied(), grad)
+
     @property
     def documents(self) -> Documents | None:
         """The documents of the last batch: packed ones, or real and padding tokens; None for one document a row."""
@@ -158,7 +179,7 @@ class RingPlan(dict[str, ParallelStyle]):
     def describe(self) -> str:
         """What the plan does, in a few lines."""
         batch, attention = self._documents if self._is_packed else None, [name for name in self if name]
-        return describe(self._model, self._placement, self._asked, attention, self._mesh, batch)
+        return describe(self._model, self._placement, self._asked, attention, self._mesh, batch, str(self._asked_loss))
 
     def undo(self) -> None:
         """Gives the model back as it was: the attention implementation is restored, hooks and marks are removed."""
@@ -167,6 +188,7 @@ class RingPlan(dict[str, ParallelStyle]):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._loss.remove()
         for module in self._marked:
             delattr(module, STATE)
         self._marked.clear()
@@ -234,6 +256,7 @@ class RingPlan(dict[str, ParallelStyle]):
         self._warn_of_one_rank(mesh)
         self._model.set_attn_implementation(NAME)
         self._mesh = mesh
+        self._loss.install()
         # Hooks and not another forward: signature and class of the model stay as they are, which Trainer and FSDP2 look at.
         self._handles = [
             module.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -257,6 +280,7 @@ class RingPlan(dict[str, ParallelStyle]):
             )
             given = by_name(self._model, args, kwargs)
             check_call(self._model, given, tuple(inspect.signature(self._model.forward).parameters))
+            self._loss.check(given)
             documents = given.pop("documents", None)
             given.pop("cache_position", None)  # places in a cache, of which there is none
             length = sequence_length(given)
@@ -267,31 +291,21 @@ class RingPlan(dict[str, ParallelStyle]):
         self._is_packed = is_packed(bounds, given)
         batch = cut_batch(given, self._placement, transport, length, bounds)
         bounds = self._documents = batch.documents
-        # The model is to return this rank's sum of losses, which it does where it is to divide by 1; `_leave` makes the mean of it.
-        # A mean of each rank's own labels, averaged over ranks, would weigh labels by how few there are on their rank.
-        count = batch.num_items
-        if batch.get("num_items_in_batch") is not None or batch.get("labels") is None:
-            count = None
-        elif count is not None:
-            batch["num_items_in_batch"] = 1
+        self._num_items = batch.num_items
+        loss = self._loss.enter(given, batch, batch.num_items, mask_share(given, self._placement, transport, bounds))
         # No cache, though configs ask for one by default: every forward pass would fill it with this rank's tokens.
         mask = torch.empty(NO_MASK, dtype=torch.bool, device=next(self._model.parameters()).device)
-        return (), {**batch, "attention_mask": mask, "use_cache": False, KEYWORD: RingBatch(length, bounds, count)}
+        return (), {**batch, "attention_mask": mask, "use_cache": False, KEYWORD: RingBatch(length, bounds, loss)}
 
     @torch.compiler.disable
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ANN401
-        """Makes the mean over the whole batch of this rank's sum of losses, and remembers that these outputs are of this batch."""
+        """Makes the loss of the whole batch of this rank's part, and remembers that these outputs are of this batch."""
         # From the keywords that `_enter` returned, not from the plan: they belong to this very forward pass.
-        self._check_replayed(kwargs[KEYWORD])
-        count, documents = kwargs[KEYWORD].count, kwargs[KEYWORD].documents
-        if self._placement.layout.cut and documents is not None:
-            self._documents_of.update(dict.fromkeys(tensors_in(output), documents))
-        if count is None:
-            return output
-        mesh = self._applied()
-        if isinstance(output, tuple):
-            return (SumOverRanks.apply(output[0], mesh) / count, *output[1:])
-        output.loss = SumOverRanks.apply(output.loss, mesh) / count
+        batch: RingBatch = kwargs[KEYWORD]
+        self._check_replayed(batch)
+        output = self._loss.leave(output, batch.loss, self._applied())
+        if self._placement.layout.cut and batch.documents is not None:
+            self._documents_of.update(dict.fromkeys(tensors_in(output), batch.documents))
         return output
 
 
@@ -304,6 +318,10 @@ def ring_plan(
     stages: int | None = None,
     memory: int | None = None,
     cost_model: CostModel | None = None,
+    loss: Loss = "model",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    loss_chunk: int | None = None,
 ) -> RingPlan:
     """A plan that makes a Hugging Face model sequence-parallel over one mesh axis.
 
@@ -329,13 +347,18 @@ def ring_plan(
         stages: as in `ring_attention`.
         memory: as in `ring_attention`.
         cost_model: as in `ring_attention`.
+        loss: "model", its own; "chunked", the same without whole logits, so that `out.logits` is None where labels are given; or a
+            function of logits (B, n, V) and shift_labels (B, n) that returns each token's loss, or their sum. See docs/losses.md.
+        label_smoothing: the share of the mean over the vocabulary of -log p, as `LabelSmoother` of transformers has it.
+        z_loss: the factor of logsumexp(logits)^2 in each token's loss (PaLM, section 5).
+        loss_chunk: tokens whose logits are made at a time, with "chunked" or a function; by default as many as take 1 GiB.
 
     Returns:
         A dict for `parallelize_module`, with `gather`, `describe` and `undo`.
 
     Raises:
-        TypeError: not a transformers model, stages or memory that are no whole number, or no cost model.
-        ValueError: the placement does not cut dim 1, there is no such strategy or kernel, or stages and memory do not fit it.
+        TypeError: not a transformers model, stages, memory or a chunk that are no whole number, or no cost model.
+        ValueError: the placement does not cut dim 1, there is no such strategy, kernel or loss, or stages and memory do not fit it.
         NotImplementedError: the model has something that would be silently wrong on a part of a sequence.
     """
     # All of this raises where the plan is made, in the user's own line, and not in a hook at the first batch.
@@ -346,7 +369,7 @@ def ring_plan(
     check_placement(placement)
     asked = Arguments(strategy=strategy, kernel=kernel, stages=stages, memory=memory, cost_model=text_of_model(cost_model))
     check_stages(asked)
-    return RingPlan(model, placement, asked)
+    return RingPlan(model, placement, asked, ask_loss(model, loss, label_smoothing, z_loss, loss_chunk))
 
 
 class _RootStyle(ParallelStyle):
