@@ -138,6 +138,7 @@ _LLAMA_13B = {
     "num_hidden_layers": 4,
     "vocab_size": 32000,
 }
+_MIXTRAL = _of(_MISTRAL, model_type="mixtral", num_hidden_layers=2, num_local_experts=8, num_experts_per_tok=2, sliding_window=None)
 _TINY = {
     "model_type": "llama",
     "hidden_size": 64,
@@ -156,9 +157,15 @@ CASES = (
     Case("qwen3-moe, 3 layers", _MOE, 8192),
     Case("gemma3-1b, 8 layers", _GEMMA3, 16384),
     Case("llama-8b, 4 layers", _of(_LLAMA_8B, num_hidden_layers=4), 8192, checkpoint="full", precision="mixed"),
+    Case("llama-8b, 4 layers", _of(_LLAMA_8B, num_hidden_layers=4), 16384, loss="chunked"),
+    Case("llama-8b, 4 layers", _of(_LLAMA_8B, num_hidden_layers=4), 32768, checkpoint="full", loss="chunked", precision="mixed"),
     Case("qwen2.5-3b, 12 layers", _QWEN2_3B, 16384, checkpoint="full", held_out=True),
     Case("mistral-7b, 5 layers", _MISTRAL, 12288, held_out=True),
     Case("llama-13b, 4 layers", _LLAMA_13B, 8192, rows=2, held_out=True),
+    Case("qwen2.5-3b, 12 layers", _QWEN2_3B, 65536, checkpoint="full", loss="chunked", held_out=True),
+    Case("mistral-7b, 5 layers", _MISTRAL, 12288, rows=2, loss="chunked", held_out=True),
+    Case("gemma3-1b, 8 layers", _GEMMA3, 32768, loss="chunked", held_out=True),
+    Case("mixtral, 2 layers", _MIXTRAL, 8192, loss="chunked", held_out=True),
     Case("llama-13b, 8 layers", _of(_LLAMA_13B, num_hidden_layers=8), 32768, checkpoint="full", held_out=True),
 )
 _SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
@@ -366,6 +373,9 @@ def main() -> int:
     device = torch.device(options.device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if device.type == "cuda":
+        torch.cuda.set_device(0)
+        device = torch.device("cuda", 0)
     mesh = init_device_mesh(device.type, (1,), mesh_dim_names=("cp",))
     print(f"{device_name(device)}, torch {torch.__version__}\n{HEADER}", flush=True)
     rows = run(TINY if options.cases == "tiny" else CASES, mesh, device, options.steps, print)
