@@ -82,9 +82,7 @@ _QWEN3 = {
     "head_dim": 128,
     "vocab_size": 151936,
 }
-_LLAMA_1B = _of(
-    _LLAMA_8B, hidden_size=2048, intermediate_size=8192, head_dim=64, num_hidden_layers=8, tie_word_embeddings=True
-)
+_LLAMA_1B = _of(_LLAMA_8B, hidden_size=2048, intermediate_size=8192, head_dim=64, num_hidden_layers=8, tie_word_embeddings=True)
 _MOE = {
     "model_type": "qwen3_moe",
     "hidden_size": 2048,

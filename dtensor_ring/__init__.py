@@ -30,6 +30,7 @@ if TYPE_CHECKING or not (sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)
     from dtensor_ring import _register
     from dtensor_ring.attention import ring_attention
     from dtensor_ring.data import ShardedBatch, shard_batch
+    from dtensor_ring.estimation import Estimate, estimate
     from dtensor_ring.losses import chunked_cross_entropy
     from dtensor_ring.placements import (
         Contiguous,
@@ -56,6 +57,7 @@ __all__ = [
     "Contiguous",
     "CostModel",
     "Documents",
+    "Estimate",
     "RingPlan",
     "ShardedBatch",
     "Stripe",
@@ -64,6 +66,7 @@ __all__ = [
     "check_replicas",
     "chunked_cross_entropy",
     "distribute_tensor",
+    "estimate",
     "explain",
     "from_local",
     "full_tensor",
@@ -77,12 +80,14 @@ __all__ = [
 _ROOMS = {
     "CostModel": "dtensor_ring.planning.cost_model",
     "Documents": "dtensor_ring.planning.documents",
+    "Estimate": "dtensor_ring.estimation",
     "ShardedBatch": "dtensor_ring.data",
     "shard_batch": "dtensor_ring.data",
     "RingPlan": "dtensor_ring.integrations.transformers",
     "average_gradients": "dtensor_ring.replicas",
     "check_replicas": "dtensor_ring.replicas",
     "chunked_cross_entropy": "dtensor_ring.losses",
+    "estimate": "dtensor_ring.estimation",
     "explain": "dtensor_ring.tools.explain",
     "ring_attention": "dtensor_ring.attention",
     "ring_plan": "dtensor_ring.integrations.transformers",

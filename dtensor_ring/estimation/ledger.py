@@ -1,8 +1,8 @@
 """Bytes that are held while a step runs, by what they are for, and the moment at which they are most.
 
-    ledger.hold("activations", 8 * h)         made, or kept for backward
-    ledger.release("activations", 8 * h)      no longer needed
-    with ledger.passing("temporaries", n):    held for a moment
+ledger.hold("activations", 8 * h)         made, or kept for backward
+ledger.release("activations", 8 * h)      no longer needed
+with ledger.passing("temporaries", n):    held for a moment
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class Ledger:
     def __init__(self) -> None:
         self.now: Counter[Part] = Counter()
         self._total = 0
-        self._doing = ""
-        self.turn()
+        self.turn("")
 
-    def turn(self) -> None:
-        """Begin to look for the largest moment anew."""
+    def turn(self, what: str) -> None:
+        """Begin to look for the largest moment anew, and name what goes on from here."""
+        self._doing = what
         self.most: Counter[Part] = Counter(self.now)
-        self._most_total, self.moment = self._total, self._doing
+        self._most_total, self.moment = self._total, what
 
     def doing(self, what: str) -> None:
         """Name what goes on from here."""

@@ -59,6 +59,7 @@ class Training:
         chunk: tokens whose logits exist at a time where they do not.
         parallel: how weights are spread: not at all, alike with gradients in buckets, or in shards.
         shards: GPUs that share the weights.
+        copies: GPUs that hold the same part of the weights, for other tokens.
         tp: GPUs that share heads and MLPs.
         optimizer: which states there are.
     """
@@ -72,6 +73,7 @@ class Training:
     chunk: int = 2048
     parallel: Parallel = "none"
     shards: int = 1
+    copies: int = 1
     tp: int = 1
     optimizer: Optimizer = "adamw"
 
@@ -133,7 +135,6 @@ class _Step:
     def __init__(self, training: Training, attention: AttentionBytes) -> None:
         self.training, self.model, self.size = training, training.model, training.precision
         self.ledger = Ledger()
-        self.phases: list[Phase] = []
         self._sent = 0.0  # bytes of gradients that are on their way to other shards
         by_window = {window: attention(window) for window in set(self.model.windows)}
         plain = Layer(self.model, training.tokens, self.size.compute, tp=training.tp)
@@ -144,23 +145,21 @@ class _Step:
 
     def run(self) -> StepMemory:
         """All phases."""
-        self.between()
-        self._phase("between steps")
-        before = self.ledger.total
-        self.forward()
-        self._phase("forward")
-        saved = self.ledger.total - before
-        self.backward()
-        self._phase("backward")
-        self.optimizer()
-        self._phase("optimizer")
-        return StepMemory(tuple(self.phases), saved)
-
-    def _phase(self, name: PhaseName) -> None:
-        ledger = self.ledger
-        parts = tuple((part, ledger.most[part]) for part in PARTS)
-        self.phases.append(Phase(name, ledger.most_total, parts, ledger.moment))
-        ledger.turn()
+        ledger, saved = self.ledger, 0
+        acts: dict[PhaseName, Callable[[], None]] = {
+            "between steps": self.between,
+            "forward": self.forward,
+            "backward": self.backward,
+            "optimizer": self.optimizer,
+        }
+        phases = []
+        for name, act in acts.items():
+            before = ledger.total
+            ledger.turn(name)
+            act()
+            saved = ledger.total - before if name == "forward" else saved
+            phases.append(Phase(name, ledger.most_total, tuple((part, ledger.most[part]) for part in PARTS), ledger.moment))
+        return StepMemory(tuple(phases), saved)
 
     # Weights.
 
@@ -191,7 +190,6 @@ class _Step:
     def between(self) -> None:
         """What stays."""
         ledger, size, shards = self.ledger, self.size, self.training.shards
-        ledger.doing("between steps")
         ledger.hold("libraries", LIBRARIES)
         ledger.hold("batch", 2 * _INT64 * self.training.batch_tokens)  # ids and labels
         ledger.hold("parameters", self.weights * size.weight / shards)
@@ -240,27 +238,26 @@ class _Step:
     def _loss_forward(self) -> None:
         ledger, size = self.ledger, self.size
         ledger.doing("forward, loss")
+        logits = self._logits(self._chunk)
         if self.training.loss == "chunked":
-            return self._piece(forward=True)
-        logits = self._logits(self.training.tokens)
+            ledger.hold("logits and loss", 2 * _FLOAT32 * self.training.tokens)  # a loss and a log-sum-exp of each token
+            with ledger.passing("logits and loss", 8 * logits):  # in float32, and their exponentials
+                pass
+            return
         capped = logits * size.compute * self.model.logit_softcap  # the tanh is kept
         ledger.hold("logits and loss", logits * 4 + capped)  # the log-softmax is kept
         # The logits as the head made them, and in float32.
         with ledger.passing("logits and loss", logits * (size.compute + (4 if size.compute != 4 else 0))):
             pass
-        return None
 
-    def _piece(self, forward: bool) -> None:
-        """The loss of some tokens: logits, the same in float32, their log-softmax; in backward two gradients of it."""
-        logits = self._logits(min(self.training.chunk, self.training.tokens))
-        numbers = self.size.compute + 8 if forward else 12
-        with self.ledger.passing("logits and loss", logits * numbers):
-            pass
+    @property
+    def _chunk(self) -> int:
+        """Tokens whose logits exist at a time."""
+        return self.training.tokens if self.training.loss == "whole" else min(self.training.chunk, self.training.tokens)
 
     def backward(self) -> None:
         """From the loss to the embedding."""
         self._loss_backward()
-        self._head_backward()
         ledger = self.ledger
         ledger.doing("backward, last norm")
         ledger.release("activations", self.plain.h)
@@ -287,27 +284,35 @@ class _Step:
         return self.size.compute if self.training.parallel == "fsdp" else self.size.weight
 
     def _loss_backward(self) -> None:
+        """From the loss to the head's input."""
         ledger, size = self.ledger, self.size
         ledger.doing("backward, loss")
-        if self.training.loss == "chunked":
-            return self._piece(forward=False)
-        logits = self._logits(self.training.tokens)
-        with ledger.passing("logits and loss", 8 * logits):  # gradients of the log-softmax, and of the logits in float32
-            pass
-        ledger.release("logits and loss", 4 * logits)
-        ledger.release("logits and loss", logits * size.compute * self.model.logit_softcap)
-        return None
-
-    def _head_backward(self) -> None:
-        """The gradients of the head's weight and input, while that of the logits is there."""
-        ledger = self.ledger
-        ledger.doing("backward, head")
-        tokens = self.training.tokens if self.training.loss == "whole" else min(self.training.chunk, self.training.tokens)
-        with ledger.passing("logits and loss", self._logits(tokens) * self.size.compute):
+        logits = self._logits(self._chunk)
+        if self.training.loss == "whole":
+            with ledger.passing("logits and loss", 8 * logits):  # gradients of the log-softmax, and of the logits in float32
+                pass
+            ledger.release("logits and loss", (4 + size.compute * self.model.logit_softcap) * logits)
+            ledger.doing("backward, head")
+            with ledger.passing("logits and loss", logits * size.compute):
+                self._head_gradients()
+            return
+        head = self.model.embedding / self.training.tp
+        with ledger.passing("logits and loss", head * _FLOAT32):  # the gradient of the head's weight is added up
             ledger.hold("temporaries", self.plain.h)
-            ledger.hold("gradients", (self._head_weights or self.model.embedding / self.training.tp) * self._gradient)
-        if self.model.tied and self.training.tp > 1:
-            ledger.hold("gradients", self.model.embedding * (1 - 1 / self.training.tp) * self._gradient)
+            softcap = 8 * self.model.logit_softcap
+            with ledger.passing("logits and loss", (4 + (size.compute if size.compute != 4 else 0) + softcap) * logits):
+                pass
+            with ledger.passing("logits and loss", size.compute * logits + (head * size.compute if size.compute != 4 else 0)):
+                pass
+            ledger.release("temporaries", self.plain.h)
+            self._head_gradients()
+        ledger.release("logits and loss", 2 * _FLOAT32 * self.training.tokens)
+
+    def _head_gradients(self) -> None:
+        """The gradients of the head's input and weight, which is the embedding's where these are tied."""
+        self.ledger.hold("temporaries", self.plain.h)
+        head = self.model.embedding if self.model.tied else self._head_weights
+        self.ledger.hold("gradients", head * self._gradient)
 
     def _layer_backward(self, index: int) -> None:
         ledger, layer = self.ledger, self.layers[index]
@@ -316,7 +321,7 @@ class _Step:
         fetched = self._whole(self._layer_weights(index - 1)) if index else 0.0  # for the layer that comes next
         ledger.hold("sharding buffers", self._whole(weights) + fetched)
         kept = self._kept(layer)
-        if kept < layer.saved:
+        if self.training.checkpoint != "none":
             ledger.doing(f"backward, layer {index} recomputed")
             # The input stays until the layer is done: in float32 it is what the first norm keeps. What attention returned is not
             # made again.
@@ -327,9 +332,10 @@ class _Step:
             self.model.mlp_weights(self.model.sparse[index]) / self.training.tp * self._gradient,
         )
         layer.backward(ledger, gradients)
-        if kept < layer.saved and self.size.compute != _FLOAT32:
+        if self.training.checkpoint != "none" and self.size.compute != _FLOAT32:
             ledger.release("activations", layer.h)
         ledger.release("sharding buffers", self._whole(weights))
+        ledger.doing(f"backward, gradients of layer {index} sent")
         self._scattered(weights)
         ledger.release("sharding buffers", fetched)
 
@@ -348,7 +354,6 @@ class _Step:
     def optimizer(self) -> None:
         """The optimizer's step."""
         ledger = self.ledger
-        ledger.doing("optimizer")
         # Unfused AdamW makes the denominators of all weights at once.
         spare = self.weights * self.size.state / self.training.shards if self.training.optimizer == "adamw_foreach" else 0.0
         with ledger.passing("temporaries", spare):
