@@ -1,6 +1,6 @@
-"""`python -m dtensor_ring plan ...` prints the plan of an attention, `estimate` what a training step takes, and `kernels` and
-`transports` what each of these supports.
+"""`python -m dtensor_ring plan ...` prints the plan of an attention, `estimate` what a training step takes of a GPU.
 
+`kernels` and `transports` say what each of these supports, and `calibrate` measures a GPU.
 `plan` and `estimate` load no torch: see `dtensor_ring/__init__.py`.
 """
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from dtensor_ring.planning.costs import AttentionShape
 from dtensor_ring.planning.problem import AttentionProblem
-from dtensor_ring.planning.stages import buffered_shards, stage_sizes
+from dtensor_ring.planning.stages import stage_sizes
 from dtensor_ring.planning.totals import totals
 
 _STRIPS = 4 * 64 * 2**20  # what `math` holds of scores at a time: a few strips of 64 MiB
@@ -60,19 +60,32 @@ def attention_bytes(problem: AttentionProblem, shape: AttentionShape, flash: boo
     summed = q * wide + q  # the running dq, and a block's
     if problem.collective:
         every = problem.world * shard
-        return AttentionBytes(kernel_forward + every + shard + merged, kernel + every + 2 * wide * every + summed)
+        return AttentionBytes(kernel_forward + every + shard + merged, kernel + every + 2 * wide * (every + shard) + summed)
     part = _fetched_part(problem, keys)
     if problem.is_halo or problem.strategy == "gather":
         fetched = round(part * (problem.world - 1) * shard)
         return AttentionBytes(kernel_forward + shard + 2 * fetched + merged, kernel + shard + (2 + 3 * wide) * fetched + summed)
-    others, stages = problem.world - 1, problem.transfers
-    shards = buffered_shards(others, stages)
-    largest = max(stage_sizes(others, stages))
-    backward = round(part * shards * shard) + shard * wide + summed
-    forward = round(part * (shards - 6 * largest) * shard) + merged
-    # A kernel's gradients for each query head are as many as the keys of a stage need.
-    expanded = round(part * max(0, largest - 1) * (kernel - lse - q * wide)) if flash and shape.kv_heads < shape.heads else 0
-    return AttentionBytes(kernel_forward + forward, kernel + expanded + backward)
+    sizes = stage_sizes(problem.world - 1, problem.transfers)
+    # Each stage beside the one before it and the one after it, and at the end this rank's own keys.
+    each = [part * n for n in sizes]
+    steps = zip([0.0, *each[:-1]], each, [*each[1:], 0.0], strict=True)
+    in_chunks = problem.layout.chunks != 1  # then the keys that others need are copied, and several calls are summed in float32
+    of_calls = wide if in_chunks else 1
+    forward = [merged + shard * (now + after + in_chunks * now) for _, now, after in steps]
+    steps = zip([0.0, *each[:-1]], each, [*each[1:], 0.0], strict=True)
+    expanded = _expanded(shape, q) if flash else 0
+    backward = [
+        # A kernel gives keys of n ranks a gradient; where heads are shared it makes one for each query head first.
+        kernel + expanded * (now - 1) + summed + shard * (now + after + of_calls * (now + 2 * before) + wide)
+        for before, now, after in steps
+    ]
+    last = kernel + summed + shard * (1 + of_calls * 2 * each[-1] + wide)
+    return AttentionBytes(kernel_forward + round(max(forward)), round(max(*backward, last)))
+
+
+def _expanded(shape: AttentionShape, q: int) -> int:
+    """Gradients of keys and values for each query head, which a flash kernel makes where heads share keys."""
+    return 2 * q if shape.kv_heads < shape.heads else 0
 
 
 def _kernel(shape: AttentionShape, q: int, lse: int, flash: bool) -> tuple[int, int]:
@@ -80,7 +93,7 @@ def _kernel(shape: AttentionShape, q: int, lse: int, flash: bool) -> tuple[int, 
     if not flash:
         return _STRIPS, _STRIPS + q
     wide = shape.sum_itemsize // shape.itemsize
-    return lse, q * wide + (2 * q if shape.kv_heads < shape.heads else 0) + lse
+    return lse, q * wide + _expanded(shape, q) + lse
 
 
 def _fetched_part(problem: AttentionProblem, keys: int) -> float:

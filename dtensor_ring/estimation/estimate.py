@@ -250,7 +250,8 @@ def _axes(mesh: Mapping[str, int] | None, model: ModelShape) -> dict[str, int]:
     tp = axes["tp"]
     if model.heads % tp or model.kv_heads % tp or model.intermediate % tp:
         raise ValueError(
-            f"tp={tp} must divide the {model.heads} query heads, {model.kv_heads} key heads and {model.intermediate} numbers of the MLP"
+            f"tp={tp} must divide the {model.heads} query heads, {model.kv_heads} key heads and {model.intermediate} numbers of "
+            "the MLP"
         )
     if tp > 1 and model.experts is not None:
         raise ValueError(f"tp={tp} of {model.name}: how experts are spread is not described here; leave tp out")

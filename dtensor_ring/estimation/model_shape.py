@@ -3,8 +3,8 @@
     llama, a layer      q_proj (H D, h)   k_proj, v_proj (Hk D, h)   o_proj (h, H D)   gate, up (i, h)   down (h, i)   2 norms (h)
     the whole           + embedding (V, h) + norm (h) + head (V, h), which is the embedding itself where weights are tied
 
-Nothing of transformers is imported, and nothing is downloaded: `read_model` takes a file, a folder, the fields themselves, or a name
-of `shapes.json`, which has published configs as numbers.
+Nothing of transformers is imported, and nothing is downloaded: `read_model` takes a file, a folder, the fields themselves, or a
+name of `shapes.json`, which has published configs as numbers.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from dtensor_ring.planning.problem import AttentionProblem
 _GIB = 2**30
 # The CUDA context, and NCCL's buffers of a few groups. Not PyTorch's, and not measured here.
 OUTSIDE = _GIB
-# What PyTorch's allocator had of the GPU over what it had given out, at the end of twelve cases of `benchmarks/estimate.py`: 1.04 to
-# 1.30, least where every step makes the same tensors.
+# What PyTorch's allocator had of the GPU over what it had given out, at the end of the cases of `benchmarks/estimate.py`: 1.04
+# to 1.30.
 KEPT = 1.15
 
 
