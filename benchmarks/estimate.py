@@ -2,11 +2,11 @@
 
     python -m benchmarks.estimate --json benchmarks/results/estimate-h200.json      about a minute of one GPU
     python -m benchmarks.estimate --beside benchmarks/results/estimate-h200.json    its figures beside estimates
-    python -m benchmarks.estimate --device cpu --cases tiny                         whether it runs: no memory, and times mean nothing
+    python -m benchmarks.estimate --device cpu --cases tiny                         whether it runs: no memory, no times
 
-Models of `estimate_cases` with random weights train for some steps at world 1 under ring_plan, with AdamW. Of the second step, which starts
-without gradients as every step of a loop does, PyTorch's allocator says what is allocated after the model was made, and the
-most that was in each phase: forward, backward, optimizer. Cases that are held out had no part in how the formulas and constants of
+Models of `estimate_cases` with random weights train for some steps at world 1 under ring_plan, with AdamW. Of the second step, which
+starts without gradients as every step of a loop does, PyTorch's allocator says what is allocated after the model was made, and
+the most that was in each phase: forward, backward, optimizer. Cases that are held out had no part in how the formulas and constants of
 `estimate` were found.
 """
 
@@ -30,12 +30,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.estimate_cases import CASES, TINY, Case
+from benchmarks.estimate_cases import CASES, COMPARED, GIB, TINY, Case, beside
 from benchmarks.record import device_name, facts, load, save
-from dtensor_ring import Estimate, Zigzag, estimate, ring_plan
-from dtensor_ring.planning.devices import device_named
-
-GIB = 2**30
+from dtensor_ring import Zigzag, ring_plan
 
 
 @dataclass
@@ -203,56 +200,6 @@ def run(cases: tuple[Case, ...], mesh: DeviceMesh, device: torch.device, steps: 
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
     return rows
-
-
-@dataclass(frozen=True)
-class Compared:
-    """A measured case beside its estimate.
-
-    Attributes:
-        case: what ran.
-        measured: bytes of the peak.
-        estimated: the same, estimated.
-        ms: milliseconds of a step.
-        estimated_ms: the same, estimated; 0 where the device has no figures.
-    """
-
-    case: Case
-    measured: int
-    estimated: int
-    ms: float
-    estimated_ms: float
-
-    def line(self) -> str:
-        """As the table prints it."""
-        case = self.case
-        memory = f"{self.measured / GIB:>9.2f}{self.estimated / GIB:>9.2f}{self.estimated / self.measured - 1:>+9.1%}"
-        times = f"{self.ms:>9.1f}{self.estimated_ms:>9.1f}{self.estimated_ms / self.ms - 1:>+9.1%}"
-        held_out = "held out" if case.held_out else ""
-        about = f"{case.checkpoint:<5}{case.loss:<8}{case.precision:<6}"
-        return f"{case.name:<22}{case.rows * case.tokens:>6} {about}{memory}{times} {held_out}"
-
-
-COMPARED = f"{'model':<22}{'tokens':>6} {'':<19}{'GiB':>9}{'est.':>9}{'':>9}{'ms':>9}{'est.':>9}"
-
-
-def estimated(case: Case, device: str | None) -> Estimate:
-    """What `estimate` says of a case."""
-    mixed = case.precision == "mixed"
-    how = {"parallel": "fsdp" if mixed else "none", "precision": case.precision, "checkpoint": case.checkpoint, "loss": case.loss}
-    return estimate(case.config, None, case.tokens, batch=case.rows, device=device, **how)
-
-
-def beside(run: dict[str, Any]) -> list[Compared]:
-    """The rows of a run beside estimates, without those that ran out of memory."""
-    compared = []
-    for row in run["rows"]:
-        case = Case(**row["case"])
-        if not row["note"] and row["peak"]:
-            made = estimated(case, device_named(run["device"]) or None)
-            ms = 0.0 if made.time is None else made.time.step * 1e3
-            compared.append(Compared(case, row["peak"], made.peak, row["ms"], ms))
-    return compared
 
 
 HEADER = f"{'model':<24}{'tokens':>7}{'':>3}{'saved':>9}{'forward':>9}{'backward':>9}{'optim.':>9} GiB{'ms':>9}"

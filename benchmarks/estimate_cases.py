@@ -1,10 +1,17 @@
-"""The training steps that `benchmarks.estimate` measures: published shapes with fewer layers, so that one GPU holds them."""
+"""The training steps that `benchmarks.estimate` measures, and what `dtensor_ring.estimate` says of them.
+
+They are published shapes with fewer layers, so that one GPU holds them.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+from dtensor_ring import Estimate, estimate
+from dtensor_ring.planning.devices import device_named
+
+GIB = 2**30
 _LLAMA_8B = {
     "model_type": "llama",
     "hidden_size": 4096,
@@ -146,3 +153,53 @@ TINY = (
     Case("tiny", _TINY, 64, checkpoint="full", loss="chunked"),
     Case("tiny", _TINY, 64, checkpoint="full", precision="mixed"),
 )
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A measured case beside its estimate.
+
+    Attributes:
+        case: what ran.
+        measured: bytes of the peak.
+        estimated: the same, estimated.
+        ms: milliseconds of a step.
+        estimated_ms: the same, estimated; 0 where the device has no figures.
+    """
+
+    case: Case
+    measured: int
+    estimated: int
+    ms: float
+    estimated_ms: float
+
+    def line(self) -> str:
+        """As the table prints it."""
+        case = self.case
+        memory = f"{self.measured / GIB:>9.2f}{self.estimated / GIB:>9.2f}{self.estimated / self.measured - 1:>+9.1%}"
+        times = f"{self.ms:>9.1f}{self.estimated_ms:>9.1f}{self.estimated_ms / self.ms - 1:>+9.1%}"
+        held_out = "held out" if case.held_out else ""
+        about = f"{case.checkpoint:<5}{case.loss:<8}{case.precision:<6}"
+        return f"{case.name:<22}{case.rows * case.tokens:>6} {about}{memory}{times} {held_out}"
+
+
+COMPARED = f"{'model':<22}{'tokens':>6} {'':<19}{'GiB':>9}{'est.':>9}{'':>9}{'ms':>9}{'est.':>9}"
+
+
+def estimated(case: Case, device: str | None) -> Estimate:
+    """What `estimate` says of a case."""
+    mixed = case.precision == "mixed"
+    how = {"parallel": "fsdp" if mixed else "none", "precision": case.precision, "checkpoint": case.checkpoint, "loss": case.loss}
+    return estimate(case.config, None, case.tokens, batch=case.rows, device=device, **how)
+
+
+def beside(run: dict[str, Any]) -> list[Compared]:
+    """The rows of a run beside estimates, without those that ran out of memory."""
+    compared = []
+    for row in run["rows"]:
+        case = Case(**row["case"])
+        if not row["note"] and row["peak"]:
+            made = estimated(case, device_named(run["device"]) or None)
+            ms = 0.0 if made.time is None else made.time.step * 1e3
+            compared.append(Compared(case, row["peak"], made.peak, row["ms"], ms))
+    return compared
