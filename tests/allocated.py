@@ -41,8 +41,8 @@ class Allocated(TorchDispatchMode):
     def hold(self, tensor: Tensor, name: str = "given") -> None:
         """Count a tensor's storage from now on."""
         storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self._alive:
+        key, known = storage._cdata, self._alive.get(storage._cdata)
+        if known is None or known[0]() is None:  # addresses are used again
             self._alive[key] = weakref.ref(storage), f"{name} {tuple(tensor.shape)} {str(tensor.dtype)[6:]}"
         if self.now > self.most:
             self.most, self.at_most = self.now, Counter(self._sizes())

@@ -127,10 +127,11 @@ def estimate(
     )
     sizes = shape_of_heads(shape.heads // tp, shape.kv_heads // tp, shape.head_dim, None, batch, training.precision.compute)
     attention = _Attention(laid_out, length, cp, strategy, packed, stages, sizes, shape)
-    attention = attention.on(device, cost_model, kernel, max(1, gpus_per_host // tp))
+    per_host = max(1, gpus_per_host // tp)
+    attention = attention.on(device, cost_model, kernel, per_host)
     problems = {window: attention.problem(window) for window in sorted(set(shape.windows))}
     memory, peaks = _memories(training, problems, attention)
-    time = None if device is None else _time(training, problems, attention, device)
+    time = None if device is None else _time(training, problems, attention, device, per_host)
     kernels = tuple(sorted({attention.kernel_of(window) for window in problems})) if device else ()
     notes = tuple(_notes(shape, axes, attention))
     mesh_sizes = tuple((axis, axes[axis]) for axis in AXES if axes[axis] > 1)
@@ -222,7 +223,9 @@ def _memories(
     return all_of[training.checkpoint], tuple((way, memory.peak.bytes) for way, memory in all_of.items())
 
 
-def _time(training: Training, problems: dict[int, AttentionProblem], attention: _Attention, device: str) -> StepTime:
+def _time(
+    training: Training, problems: dict[int, AttentionProblem], attention: _Attention, device: str, per_host: int
+) -> StepTime:
     """The time of the step."""
     seconds: dict[int, Seconds] = {}
     seen: dict[int, float] = {}
@@ -235,7 +238,9 @@ def _time(training: Training, problems: dict[int, AttentionProblem], attention: 
         # Documents that differ from row to row are counted for all rows, those of all alike for one.
         rows = problem.segmentation.rows
         seen[window] = sum(totals(problem.planned).scores) / problem.q_length / rows
-        link, copy = predictor.link, predictor.model.copy
+        copy = predictor.model.copy
+        # Weights travel among other ranks than keys do, of which a host holds others.
+        link = None if predictor.link is None else replace(predictor.link, host=per_host)
     return step_time(training, seconds, Rates(CHIPS[device], copy, link), seen)
 
 

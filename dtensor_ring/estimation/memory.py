@@ -263,6 +263,7 @@ class _Step:
         ledger.release("activations", self.plain.h)
         ledger.release("temporaries", self.plain.h)
         self.plain.norm_backward(ledger, self.plain.h)
+        ledger.hold("gradients", self.model.hidden * self._gradient)
         ledger.hold("temporaries", self.plain.h)
         for index in reversed(range(self.model.layers)):
             self._layer_backward(index)
