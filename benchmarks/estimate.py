@@ -5,9 +5,9 @@
     python -m benchmarks.estimate --device cpu --cases tiny                         whether it runs: no memory, no times
 
 Models of `estimate_cases` with random weights train for some steps at world 1 under ring_plan, with AdamW. Of the second step,
-which starts without gradients as every step of a loop does, PyTorch's allocator says what is allocated after the model was made, and
-the most that was in each phase: forward, backward, optimizer. Cases that are held out had no part in how the formulas and constants of
-`estimate` were found.
+which starts without gradients as every step of a loop does, PyTorch's allocator says what is allocated after the model was made,
+and the most that was in each phase: forward, backward, optimizer. Cases that are held out had no part in how the formulas and
+constants of `estimate` were found.
 """
 
 from __future__ import annotations

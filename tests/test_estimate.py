@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -239,9 +240,8 @@ def test_time_counts_what_travels_and_what_attention_skips():
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_numbers(arguments, text):
-    with pytest.raises(ValueError, match=".*") as refused:
+    with pytest.raises(ValueError, match=re.escape(text)):
         estimate(**{"model": CONFIG, **arguments})
-    assert text in str(refused.value)
 
 
 def test_a_config_is_read_from_a_file_a_folder_and_the_text_part_of_a_larger_one(tmp_path):

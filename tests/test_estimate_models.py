@@ -90,13 +90,15 @@ def predicted(memory: StepMemory) -> dict[str, int]:
 
 STEPS = [
     ("llama", {}, "bf16", "none"),
-    ("llama", {}, "bf16", "full"),
     ("llama", WIDE, "bf16", "full"),
-    ("llama", {"vocab_size": 1024}, "bf16", "full"),
     ("llama", {"vocab_size": 1024, "tie_word_embeddings": True}, "fp32", "none"),
     ("qwen3", WIDE, "bf16", "full"),
     ("gemma3_text", {}, "bf16", "full"),
     ("qwen3_moe", {}, "bf16", "none"),
+]
+_FEW = len(STEPS)
+STEPS += [
+    ("llama", {"vocab_size": 1024}, "bf16", "full"),
     *(
         (kind, {}, precision, checkpoint)
         for kind in MODEL_TYPES
@@ -107,7 +109,7 @@ STEPS = [
 ]
 
 
-def steps_of_one_rank(steps, tokens=512):
+def steps_of_one_rank(steps, tokens=256):
     for kind, more, precision, checkpoint in steps:
         fields, size = fields_of(kind, **more), PRECISIONS[precision]
         model = make(fields, torch.bfloat16 if precision == "bf16" else torch.float32)
@@ -116,7 +118,8 @@ def steps_of_one_rank(steps, tokens=512):
         parallelize_module(model, line(), ring_plan(model, Zigzag(1), kernel="math"))
         found = stepped(model, fields["vocab_size"], tokens)
         memory = step_memory(Training(read_model(fields), tokens, tokens, size, checkpoint), lambda _: (0.0, 0.0))
-        wanted, where = predicted(memory), f"{kind} {more} {precision} {checkpoint}"
+        wanted = predicted(memory)
+        where = f"{kind} {more} {precision} {checkpoint}: {wanted}, found {found}, {memory.peak.moment}"
         # A tracing mode makes one more tensor of each expert's rows than a program without one; gpt-oss' bias is gathered beside.
         loose = 0.05 if kind in ("mixtral", "gpt_oss") else 0.01
         assert wanted["states"] == pytest.approx(found["states"], rel=0.02), where
@@ -126,7 +129,7 @@ def steps_of_one_rank(steps, tokens=512):
             assert wanted["forward"] == pytest.approx(found["forward"], rel=loose if kind != "gpt_oss" else 0.1), where
 
 
-@pytest.mark.parametrize("steps", [STEPS[:8], slow(STEPS[8:])], ids=["some", "every"])
+@pytest.mark.parametrize("steps", [STEPS[:_FEW], slow(STEPS[_FEW:])], ids=["some", "every"])
 def test_a_step_holds_the_bytes_that_are_estimated(pools, steps):
     pools.run(1, steps_of_one_rank, steps)
 
@@ -144,8 +147,9 @@ def steps_in_shards(precisions, layers=3, tokens=16):
         found = stepped(model, fields["vocab_size"], tokens)
         training = Training(read_model(fields), tokens, tokens, size, "full", parallel="fsdp", shards=line().size())
         wanted = predicted(step_memory(training, lambda _: (0.0, 0.0)))
-        for name in ("forward", "backward"):
-            assert wanted[name] == pytest.approx(found[name], rel=0.02), (precision, name)
+        assert wanted["forward"] == pytest.approx(found["forward"], rel=0.02), (precision, wanted, found)
+        # gloo sends from copies of its own, which its threads free a moment earlier or later
+        assert wanted["backward"] == pytest.approx(found["backward"], rel=0.06), (precision, wanted, found)
 
 
 @pytest.mark.parametrize("precisions", [("mixed",), slow(("bf16", "fp32"))], ids=["mixed", "others"])

@@ -223,9 +223,7 @@ def _memories(
     return all_of[training.checkpoint], tuple((way, memory.peak.bytes) for way, memory in all_of.items())
 
 
-def _time(
-    training: Training, problems: dict[int, AttentionProblem], attention: _Attention, device: str, per_host: int
-) -> StepTime:
+def _time(training: Training, problems: dict[int, AttentionProblem], attention: _Attention, device: str, per_host: int) -> StepTime:
     """The time of the step."""
     seconds: dict[int, Seconds] = {}
     seen: dict[int, float] = {}

@@ -183,24 +183,24 @@ class Layer:
         if self.model.four_norms:
             self.norm_backward(ledger, self.h)
         q, kv = self.q, self.kv
-        ledger.hold("gradients", weights.attention / 2)
+        each = weights.attention / (2 * q + 2 * kv)  # projections are as large as what they make, or take
+        ledger.hold("gradients", each * q)
         ledger.hold("temporaries", q)  # of out
         with ledger.passing("attention buffers", self.attention_backward):
             ledger.hold("temporaries", q + 2 * kv)
         ledger.release("temporaries", q)
         ledger.release("activations", self.attention_saved)
-        with ledger.passing("temporaries", 4 * q):  # rotation
+        with ledger.passing("temporaries", 3.5 * q):  # rotation
             pass
         # The projections follow each other, v first; the gradients of their common input are added up.
-        ledger.hold("temporaries", self.h)
-        for size, heads, is_normed in ((kv, 0, False), (kv, self.model.kv_heads, True), (q, self.model.heads, True)):
-            if is_normed and self.model.head_norms:
+        for number, (size, heads) in enumerate(((kv, 0), (kv, self.model.kv_heads), (q, self.model.heads))):
+            if heads and self.model.head_norms:
                 ledger.release("temporaries", size)
                 self.norm_backward(ledger, size, self.tokens * heads / self.tp)
                 ledger.hold("temporaries", size)
-            with ledger.passing("temporaries", self.h):
-                ledger.hold("gradients", weights.attention / 6)
-            ledger.release("temporaries", size)
+            ledger.hold("temporaries", self.h)
+            ledger.hold("gradients", each * size)
+            ledger.release("temporaries", size + (self.h if number else 0))
         ledger.release("temporaries", self.h)
         ledger.release("activations", self.h)  # the input of q, k and v
         self.norm_backward(ledger, self.h)
