@@ -37,7 +37,7 @@ _EXAMPLES = """\
 examples:
   python -m dtensor_ring plan --layout zigzag --world 4 --length 64
   python -m dtensor_ring plan --world 1024 --length 10M --summary
-  python -m dtensor_ring estimate --model llama-3.1-8b --mesh dp=2,cp=8 --length 256k
+  python -m dtensor_ring estimate --model qwen3-8b --mesh dp=2,cp=8 --length 64k
   python -m dtensor_ring kernels
   python -m dtensor_ring transports
 """

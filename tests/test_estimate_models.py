@@ -148,8 +148,8 @@ def steps_in_shards(precisions, layers=3, tokens=16):
         training = Training(read_model(fields), tokens, tokens, size, "full", parallel="fsdp", shards=line().size())
         wanted = predicted(step_memory(training, lambda _: (0.0, 0.0)))
         assert wanted["forward"] == pytest.approx(found["forward"], rel=0.02), (precision, wanted, found)
-        # gloo sends from copies of its own, which its threads free a moment earlier or later
-        assert wanted["backward"] == pytest.approx(found["backward"], rel=0.06), (precision, wanted, found)
+        # gloo sends a layer's gradients from a copy of its own, which its threads free a moment earlier or later
+        assert 0.98 * wanted["backward"] <= found["backward"] <= 1.1 * wanted["backward"], (precision, wanted, found)
 
 
 @pytest.mark.parametrize("precisions", [("mixed",), slow(("bf16", "fp32"))], ids=["mixed", "others"])

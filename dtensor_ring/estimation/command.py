@@ -23,9 +23,9 @@ as llama-3.1-8b; nothing is downloaded.
 """
 EXAMPLES = """\
 examples:
-  python -m dtensor_ring estimate --model llama-3.1-8b --mesh dp=2,cp=8 --length 256k --device h100
-  python -m dtensor_ring estimate --model ./config.json --mesh cp=4 --length 64Ki --checkpoint full --loss chunked
-  python -m dtensor_ring estimate --model qwen3-8b --mesh dp=8 --length 8Ki --batch 2 --device h200 --json
+  python -m dtensor_ring estimate --model qwen3-8b --mesh dp=2,cp=8 --length 64k
+  python -m dtensor_ring estimate --model ./config.json --checkpoint full
+  python -m dtensor_ring estimate --model llama-3.1-8b --device h100 --json
 """
 
 

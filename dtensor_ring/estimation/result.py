@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,18 +118,19 @@ def _table(estimate: Estimate) -> str:
         f"{estimate.problem.q_length} tokens a row, {_WORDS[training.parallel]}{shards}, {_RECOMPUTED[training.checkpoint]}, "
         f"{training.loss} loss, {training.optimizer}",
         "",
-        f"{'GiB on one GPU, at most':<26}" + "".join(f"{phase.name:>14}" for phase in estimate.memory.phases),
+        f"{'GiB on one GPU, at most':<26}" + "".join(f"{phase.name:>13}" for phase in estimate.memory.phases),
     ]
     for part in PARTS:
         held = [dict(phase.parts)[part] for phase in estimate.memory.phases]
         if any(held):
-            lines.append(f"  {part:<24}" + "".join(f"{count / _GIB:>14.2f}" for count in held))
-    lines.append(f"  {'all':<24}" + "".join(f"{phase.bytes / _GIB:>14.2f}" for phase in estimate.memory.phases))
+            lines.append(f"  {part:<24}" + "".join(f"{count / _GIB:>13.2f}" for count in held))
+    lines.append(f"  {'all':<24}" + "".join(f"{phase.bytes / _GIB:>13.2f}" for phase in estimate.memory.phases))
     peaks = ", ".join(f"{way} {count / _GIB:.2f}" for way, count in estimate.peaks)
     lines += ["", f"peak: {estimate.peak / _GIB:.2f} GiB, in {estimate.memory.peak.moment}", f"  by checkpoint: {peaks}"]
     lines += _fit_lines(estimate)
     lines += _time_lines(estimate)
-    return "\n".join(lines + [f"note: {note}" for note in estimate.notes])
+    lines += [f"note: {note}" for note in estimate.notes]
+    return "\n".join(textwrap.fill(line, 80, subsequent_indent="    ") if len(line) > 80 else line for line in lines)
 
 
 def _fits(estimate: Estimate) -> bool | None:
