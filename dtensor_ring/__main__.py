@@ -32,7 +32,7 @@ from dtensor_ring.tools.predicted import predicted, predicted_text, predictor_fo
 _LENGTH = 64
 _UNITS = {"": 1, "k": 1000, "M": 1000**2, "G": 1000**3, "Ki": 1024, "Mi": 1024**2, "Gi": 1024**3}
 
-_ABOUT = "Look at plans of attention, at what training takes, and at what kernels and transports support."
+_ABOUT = "Look at plans of attention, what training takes, what kernels and transports do."
 _EXAMPLES = """\
 examples:
   python -m dtensor_ring plan --layout zigzag --world 4 --length 64
