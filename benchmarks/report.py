@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.estimate_cases import GIB, Compared, beside
 from benchmarks.links import Link
 from benchmarks.record import RESULTS, load
 from benchmarks.targets import PLANNING, TARGETS, Target, family_of
 
 Run = dict[str, Any]  # as `record.save` writes it
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = (ROOT / "docs" / "performance.md", ROOT / "README.md")
+DOCUMENTS = (ROOT / "docs" / "performance.md", ROOT / "docs" / "estimate.md", ROOT / "README.md")
 _BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -251,6 +252,20 @@ def _train_row(row: Run) -> Sequence[str]:
     return *start, *figures
 
 
+def _estimates(runs: Sequence[Run]) -> str:
+    header = ("model", "tokens", "recomputed", "loss", "precision", "peak, GiB", "estimated", "step, ms", "estimated", "held out")
+    compared = [{**run, "rows": [{"row": each} for each in beside(run)]} for run in runs if run["benchmark"] == "estimate"]
+    return _per_run("estimate", compared, header, lambda row: _estimates_row(row["row"]))
+
+
+def _estimates_row(row: Compared) -> Sequence[str]:
+    case = row.case
+    start = case.name, str(case.rows * case.tokens), case.checkpoint, case.loss, case.precision
+    memory = f"{row.measured / GIB:.2f}", f"{row.estimated / GIB:.2f} ({row.estimated / row.measured - 1:+.1%})"
+    times = f"{row.ms:.0f}", f"{row.estimated_ms:.0f} ({row.estimated_ms / row.ms - 1:+.1%})"
+    return *start, *memory, *times, "yes" if case.held_out else ""
+
+
 def _host(runs: Sequence[Run]) -> str:
     return _host_table(runs, lambda row: "us" in row)
 
@@ -319,6 +334,7 @@ TABLES: dict[str, Callable[[Sequence[Run]], str]] = {
     "planning": _planning,
     "layouts": _layouts,
     "train": _train,
+    "estimates": _estimates,
     "host": _host,
     "short": _short,
     "host_short": _attention_host,

@@ -32,6 +32,7 @@ if TYPE_CHECKING or not (sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)
     from dtensor_ring.checkpointing import save_attention
     from dtensor_ring.clipping import clip_gradients
     from dtensor_ring.data import ShardedBatch, sequence_sampler, shard_batch
+    from dtensor_ring.estimation import Estimate, estimate
     from dtensor_ring.losses import chunked_cross_entropy
     from dtensor_ring.placements import (
         Contiguous,
@@ -59,6 +60,7 @@ __all__ = [
     "Contiguous",
     "CostModel",
     "Documents",
+    "Estimate",
     "RingPlan",
     "RingTrainerMixin",
     "ShardedBatch",
@@ -70,6 +72,7 @@ __all__ = [
     "chunked_cross_entropy",
     "clip_gradients",
     "distribute_tensor",
+    "estimate",
     "explain",
     "from_local",
     "full_tensor",
@@ -86,6 +89,7 @@ __all__ = [
 _ROOMS = {
     "CostModel": "dtensor_ring.planning.cost_model",
     "Documents": "dtensor_ring.planning.documents",
+    "Estimate": "dtensor_ring.estimation",
     "ShardedBatch": "dtensor_ring.data",
     "sequence_sampler": "dtensor_ring.data",
     "shard_batch": "dtensor_ring.data",
@@ -95,6 +99,7 @@ _ROOMS = {
     "check_replicas": "dtensor_ring.replicas",
     "chunked_cross_entropy": "dtensor_ring.losses",
     "clip_gradients": "dtensor_ring.clipping",
+    "estimate": "dtensor_ring.estimation",
     "explain": "dtensor_ring.tools.explain",
     "ring_attention": "dtensor_ring.attention",
     "ring_plan": "dtensor_ring.integrations.transformers",

@@ -1,8 +1,7 @@
-"""`python -m dtensor_ring plan ...` prints the plan of an attention, `kernels` and `transports` what each of these supports.
+"""`python -m dtensor_ring plan ...` prints the plan of an attention, `estimate` what a training step takes of a GPU.
 
-`verify` runs a model over several processes and beside them in one.
-
-`plan` loads no torch: see `dtensor_ring/__init__.py`.
+`verify` runs a model over several processes and beside them in one, `kernels` and `transports` say what each of these supports, and `calibrate` measures a GPU.
+`plan` and `estimate` load no torch: see `dtensor_ring/__init__.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import get_args
 
+from dtensor_ring.estimation import command as estimating
 from dtensor_ring.planning.cost_model import CostModel
 from dtensor_ring.planning.costs import LLAMA_8B, AttentionShape
 from dtensor_ring.planning.devices import KNOWN
@@ -35,11 +35,12 @@ from dtensor_ring.tools.verify_arguments import add_arguments as add_verify_argu
 _LENGTH = 64
 _UNITS = {"": 1, "k": 1000, "M": 1000**2, "G": 1000**3, "Ki": 1024, "Mi": 1024**2, "Gi": 1024**3}
 
-_ABOUT = "Look at plans of attention, kernels and transports, and verify models."
+_ABOUT = "Look at plans of attention, what training takes, kernels and transports; verify models."
 _EXAMPLES = """\
 examples:
   python -m dtensor_ring plan --layout zigzag --world 4 --length 64
   python -m dtensor_ring plan --world 1024 --length 10M --summary
+  python -m dtensor_ring estimate --model qwen3-8b --mesh dp=2,cp=8 --length 64k
   python -m dtensor_ring kernels
   python -m dtensor_ring transports
 """
@@ -87,6 +88,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=_formatter,
     )
     _add_plan_arguments(planning)
+    estimator = commands.add_parser(
+        "estimate",
+        help="memory and time of a training step, by a model's config",
+        description=estimating.ABOUT,
+        epilog=estimating.EXAMPLES,
+        formatter_class=_formatter,
+    )
+    estimating.add_arguments(estimator, _length, _lengths)
     commands.add_parser("kernels", help="which kernel supports which argument, and why not", formatter_class=_formatter)
     calibrating = commands.add_parser(
         "calibrate",
@@ -109,15 +118,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _calibrate(options.out, calibrating)
     if options.command == "verify":
         return _verify(options, verifying)
-    if options.command != "plan":
+    if options.command in ("kernels", "transports"):
         from dtensor_ring import debug  # it asks the kernels and transports, which need torch
 
         _write((debug.kernel_table() if options.command == "kernels" else debug.transport_table()) + "\n")
         return 0
     try:
-        _write(_plan(options) + "\n")
+        _write((_plan(options) if options.command == "plan" else estimating.run(options)) + "\n")
     except ValueError as error:
-        planning.error(str(error))  # what the planner refuses is a wrong argument to whoever typed it: one line, and status 2
+        # what the planner refuses is a wrong argument to whoever typed it: one line, and status 2
+        (planning if options.command == "plan" else estimator).error(str(error))
     return 0
 
 

@@ -89,6 +89,7 @@ TESTS = {
     "planning/ordered.py": ["test_holders", "test_schedule"],
     "planning/halo.py": ["test_holders", "test_schedule", "test_windows"],
     "planning/stages.py": ["test_stages"],
+    "estimation/*.py": ["test_estimate", "test_estimate_models"],
     "planning/totals.py": ["test_totals"],
     "planning/costs.py": ["test_explain", "test_costs"],
     "planning/cost_model.py": ["test_cost_model"],

@@ -10,6 +10,10 @@
 
 What a step takes beside its calls is no kernel's time: 60 microseconds come closest to plans of 8 ranks in 7 stages.
 
+Chips: `peak` is the dense 16-bit rate of NVIDIA's data sheets, and memory what the driver reports. `matmul` is what products of a
+model's layers reach with many tokens: 690 to 830 TFLOP/s on H200 at 8192 to 32768 tokens and widths of 2048 to 14336, 730 in a
+training step, where the chip is warm (`benchmarks/estimate.py`); A100's is the same share of its peak, not measured.
+
 Links: 200 GB/s each way inside a host is what point-to-point transfers of NCCL reach between two H200 (half of NVLink's 450 GB/s,
 since a message of keys is a few MiB); A100's NVLink has two thirds of that. Between hosts one network card a GPU is assumed, of 400
 Gbit/s, or of 200 for A100, used to 90 %. A transfer takes 20 microseconds beside its bytes.
@@ -19,6 +23,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import NamedTuple
 
 from dtensor_ring.planning.cost_model import CostModel, KernelSpeed, Link, Speed
 
@@ -84,6 +89,27 @@ LINKS: dict[str, Link] = {
 }
 
 
+class Chip(NamedTuple):
+    """What training steps depend on beside attention.
+
+    Attributes:
+        peak: dense 16-bit operations a second, by the data sheet.
+        matmul: those that matrix products reach.
+        memory: bytes that programs can use.
+    """
+
+    peak: float
+    matmul: float
+    memory: int
+
+
+CHIPS: dict[str, Chip] = {
+    "h100": Chip(989.4e12, 730e12, 79 * 2**30),
+    "h200": Chip(989.4e12, 730e12, 139 * 2**30),
+    "a100": Chip(312e12, 312e12 * 730 / 989.4, 79 * 2**30),
+}
+
+
 def device_named(name: str) -> str:
     """Which of `KNOWN` a GPU is, by the name that its driver gives it, such as "NVIDIA H100 80GB HBM3"; "" for none.
 
@@ -118,4 +144,4 @@ def model_for(text: str, link: Link | None) -> CostModel | None:
     return KNOWN.get(link.device) if link is not None else None
 
 
-__all__ = ["KNOWN", "LINKS", "device_named", "link_of_hosts", "model_for"]
+__all__ = ["CHIPS", "KNOWN", "LINKS", "Chip", "device_named", "link_of_hosts", "model_for"]
