@@ -1,7 +1,7 @@
 """`python -m dtensor_ring plan ...` prints the plan of an attention, `estimate` what a training step takes of a GPU.
 
-`verify` runs a model over several processes and beside them in one, `kernels` and `transports` say what each of these supports, and `calibrate` measures a GPU.
-`plan` and `estimate` load no torch: see `dtensor_ring/__init__.py`.
+`verify` runs a model over several processes and beside them in one, `kernels` and `transports` say what each of these supports, and
+`calibrate` measures a GPU. `plan` and `estimate` load no torch: see `dtensor_ring/__init__.py`.
 """
 
 from __future__ import annotations
