@@ -1,4 +1,4 @@
-"""Loss functions of one's own, of the plan or of the model, and losses that a model fuses: added up over ranks, or refused by name."""
+"""Loss functions of one's own, of the plan or of the model, and losses that a model fuses: added up, or refused by name."""
 
 from __future__ import annotations
 
