@@ -52,7 +52,9 @@ if TYPE_CHECKING or not (sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)
     _register.register()
 
 if TYPE_CHECKING:
-    from dtensor_ring.integrations.transformers import RingPlan, RingTrainerMixin, ring_plan, verify
+    from dtensor_ring.integrations.trainer import RingTrainerMixin
+    from dtensor_ring.integrations.transformers import RingPlan, ring_plan
+    from dtensor_ring.integrations.verify import verify
 
 __version__ = "0.1.0"
 
@@ -94,7 +96,7 @@ _ROOMS = {
     "sequence_sampler": "dtensor_ring.data",
     "shard_batch": "dtensor_ring.data",
     "RingPlan": "dtensor_ring.integrations.transformers",
-    "RingTrainerMixin": "dtensor_ring.integrations.transformers",
+    "RingTrainerMixin": "dtensor_ring.integrations.trainer",
     "average_gradients": "dtensor_ring.replicas",
     "check_replicas": "dtensor_ring.replicas",
     "chunked_cross_entropy": "dtensor_ring.losses",
@@ -104,7 +106,7 @@ _ROOMS = {
     "ring_attention": "dtensor_ring.attention",
     "ring_plan": "dtensor_ring.integrations.transformers",
     "Verification": "dtensor_ring.tools.verification",
-    "verify": "dtensor_ring.integrations.transformers",
+    "verify": "dtensor_ring.integrations.verify",
     "save_attention": "dtensor_ring.checkpointing",
 }
 

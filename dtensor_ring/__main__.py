@@ -146,7 +146,7 @@ def _calibrate(path: str, parser: argparse.ArgumentParser) -> int:
 
 
 def _verify(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    from dtensor_ring.integrations.transformers.verify_command import run as verified
+    from dtensor_ring.integrations.verify.command import run as verified
 
     try:
         answer = verified(options)

@@ -56,8 +56,8 @@ GENERIC = [
     "test_refusals",
 ]
 TESTS = {
-    "integrations/transformers/trainer_generation.py": ["test_trl -m 'slow or not slow' -k GRPO"],
-    "integrations/transformers/trainer*.py": ["test_trainer", "test_trl"],
+    "integrations/trainer/generation.py": ["test_trl -m 'slow or not slow' -k GRPO"],
+    "integrations/trainer/*.py": ["test_trainer", "test_trl"],
     "losses/chunked.py": ["test_losses"],
     "losses/recomputed.py": ["test_losses"],
     "losses/terms.py": ["test_losses"],
@@ -98,7 +98,7 @@ TESTS = {
     "planning/stage_choice.py": ["test_stage_choice"],
     "tools/calibrate.py": ["test_calibrate"],
     "tools/verification.py": ["test_verify"],
-    "integrations/transformers/verif*.py": ["test_verify"],
+    "integrations/verify/*.py": ["test_verify"],
     "tools/predicted.py": ["test_cost_model -k explain", "test_calibrate -k plan"],
     "planning/head_sharing.py": ["test_costs -k heads", "test_ulysses"],
     "planning/segmentation.py": ["test_layout", "test_schedule", "test_totals"],

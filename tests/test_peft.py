@@ -148,6 +148,6 @@ def test_methods_that_were_not_tried_are_taken_as_unlisted():
 
 
 def test_accepted_methods_are_those_that_are_tested():
-    from dtensor_ring.integrations.transformers.adapters import TUNERS as ACCEPTED
+    from dtensor_ring.integrations.transformers.peft_models import TUNERS as ACCEPTED
 
     assert set(ACCEPTED) == set(TUNERS)

@@ -19,7 +19,7 @@ from models import SIZES, build, packed_mask
 from trainers import assert_same, fresh_accelerate, make_model, options, outcome, ring, samples
 
 from dtensor_ring import Documents, Stripe, Zigzag, ring_plan
-from dtensor_ring.integrations.transformers.trainer_checks import check_trainer
+from dtensor_ring.integrations.trainer.checks import check_trainer
 
 
 def loss_of_logits(outputs, labels, num_items_in_batch=None):

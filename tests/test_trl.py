@@ -10,7 +10,7 @@ import torch.distributed as dist
 from helpers import slow
 from trainers import assert_same, fresh_accelerate, make_model, options, outcome, ring
 
-from dtensor_ring.integrations.transformers.trainer_checks import check_trainer
+from dtensor_ring.integrations.trainer.checks import check_trainer
 
 WORDS = [f"w{i}" for i in range(60)]
 

@@ -23,8 +23,8 @@ from transformers.utils import logging
 
 from dtensor_ring import Contiguous, Documents, Zigzag, ring_plan, verify
 from dtensor_ring.__main__ import main
-from dtensor_ring.integrations.transformers import verify_command
 from dtensor_ring.integrations.transformers.attention import KEYWORD, STATE
+from dtensor_ring.integrations.verify import command as verify_command
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.tools.verification import Difference, Judged, Row, Verification, VerificationError, first_culprit
 from dtensor_ring.tools.verify_arguments import add_arguments

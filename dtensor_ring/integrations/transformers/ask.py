@@ -6,9 +6,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dtensor_ring.data.batch import check_placement
-from dtensor_ring.integrations.transformers.adapters import unwrap
 from dtensor_ring.integrations.transformers.checks import MODEL_TYPES, check_model
 from dtensor_ring.integrations.transformers.loss import Loss, ask_loss
+from dtensor_ring.integrations.transformers.peft_models import unwrap
 from dtensor_ring.integrations.transformers.plan import RingPlan
 from dtensor_ring.integrations.transformers.probe import try_tokenwise
 from dtensor_ring.integrations.transformers.streams import Dropout

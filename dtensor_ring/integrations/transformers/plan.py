@@ -43,7 +43,6 @@ from dtensor_ring.data.batch import (
     warn_of_imbalance,
 )
 from dtensor_ring.data.batch_reading import find_documents, sequence_length
-from dtensor_ring.integrations.transformers.adapters import Unwrapped
 from dtensor_ring.integrations.transformers.attention import (
     KEYWORD,
     NAME,
@@ -68,6 +67,7 @@ from dtensor_ring.integrations.transformers.outputs import (
 )
 from dtensor_ring.integrations.transformers.own_inputs import cut_own, take_own
 from dtensor_ring.integrations.transformers.paused import Pause
+from dtensor_ring.integrations.transformers.peft_models import Unwrapped
 from dtensor_ring.integrations.transformers.rotary import longest_position
 from dtensor_ring.integrations.transformers.streams import Dropout
 from dtensor_ring.integrations.transformers.structure import attends

@@ -11,9 +11,9 @@ from torch import nn
 from torch.distributed.tensor.parallel import parallelize_module
 from transformers import PreTrainedModel
 
+from dtensor_ring.integrations.trainer.outputs import whole_outputs
+from dtensor_ring.integrations.trainer.ranks import TrainerRanks
 from dtensor_ring.integrations.transformers.plan import RingPlan
-from dtensor_ring.integrations.transformers.trainer_outputs import whole_outputs
-from dtensor_ring.integrations.transformers.trainer_ranks import TrainerRanks
 
 PlanMaker = Callable[[PreTrainedModel], RingPlan]
 

@@ -26,9 +26,9 @@ from dtensor_ring.data.batch import check_mesh
 from dtensor_ring.integrations.transformers.ask import ring_plan
 from dtensor_ring.integrations.transformers.attention import NAME
 from dtensor_ring.integrations.transformers.plan import RingPlan
-from dtensor_ring.integrations.transformers.verify_batches import Case, is_shifted, with_labels
-from dtensor_ring.integrations.transformers.verify_rows import Verifier
-from dtensor_ring.integrations.transformers.verify_state import Ranks, unchanged
+from dtensor_ring.integrations.verify.batches import Case, is_shifted, with_labels
+from dtensor_ring.integrations.verify.rows import Verifier
+from dtensor_ring.integrations.verify.state import Ranks, unchanged
 from dtensor_ring.ops.arguments import Strategy
 from dtensor_ring.placements import SequencePlacement
 from dtensor_ring.tools.verification import Verification

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from dtensor_ring._torch import local_of, tensors_in
 from dtensor_ring.integrations.transformers.plan import RingPlan
-from dtensor_ring.integrations.transformers.verify_batches import Case, Piece
-from dtensor_ring.integrations.transformers.verify_state import Ranks, global_norm, parameters_of
-from dtensor_ring.integrations.transformers.verify_watch import Compared, Kept, OwnError, Place, Watch
+from dtensor_ring.integrations.verify.batches import Case, Piece
+from dtensor_ring.integrations.verify.state import Ranks, global_norm, parameters_of
+from dtensor_ring.integrations.verify.watch import Compared, Kept, OwnError, Place, Watch
 from dtensor_ring.placements import SequencePlacement
 from dtensor_ring.replicas import average_gradients
 

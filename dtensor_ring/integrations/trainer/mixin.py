@@ -28,13 +28,13 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from dtensor_ring.data.batch import labels_that_count
+from dtensor_ring.integrations.trainer.checks import check_made, check_trainer, cp_size_of
+from dtensor_ring.integrations.trainer.generation import GenerationMixin
+from dtensor_ring.integrations.trainer.outputs import RingLabelSmoother, gather_predictions
+from dtensor_ring.integrations.trainer.ranks import TrainerRanks, share_batches
+from dtensor_ring.integrations.trainer.ring import PlanMaker, TrainerRing
 from dtensor_ring.integrations.transformers.ask import ring_plan
 from dtensor_ring.integrations.transformers.plan import RingPlan
-from dtensor_ring.integrations.transformers.trainer_checks import check_made, check_trainer, cp_size_of
-from dtensor_ring.integrations.transformers.trainer_generation import GenerationMixin
-from dtensor_ring.integrations.transformers.trainer_outputs import RingLabelSmoother, gather_predictions
-from dtensor_ring.integrations.transformers.trainer_ranks import TrainerRanks, share_batches
-from dtensor_ring.integrations.transformers.trainer_ring import PlanMaker, TrainerRing
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer

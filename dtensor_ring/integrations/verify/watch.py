@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dtensor_ring._torch import tensors_in
-from dtensor_ring.integrations.transformers.verify_batches import Piece
+from dtensor_ring.integrations.verify.batches import Piece
 from dtensor_ring.ops.dtypes import accumulate_dtype
 
 Part = Literal["input", "output", "gradient"]

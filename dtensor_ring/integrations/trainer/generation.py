@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from typing_extensions import override
 
-from dtensor_ring.integrations.transformers.trainer_ranks import TrainerRanks
-from dtensor_ring.integrations.transformers.trainer_ring import TrainerRing
+from dtensor_ring.integrations.trainer.ranks import TrainerRanks
+from dtensor_ring.integrations.trainer.ring import TrainerRing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from dtensor_ring._register import register
-from dtensor_ring.integrations.transformers.verifying import verify
+from dtensor_ring.integrations.verify.verifying import verify
 from dtensor_ring.placements import Contiguous, SequencePlacement, Stripe, Zigzag
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout

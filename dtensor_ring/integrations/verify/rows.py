@@ -16,11 +16,11 @@ from dtensor_ring.comm.rank_checks import checksum
 from dtensor_ring.data.batch import IGNORED
 from dtensor_ring.integrations.transformers.attention import STATE, AttentionState
 from dtensor_ring.integrations.transformers.plan import RingPlan
-from dtensor_ring.integrations.transformers.verify_batches import LABELS, Case, changes, padded_for, without_labels_of
-from dtensor_ring.integrations.transformers.verify_judgement import Judge, Pair
-from dtensor_ring.integrations.transformers.verify_runs import Runner
-from dtensor_ring.integrations.transformers.verify_state import Ranks, nudged, parameters_of
-from dtensor_ring.integrations.transformers.verify_watch import Compared, Kept, OwnError, difference
+from dtensor_ring.integrations.verify.batches import LABELS, Case, changes, padded_for, without_labels_of
+from dtensor_ring.integrations.verify.judgement import Judge, Pair
+from dtensor_ring.integrations.verify.runs import Runner
+from dtensor_ring.integrations.verify.state import Ranks, nudged, parameters_of
+from dtensor_ring.integrations.verify.watch import Compared, Kept, OwnError, difference
 from dtensor_ring.placements import SequencePlacement
 from dtensor_ring.tools.verification import (
     Difference,

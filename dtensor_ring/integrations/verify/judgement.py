@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dtensor_ring.integrations.transformers.verify_batches import Case
-from dtensor_ring.integrations.transformers.verify_runs import Run, local_gradients
-from dtensor_ring.integrations.transformers.verify_state import Ranks
-from dtensor_ring.integrations.transformers.verify_watch import Compared, Key, Part, difference, largest_values
+from dtensor_ring.integrations.verify.batches import Case
+from dtensor_ring.integrations.verify.runs import Run, local_gradients
+from dtensor_ring.integrations.verify.state import Ranks
+from dtensor_ring.integrations.verify.watch import Compared, Key, Part, difference, largest_values
 from dtensor_ring.tools.verification import Judged, Row, ratio_note, relative, tolerance, worst
 
 Apart = dict[Key, tuple[list[int], bool]]  # the tokens of this rank that part, and whether all its values are 0
