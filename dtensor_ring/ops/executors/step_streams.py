@@ -8,15 +8,15 @@ a call on packed documents, whose lengths differ most. Calls on two streams fill
 goes first where both have work: its blocks are the longer ones, and short ones fill gaps best; and in the backward pass its
 gradients travel while the own keys' are still computed.
 
-Memory is safe by three rules. The second stream waits at its beginning for all that the first was given so far, so that what it
-allocates is free. All that belongs to the step of other ranks' keys is allocated there, from its fetch on. And the first stream
-waits for the second before it reads what was computed there, and before the pass ends.
+Memory is safe by three rules. The second stream, which passes of one thread alone use, waits at its beginning for all that the
+first was given so far, so that what it allocates is free. All that belongs to the step of other ranks' keys is allocated there,
+from its fetch on. And the first stream waits for the second before it reads what was computed there, and before the pass ends.
 """
 
 from __future__ import annotations
 
+import threading
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from types import TracebackType
 
 import torch
@@ -26,6 +26,18 @@ from typing_extensions import override
 from dtensor_ring.ops.executors.parts import MOST_GRADIENTS, MOST_OUTPUTS
 from dtensor_ring.planning.schedule import CALLS_OF_TWO_STREAMS, Plan
 
+
+class _OfThread(threading.local):
+    """The second streams of one thread, by first ones.
+
+    Passes of other threads run meanwhile: what this one frees would be theirs at once, though the first stream may still read it.
+    """
+
+    def __init__(self) -> None:
+        self.second: dict[torch.cuda.Stream, torch.cuda.Stream] = {}
+
+
+_OF_THREAD = _OfThread()
 # Tokens of a rank below which a second stream costs the host more than the GPU gains.
 _FEWEST = 2048
 assert min(MOST_OUTPUTS + 1, MOST_GRADIENTS) >= CALLS_OF_TWO_STREAMS, "what two streams compute is merged, and added up, at once"
@@ -71,7 +83,9 @@ class StepStreams(AbstractContextManager["StepStreams"]):
         self.join()
 
 
-@cache
 def _second_stream(first: torch.cuda.Stream) -> torch.cuda.Stream:
-    # As many as there are streams, of which PyTorch has pools of 32. The lower the number, the earlier a stream's blocks start.
-    return torch.cuda.Stream(first.device, priority=-1)
+    known = _OF_THREAD.second
+    if first not in known:
+        # The lower the number, the earlier a stream's blocks start. PyTorch gives streams of a pool of 32, in turns.
+        known[first] = torch.cuda.Stream(first.device, priority=-1)
+    return known[first]
