@@ -90,7 +90,7 @@ class RingPlan(dict[str, ParallelStyle]):
         self._documents_of: MutableMapping[Tensor, Documents] = WeakTensorKeyDictionary()
         self._handles: list[RemovableHandle] = []
         self._marked: list[nn.Module] = []
-        self._pause = Pause(model)
+        self._pause = Pause(model, self._enter, self._leave)
         names = [name for name, module in model.named_modules() if _is_attention(module)]
         # parallelize_module follows this order: the root refuses a wrong model or mesh before any module is marked.
         super().__init__({"": _RootStyle(self)} | {name: _AttentionStyle(self) for name in names})
@@ -253,7 +253,7 @@ class RingPlan(dict[str, ParallelStyle]):
         self._put_on()
         self._mesh = mesh
         # Hooks and not another forward: signature and class of the model stay as they are, which Trainer and FSDP2 look at.
-        self._handles = self._pause.hook(self._enter, self._leave)
+        self._handles = self._pause.hook()
 
     def _put_on(self) -> None:
         """Changes the model, but for hooks and marks; `_take_off` changes it back, for good or for a pause."""
