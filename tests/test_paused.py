@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -72,8 +73,9 @@ def misuse():
         warnings.simplefilter("ignore")
         refused(fresh.paused, RuntimeError, "the plan is not applied")
         fresh._was_applied = True
-    before = model(**batch)
+    before, copied = model(**batch), copy.deepcopy(model)
     with plan.paused():
+        assert torch.equal(copied(**batch).loss, before.loss), "a copy has a plan of its own, which is not paused"
         for act in (plan.paused, plan.undo, lambda: plan.gather(before.logits), lambda: plan.sum_over_tokens(before.logits)):
             refused(act, RuntimeError, "the plan is paused, and its model gives whole outputs")
         before.loss.backward(retain_graph=True)  # nothing of the model runs again

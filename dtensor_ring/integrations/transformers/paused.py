@@ -25,36 +25,33 @@ class Pause:
         on: the plan is paused now.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model, self.on, self._is_running = model, False, False
+    def __init__(self, model: PreTrainedModel, enter: Callable[..., Any], leave: Callable[..., Any]) -> None:
+        """For the plan whose hooks of the root are `enter`, before a forward pass, and `leave`, after it, both with keywords."""
+        self._model, self._enter, self._leave = model, enter, leave
+        self.on, self._is_running = False, False
 
-    def hook(self, enter: Callable[..., Any], leave: Callable[..., Any]) -> list[RemovableHandle]:
-        """Registers the plan's hooks of the root, which rest in a pause, and one that sees forward passes end.
-
-        Args:
-            enter: a forward pre-hook with keywords.
-            leave: a forward hook with keywords.
-        """
-
-        # They stay registered: put back after a pause, they would stand behind the hooks that FSDP2 has added since.
-        @torch.compiler.disable
-        def begun(*call: Any) -> Any:  # noqa: ANN401
-            self._is_running = True
-            return None if self.on else enter(*call)
-
-        @torch.compiler.disable
-        def left(*call: Any) -> Any:  # noqa: ANN401
-            return None if self.on else leave(*call)
-
-        @torch.compiler.disable
-        def ended(*_call: object) -> None:
-            self._is_running = False
-
+    def hook(self) -> list[RemovableHandle]:
+        """Registers the plan's hooks of the root, which rest in a pause, and one that sees forward passes end."""
+        # They stay registered: put back after a pause, they would stand behind the hooks that FSDP2 has added since. Methods, and
+        # no functions made here: those of a copied model must belong to the copy.
         return [
-            self._model.register_forward_pre_hook(begun, with_kwargs=True),
-            self._model.register_forward_hook(left, with_kwargs=True),
-            self._model.register_forward_hook(ended, always_call=True),  # also where the forward pass raises
+            self._model.register_forward_pre_hook(self._begun, with_kwargs=True),
+            self._model.register_forward_hook(self._left, with_kwargs=True),
+            self._model.register_forward_hook(self._ended, always_call=True),  # also where the forward pass raises
         ]
+
+    @torch.compiler.disable
+    def _begun(self, *call: Any) -> Any:  # noqa: ANN401
+        self._is_running = True
+        return None if self.on else self._enter(*call)
+
+    @torch.compiler.disable
+    def _left(self, *call: Any) -> Any:  # noqa: ANN401
+        return None if self.on else self._leave(*call)
+
+    @torch.compiler.disable
+    def _ended(self, *_call: object) -> None:
+        self._is_running = False
 
     def check_over(self) -> None:
         """Raises RuntimeError in a pause."""

@@ -98,7 +98,7 @@ class RingPlan(dict[str, ParallelStyle]):
         self._unwrapped, self._placement, self._asked, self._asked_loss = unwrapped, placement, asked, loss
         self._model: PreTrainedModel = unwrapped.model
         self._loss = ModelLoss(self._model, loss)
-        self._pause = Pause(self._model)
+        self._pause = Pause(self._model, self._enter, self._leave)
         self._num_items: Tensor | None = None
         self._unshifted = labels_are_unshifted(self._model)
         self._surroundings = Surroundings(self._model, dropout)
@@ -307,7 +307,7 @@ class RingPlan(dict[str, ParallelStyle]):
         self._put_on()
         self._mesh = mesh
         # Hooks and not another forward: signature and class of the model stay as they are, which Trainer and FSDP2 look at.
-        self._handles = self._pause.hook(self._enter, self._leave) + self._surroundings.hook(mesh)
+        self._handles = self._pause.hook() + self._surroundings.hook(mesh)
         for attention in _attention_of(self._model).values():
             setattr(attention, STATE, AttentionState(mesh, self._placement.layout, self._asked))
             self._marked.append(attention)
