@@ -19,6 +19,7 @@ from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
     MistralConfig,
+    Phi3Config,
     PhimoeConfig,
     Qwen2MoeConfig,
     Qwen3Config,
@@ -51,6 +52,7 @@ REFUSED = [
     (lambda: LlamaConfig(is_causal=False, **SIZES), "is_causal=False is not supported in the config"),
     (lambda: LlamaConfig(output_router_logits=True, **SIZES), "output_router_logits=True in the config"),
     (lambda: MistralConfig(output_router_logits=True, **SIZES), "load-balancing loss is not linear"),
+    (lambda: Phi3Config(output_router_logits=True, **SIZES), "in the config is not supported"),
     (lambda: Gemma3Config(text_config=FAMILIES["gemma3_text"](), vision_config=VISION), "holds more than a text model"),
     (lambda: Qwen3NextConfig(head_dim=8, **SIZES), "models of type 'qwen3_next' are not supported; supported are llama, mistral"),
 ]
