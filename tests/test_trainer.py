@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import slow
+from helpers import line, slow
 from models import SIZES, build, packed_mask
 from trainers import assert_same, fresh_accelerate, make_model, options, outcome, ring, samples
 
@@ -306,6 +306,50 @@ def whole_and_undone(folder):
 
 def test_models_are_whole_with_one_rank_a_sequence_and_after_undo_and_new_ones_are_planned(pools, tmp_path):
     pools.run(2, whole_and_undone, tmp_path)
+
+
+class Alternate(torch.utils.data.Sampler):
+    """The same samples for the ranks of a sequence, as whoever plans a model for a plain Trainer has it."""
+
+    def __iter__(self):
+        return iter(range(12))
+
+    def __len__(self):
+        return 12
+
+
+def plain_trainers(folder):
+    """Trainer without the mixin, whose loader gives both ranks one batch: by a plan, and by Accelerate's configuration."""
+    from torch.distributed.tensor.parallel import parallelize_module
+    from transformers import Trainer, TrainingArguments
+
+    from dtensor_ring.integrations.accelerate import RingParallelismConfig
+
+    class Same(Trainer):
+        def get_train_dataloader(self):
+            return torch.utils.data.DataLoader(self.train_dataset, 2, sampler=Alternate(), collate_fn=self.data_collator)
+
+    def trained(kind, base, model=None, **changed):
+        with fresh_accelerate(kind):
+            args = TrainingArguments(**options(folder, kind, train_sampling_strategy="sequential", **changed))
+            trainer = base(model=make_model() if model is None else model, args=args, train_dataset=samples(12))
+            trainer.train()
+            return outcome(trainer)
+
+    model = make_model()
+    plan = ring_plan(model)
+    parallelize_module(model, line(), plan)
+    results = [trained("ddp", Same, model), trained("ddp", Trainer, parallelism_config=RingParallelismConfig(cp_size=2))]
+    plan.undo()
+    assert not hasattr(model, "accepts_loss_kwargs")
+    if dist.get_rank() == 0:
+        reference = trained("alone", Trainer)
+        for mine in results:
+            assert_same(mine, reference)
+
+
+def test_a_trainer_without_the_mixin_has_the_loss_and_gradients_of_one_process(pools, tmp_path):
+    pools.run(2, plain_trainers, tmp_path)
 
 
 def test_a_page_shows_the_difference_from_the_script_for_one_gpu_in_at_most_fifteen_lines():
