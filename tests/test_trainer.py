@@ -46,6 +46,25 @@ def experts():
     return build(MixtralConfig(**SIZES, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.1)).float()
 
 
+def adapters():
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(5)
+    return get_peft_model(make_model(), LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False))
+
+
+def masked():
+    """A model whose labels are those of their own tokens."""
+    from transformers import CONFIG_MAPPING, AutoModelForMaskedLM
+
+    torch.manual_seed(5)
+    return AutoModelForMaskedLM.from_config(CONFIG_MAPPING["eurobert"](**SIZES))
+
+
+MODELS = {"experts": experts, "adapters": adapters, "masked": masked}
+THIRDS = [{**row, "labels": row["input_ids"].masked_fill(torch.arange(17) % 3 != 0, -100)} for row in samples(12)]
+
+
 class Stream(torch.utils.data.IterableDataset):
     def __iter__(self):
         return iter(samples(12))
@@ -61,6 +80,9 @@ CASES = {
     "compute_loss_func": ({}, {"compute_loss_func": loss_of_logits}, {}),
     "chunked loss": ({"gradient_accumulation_steps": 2}, {"compute_metrics": None}, {"loss": "chunked"}),
     "routers": ({"gradient_accumulation_steps": 2}, {"model": "experts", "compute_metrics": None}, {}),
+    "adapters": ({}, {"model": "adapters"}, {}),
+    "masked": ({"average_tokens_across_devices": False}, {"model": "masked", "train_dataset": THIRDS}, {}),
+    "masked, label smoothing": ({"label_smoothing_factor": 0.2}, {"model": "masked", "train_dataset": THIRDS}, {}),
     "stream": ({}, {"train_dataset": "stream"}, {}),
 }
 
@@ -71,7 +93,7 @@ def train(case, kind, folder, cp_size):
 
     changed, given, planned = CASES[case]
     given, seen = {"train_dataset": samples(12), "eval_dataset": samples(5, seed=2)} | given, []
-    given["model"] = make_model() if "model" not in given else experts()
+    given["model"] = MODELS[given["model"]]() if "model" in given else make_model()
     if given["train_dataset"] == "stream":
         given["train_dataset"] = Stream()
     if "data_collator" in given:
@@ -117,6 +139,7 @@ def beside_one_process(case, kind, folder):
     ("case", "kind"),
     [("accumulation, unequal labels", "ddp"), ("average_tokens_across_devices=False", "ddp"), ("label smoothing", "ddp")]
     + [("packed", "ddp"), ("compute_loss_func", "ddp"), ("accumulation, unequal labels", "fsdp")]
+    + [("masked, label smoothing", "ddp"), ("adapters", "ddp"), slow("masked", "ddp")]
     + [("average_tokens_across_devices=False", "config")]
     + [slow(case, "fsdp") for case in ("label smoothing", "packed", "compute_loss_func")]
     + [slow(case, "ddp") for case in ("stream", "chunked loss", "routers", "packed, label smoothing")],
@@ -299,6 +322,7 @@ def whole_and_undone(folder):
         whole = trainer.plan.gather(trainer.model(input_ids=ids).logits)
         trainer.undo_plans()
         torch.testing.assert_close(trainer.model(input_ids=ids).logits, whole, rtol=1e-4, atol=1e-5)
+        assert len(trainer.gather_function(torch.ones(1))) == 2, "what every process has, as Trainer takes it to be"
         assert {"prepare_data_loader", "gather_for_metrics", "_prepare_cp"}.isdisjoint(vars(trainer.accelerator))
     hidden_processes(folder)
     refused_predictions(folder)
