@@ -58,7 +58,7 @@ def masked():
     from transformers import CONFIG_MAPPING, AutoModelForMaskedLM
 
     torch.manual_seed(5)
-    return AutoModelForMaskedLM.from_config(CONFIG_MAPPING["eurobert"](**SIZES))
+    return AutoModelForMaskedLM.from_config(CONFIG_MAPPING["eurobert"](**SIZES, pad_token_id=0))
 
 
 MODELS = {"experts": experts, "adapters": adapters, "masked": masked}
@@ -289,6 +289,17 @@ def refused_predictions(folder):
             trainer.evaluate()
 
 
+def refused_adapters(folder):
+    """What is refused of adapters is refused here too, though plans are applied to the model inside."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import Trainer, TrainingArguments
+
+    with fresh_accelerate():
+        model = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"], r=2, alora_invocation_tokens=[1]))
+        with pytest.raises(NotImplementedError, match="alora_invocation_tokens"):
+            ring(Trainer)(model=model, args=TrainingArguments(**options(folder)), train_dataset=samples(4), cp_size=2)
+
+
 def hidden_processes(folder):
     """A process group that Accelerate does not see, as of a script that torchrun has not started."""
     from transformers import Trainer, TrainingArguments
@@ -326,6 +337,7 @@ def whole_and_undone(folder):
         assert {"prepare_data_loader", "gather_for_metrics", "_prepare_cp"}.isdisjoint(vars(trainer.accelerator))
     hidden_processes(folder)
     refused_predictions(folder)
+    refused_adapters(folder)
 
 
 def test_models_are_whole_with_one_rank_a_sequence_and_after_undo_and_new_ones_are_planned(pools, tmp_path):
@@ -358,7 +370,10 @@ def plain_trainers(folder):
             args = TrainingArguments(**options(folder, kind, train_sampling_strategy="sequential", **changed))
             trainer = base(model=make_model() if model is None else model, args=args, train_dataset=samples(12))
             trainer.train()
-            return outcome(trainer)
+            history, weights = outcome(trainer)
+            for entry in history:
+                entry.pop("total_flos", None)  # which Trainer adds up over processes
+            return history, weights
 
     model = make_model()
     plan = ring_plan(model)
