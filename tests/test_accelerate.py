@@ -11,12 +11,18 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import GradientAccumulationPlugin
 from accelerate_ranks import accelerator_of
-from helpers import once, slow
+from helpers import once, refused, slow
 from models import worst
+from peft import LoraConfig, get_peft_model
+from test_encoders import make_batch
+from test_encoders import make_model as make_masked
+from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+
+from dtensor_ring.integrations.accelerate import ring_of
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 CONFIGS = {
@@ -270,3 +276,26 @@ def casts() -> None:
 
 def test_a_loss_is_the_whole_one_under_mixed_precision_and_in_a_tuple(pools):
     pools.run(2, casts)
+
+
+def wholes() -> None:
+    """The loss over a number of items, of models whose calls a plan sees otherwise: labels that stay, adapters, a pause."""
+    masked, rows = make_batch("modernbert", 16), {"input_ids": Rows().ids[:2], "labels": Rows().labels[:2]}
+    counted = masked["labels"] != -100
+    model = make_masked("modernbert")
+    adapted = get_peft_model(build("llama")[0], LoraConfig(target_modules=["q_proj"], r=2))
+    with torch.no_grad():
+        of_masked = cross_entropy(model(**masked).logits[counted], masked["labels"][counted], reduction="sum") / 7
+        of_rows = adapted(**rows, num_items_in_batch=7).loss
+    with accelerator_of("ddp") as accelerator:
+        model, adapted = accelerator.prepare(model, adapted)
+        torch.testing.assert_close(model(**masked, num_items_in_batch=7).loss, of_masked)
+        torch.testing.assert_close(adapted(**rows, num_items_in_batch=7).loss, of_rows)
+        plan = ring_of(accelerator).plan_of(adapted)
+        with plan.paused():
+            torch.testing.assert_close(adapted(**rows, num_items_in_batch=7).loss, of_rows)
+        refused(lambda: ring_of(accelerator).plan_of(build("llama")[0]), ValueError, "was not prepared by this accelerator")
+
+
+def test_a_loss_over_a_number_of_items_is_the_whole_one_for_masked_models_adapters_and_in_a_pause(pools):
+    pools.run(2, wholes)

@@ -115,6 +115,14 @@ def test_a_sequence_axis_gets_one_batch_and_every_sample_is_read_and_counted_onc
     pools.run(world, reads_every_kind, every)
 
 
+class DataSetError(Exception):
+    pass
+
+
+def unlike_others(rows: list) -> None:
+    raise DataSetError("no class of ours")
+
+
 def fails_in_time() -> None:
     class Broken(IterableDataset):
         def __iter__(self):
@@ -124,6 +132,8 @@ def fails_in_time() -> None:
     with accelerator_of("ddp", loaders={"dispatch_batches": False}) as accelerator:
         loader = accelerator.prepare(DataLoader(Broken(), 1))
         refused(lambda: list(loader), RuntimeError, "disk on fire")
+        loader = accelerator.prepare(DataLoader([0, 1], 1, collate_fn=unlike_others))
+        refused(lambda: list(loader), RuntimeError, "no class of ours")
 
 
 def test_an_error_of_a_dataset_is_raised_on_every_rank_that_waits_for_its_batch(pools):
@@ -253,7 +263,7 @@ def test_sizes_come_from_accelerate_launch(monkeypatch):
         monkeypatch.setenv(key, value)
     config = RingParallelismConfig()
     assert (config.cp_size, config.dp_replicate_size, config.total_size) == (2, 4, 8)
-    assert config.non_data_parallel_size == 2
+    assert config.non_data_parallel_size == 1
     assert config.active_mesh_dims == ["dp_replicate", "cp"]
     assert not config.cp_enabled
     assert RingParallelismConfig(cp_size=4, dp_replicate_size=1).total_size == 4

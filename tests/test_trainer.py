@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import slow
+from helpers import line, slow
 from models import SIZES, build, packed_mask
 from trainers import assert_same, fresh_accelerate, make_model, options, outcome, ring, samples
 
@@ -46,6 +46,25 @@ def experts():
     return build(MixtralConfig(**SIZES, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.1)).float()
 
 
+def adapters():
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(5)
+    return get_peft_model(make_model(), LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False))
+
+
+def masked():
+    """A model whose labels are those of their own tokens."""
+    from transformers import CONFIG_MAPPING, AutoModelForMaskedLM
+
+    torch.manual_seed(5)
+    return AutoModelForMaskedLM.from_config(CONFIG_MAPPING["eurobert"](**SIZES, pad_token_id=0))
+
+
+MODELS = {"experts": experts, "adapters": adapters, "masked": masked}
+THIRDS = [{**row, "labels": row["input_ids"].masked_fill(torch.arange(17) % 3 != 0, -100)} for row in samples(12)]
+
+
 class Stream(torch.utils.data.IterableDataset):
     def __iter__(self):
         return iter(samples(12))
@@ -61,6 +80,9 @@ CASES = {
     "compute_loss_func": ({}, {"compute_loss_func": loss_of_logits}, {}),
     "chunked loss": ({"gradient_accumulation_steps": 2}, {"compute_metrics": None}, {"loss": "chunked"}),
     "routers": ({"gradient_accumulation_steps": 2}, {"model": "experts", "compute_metrics": None}, {}),
+    "adapters": ({}, {"model": "adapters"}, {}),
+    "masked": ({"average_tokens_across_devices": False}, {"model": "masked", "train_dataset": THIRDS}, {}),
+    "masked, label smoothing": ({"label_smoothing_factor": 0.2}, {"model": "masked", "train_dataset": THIRDS}, {}),
     "stream": ({}, {"train_dataset": "stream"}, {}),
 }
 
@@ -71,7 +93,7 @@ def train(case, kind, folder, cp_size):
 
     changed, given, planned = CASES[case]
     given, seen = {"train_dataset": samples(12), "eval_dataset": samples(5, seed=2)} | given, []
-    given["model"] = make_model() if "model" not in given else experts()
+    given["model"] = MODELS[given["model"]]() if "model" in given else make_model()
     if given["train_dataset"] == "stream":
         given["train_dataset"] = Stream()
     if "data_collator" in given:
@@ -117,6 +139,7 @@ def beside_one_process(case, kind, folder):
     ("case", "kind"),
     [("accumulation, unequal labels", "ddp"), ("average_tokens_across_devices=False", "ddp"), ("label smoothing", "ddp")]
     + [("packed", "ddp"), ("compute_loss_func", "ddp"), ("accumulation, unequal labels", "fsdp")]
+    + [("masked, label smoothing", "ddp"), ("adapters", "ddp"), slow("masked", "ddp")]
     + [("average_tokens_across_devices=False", "config")]
     + [slow(case, "fsdp") for case in ("label smoothing", "packed", "compute_loss_func")]
     + [slow(case, "ddp") for case in ("stream", "chunked loss", "routers", "packed, label smoothing")],
@@ -266,6 +289,17 @@ def refused_predictions(folder):
             trainer.evaluate()
 
 
+def refused_adapters(folder):
+    """What is refused of adapters is refused here too, though plans are applied to the model inside."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import Trainer, TrainingArguments
+
+    with fresh_accelerate():
+        model = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"], r=2, alora_invocation_tokens=[1]))
+        with pytest.raises(NotImplementedError, match="alora_invocation_tokens"):
+            ring(Trainer)(model=model, args=TrainingArguments(**options(folder)), train_dataset=samples(4), cp_size=2)
+
+
 def hidden_processes(folder):
     """A process group that Accelerate does not see, as of a script that torchrun has not started."""
     from transformers import Trainer, TrainingArguments
@@ -299,13 +333,62 @@ def whole_and_undone(folder):
         whole = trainer.plan.gather(trainer.model(input_ids=ids).logits)
         trainer.undo_plans()
         torch.testing.assert_close(trainer.model(input_ids=ids).logits, whole, rtol=1e-4, atol=1e-5)
+        assert len(trainer.gather_function(torch.ones(1))) == 2, "what every process has, as Trainer takes it to be"
         assert {"prepare_data_loader", "gather_for_metrics", "_prepare_cp"}.isdisjoint(vars(trainer.accelerator))
     hidden_processes(folder)
     refused_predictions(folder)
+    refused_adapters(folder)
 
 
 def test_models_are_whole_with_one_rank_a_sequence_and_after_undo_and_new_ones_are_planned(pools, tmp_path):
     pools.run(2, whole_and_undone, tmp_path)
+
+
+class Alternate(torch.utils.data.Sampler):
+    """The same samples for the ranks of a sequence, as whoever plans a model for a plain Trainer has it."""
+
+    def __iter__(self):
+        return iter(range(12))
+
+    def __len__(self):
+        return 12
+
+
+def plain_trainers(folder):
+    """Trainer without the mixin, whose loader gives both ranks one batch: by a plan, and by Accelerate's configuration."""
+    from torch.distributed.tensor.parallel import parallelize_module
+    from transformers import Trainer, TrainingArguments
+
+    from dtensor_ring.integrations.accelerate import RingParallelismConfig
+
+    class Same(Trainer):
+        def get_train_dataloader(self):
+            return torch.utils.data.DataLoader(self.train_dataset, 2, sampler=Alternate(), collate_fn=self.data_collator)
+
+    def trained(kind, base, model=None, **changed):
+        with fresh_accelerate(kind):
+            args = TrainingArguments(**options(folder, kind, train_sampling_strategy="sequential", **changed))
+            trainer = base(model=make_model() if model is None else model, args=args, train_dataset=samples(12))
+            trainer.train()
+            history, weights = outcome(trainer)
+            for entry in history:
+                entry.pop("total_flos", None)  # which Trainer adds up over processes
+            return history, weights
+
+    model = make_model()
+    plan = ring_plan(model)
+    parallelize_module(model, line(), plan)
+    results = [trained("ddp", Same, model), trained("ddp", Trainer, parallelism_config=RingParallelismConfig(cp_size=2))]
+    plan.undo()
+    assert not hasattr(model, "accepts_loss_kwargs")
+    if dist.get_rank() == 0:
+        reference = trained("alone", Trainer)
+        for mine in results:
+            assert_same(mine, reference)
+
+
+def test_a_trainer_without_the_mixin_has_the_loss_and_gradients_of_one_process(pools, tmp_path):
+    pools.run(2, plain_trainers, tmp_path)
 
 
 def test_a_page_shows_the_difference_from_the_script_for_one_gpu_in_at_most_fifteen_lines():

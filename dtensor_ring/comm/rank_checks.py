@@ -36,7 +36,7 @@ _KNOWN = "_dtensor_ring_known"  # marks an error that the other ranks have or we
 _PATIENCE = 5.0  # seconds that a rank which refuses a call waits for the others: longer would hide its error
 _KINDS: tuple[type[Exception], ...] = (ValueError, TypeError, NotImplementedError, RuntimeError)  # a record has a class's place
 # What wrong arguments end in, also where nobody foresaw them; others see a class that is not among the kinds as a RuntimeError.
-_REFUSALS: tuple[type[Exception], ...] = (*_KINDS, AttributeError, LookupError, ArithmeticError)
+REFUSALS: tuple[type[Exception], ...] = (*_KINDS, AttributeError, LookupError, ArithmeticError)
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -164,7 +164,7 @@ class _RefusedTogether(AbstractContextManager[None]):
 
     @override
     def __exit__(self, kind: type[BaseException] | None, failure: BaseException | None, trace: TracebackType | None) -> None:
-        if not isinstance(failure, _REFUSALS) or isinstance(failure, SilentRankError) or getattr(failure, _KNOWN, False):
+        if not isinstance(failure, REFUSALS) or isinstance(failure, SilentRankError) or getattr(failure, _KNOWN, False):
             return
         # Blocks nest (a function that calls another of ours): the innermost sends, and the marked error passes through the others.
         setattr(failure, _KNOWN, True)

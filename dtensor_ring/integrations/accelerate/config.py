@@ -104,6 +104,12 @@ class RingParallelismConfig(ParallelismConfig):
 
     @property
     @override
+    def non_data_parallel_size(self) -> int:
+        """By what Trainer divides its count of labels and not its factor for the loss: 1, as a sequence axis counts as data."""
+        return super().non_data_parallel_size // sizes_of(self)["cp"]
+
+    @property
+    @override
     def dp_shard_cp_dim_names(self) -> list[str]:
         """Axes over which FSDP2 shards parameters."""
         return [*super().dp_shard_cp_dim_names, *self._cp_axis]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.utils.data import IterableDataset
 from typing_extensions import override
 
 from dtensor_ring.comm import transport_along
-from dtensor_ring.comm.rank_checks import meet, refused_together
+from dtensor_ring.comm.rank_checks import REFUSALS, meet, refused_together
 
 _CALL = "the next batch of a data loader"
 Undo = Callable[[], None]
@@ -130,7 +131,7 @@ class _SentBatches:
         sent: tuple[object] | None = None
         packed = torch.empty(0, dtype=torch.uint8)
         # Whatever a dataset raises is told to the ranks that wait for its batch.
-        with refused_together(lambda: [transport]):
+        with refused_together(lambda: [transport]), _as_refusal():
             if batches is not None and (sent := _read(batches)) is not None:
                 packed = _packed(sent[0])
         # Met over, not only sent: a rank that left its loop early is in another call, and all ranks say so.
@@ -144,11 +145,19 @@ class _SentBatches:
         return sent if batches is not None else (_unpacked(packed),)
 
 
-def _read(batches: Iterator[object]) -> tuple[object] | None:
+@contextmanager
+def _as_refusal() -> Iterator[None]:
+    """Turns exceptions that other ranks are not sent, such as OSError or a data set's own, into one that they are."""
     try:
-        return next(((batch,) for batch in batches), None)
-    except OSError as failure:  # of a class that other ranks are not sent
-        raise RuntimeError(f"a data loader could not read its next batch: {failure!r}") from failure
+        yield
+    except REFUSALS:
+        raise
+    except Exception as failure:
+        raise RuntimeError(f"a data loader could not read or send its next batch: {failure!r}") from failure
+
+
+def _read(batches: Iterator[object]) -> tuple[object] | None:
+    return next(((batch,) for batch in batches), None)
 
 
 def _packed(batch: object) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -20,11 +21,11 @@ from dtensor_ring.integrations.accelerate.gradients import AveragedGradients, av
 from dtensor_ring.integrations.accelerate.loaders import batches_read, one_batch
 from dtensor_ring.integrations.accelerate.metrics import gather_for_metrics
 from dtensor_ring.integrations.accelerate.schedulers import step_with_batches
-from dtensor_ring.integrations.transformers.attention import KEYWORD
+from dtensor_ring.integrations.transformers.attention import KEYWORD, RingBatch
+from dtensor_ring.integrations.transformers.peft_models import unwrap
 from dtensor_ring.integrations.transformers.plan import RingPlan
 
 _ATTRIBUTE = "ring"  # of the accelerator, where its Ring is found
-ITEMS = "num_items_in_batch"
 
 
 def ring_of(accelerator: Accelerator) -> Ring:
@@ -66,13 +67,25 @@ class Ring:
         for axis in self.data:
             self.data_size, self.data_index = self.data_size * axis.size(), self.data_index * axis.size() + axis.get_local_rank()
         self.items: Literal["whole", "part"] = "whole"
-        self._plans: WeakKeyDictionary[nn.Module, RingPlan] = WeakKeyDictionary()
+        self._plans: WeakKeyDictionary[nn.Module, RingPlan | None] = WeakKeyDictionary()
         self._prepared: WeakSet[nn.Module] = WeakSet()  # with their wrappers, which Accelerate does not keep
         self._undo = ExitStack()
 
     def plan_of(self, model: nn.Module) -> RingPlan | None:
-        """The plan of a model that was prepared, wrapped or not; None where every rank runs it on whole sequences."""
-        return self._plans.get(self._accelerator.unwrap_model(model, keep_fp32_wrapper=True, keep_torch_compile=False))
+        """The plan of a model that was prepared, wrapped or not; None where every rank runs it on whole sequences.
+
+        Raises:
+            ValueError: this accelerator did not prepare the model, so that it is not known what its outputs hold.
+        """
+        if self.mesh is None:
+            return None
+        own = self._accelerator.unwrap_model(model, keep_fp32_wrapper=True, keep_torch_compile=False)
+        if own not in self._plans:
+            raise ValueError(
+                f"this {type(own).__name__} was not prepared by this accelerator, or its ring was undone: pass what "
+                "accelerator.prepare was given, or returned"
+            )
+        return self._plans[own]
 
     def gather(self, model: nn.Module, local_tensor: Tensor, dim: int = 1) -> Tensor:
         """All tokens of an output of a prepared model: `RingPlan.gather`, or the tensor itself where there is no plan."""
@@ -111,14 +124,16 @@ class Ring:
         if self.mesh is None or model in self._plans or getattr(model, "_is_accelerate_prepared", False):
             return None
         plan = self._plan(model)
-        if plan is None:
-            return None
-        parallelize_module(model, self.mesh, plan)
+        handle = None
+        if plan is not None:
+            parallelize_module(model, self.mesh, plan)
+            # On the model inside of adapters, which alone is told what the plan did to a batch.
+            handle = unwrap(model, unlisted=True).model.register_forward_hook(partial(self._whole_loss, plan), with_kwargs=True)
         self._plans[model] = plan
-        handle = model.register_forward_hook(self._whole_loss, with_kwargs=True)
 
         def undo() -> None:
-            if self._plans.pop(model, None) is not None:
+            self._plans.pop(model, None)
+            if plan is not None and handle is not None:
                 handle.remove()
                 plan.undo()
 
@@ -234,20 +249,12 @@ class Ring:
 
     # Not compiled, as the hooks of the plan: it communicates.
     @torch.compiler.disable
-    def _whole_loss(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ANN401
+    def _whole_loss(self, plan: RingPlan, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ANN401
         """Adds up the parts of a loss that the model was given a number of items for."""
-        batch = kwargs.get(KEYWORD)
-        # The plan gives a number of items of its own where the caller gave none, and has made the loss whole then.
-        if (
-            self.items != "whole"
-            or kwargs.get(ITEMS) is None
-            or (batch is not None and batch.loss is not None and batch.loss.count is not None)
-        ):
+        batch: RingBatch | None = kwargs.get(KEYWORD)  # None in a pause of the plan, where the loss is whole
+        if self.items != "whole" or batch is None or not batch.has_part_of_loss:
             return output
-        plan = self._plans[module]
         if isinstance(output, tuple):
-            has_loss = any(kwargs.get(key) is not None for key in ("labels", "shift_labels"))
-            return (plan.sum_over_tokens(output[0][None], 0), *output[1:]) if has_loss else output
-        if output.get("loss") is not None:
-            output.loss = plan.sum_over_tokens(output.loss[None], 0)
+            return (plan.sum_over_tokens(output[0][None], 0), *output[1:])
+        output.loss = plan.sum_over_tokens(output.loss[None], 0)
         return output

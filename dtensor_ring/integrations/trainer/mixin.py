@@ -27,14 +27,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from dtensor_ring.data.batch import labels_that_count
+from dtensor_ring.data.batch import IGNORED, labels_that_count
 from dtensor_ring.integrations.trainer.checks import check_made, check_trainer, cp_size_of
 from dtensor_ring.integrations.trainer.generation import GenerationMixin
 from dtensor_ring.integrations.trainer.outputs import RingLabelSmoother, gather_predictions
 from dtensor_ring.integrations.trainer.ranks import TrainerRanks, share_batches
-from dtensor_ring.integrations.trainer.ring import PlanMaker, TrainerRing
+from dtensor_ring.integrations.trainer.ring import PlanMaker, TrainerRing, base_model
 from dtensor_ring.integrations.transformers.ask import ring_plan
 from dtensor_ring.integrations.transformers.plan import RingPlan
+from dtensor_ring.integrations.transformers.token_loss import labels_are_unshifted
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -82,8 +83,12 @@ class RingTrainerMixin(GenerationMixin, _Trainer):
         check_made(self)
         self._begin_generation()
         self._plan_models()
+        own = {name: getattr(self, name) for name in ("label_smoother", "compute_loss_func")}
+        self._ring.undo_trainer.append(lambda: vars(self).update(own))
         if self.label_smoother is not None:
-            self.label_smoother = RingLabelSmoother(self.args.label_smoothing_factor, lambda: self.plan)
+            self.label_smoother = RingLabelSmoother(
+                self.args.label_smoothing_factor, lambda: self.plan, unshifted=self._labels_are_unshifted()
+            )
         if callable(self.compute_loss_func):
             self.compute_loss_func = self._given_whole_logits(self.compute_loss_func)
 
@@ -99,7 +104,7 @@ class RingTrainerMixin(GenerationMixin, _Trainer):
         return self._ring.plan_of(self._own_model())
 
     def undo_plans(self) -> None:
-        """Gives the models back as they were, for use after training; the trainer must not train on."""
+        """Gives models and trainer back as they were, for use after training; the trainer must not train on."""
         if self._ring is not None:
             self._ring.undo()
             self._ring = None
@@ -118,6 +123,8 @@ class RingTrainerMixin(GenerationMixin, _Trainer):
         copies = size if self.args.average_tokens_across_devices else 1
         self._ring = TrainerRing(ranks, make_plan, copies, share_batches(self.accelerator, ranks))
         # Trainer took the accelerator's own function a moment ago.
+        gather_function = self.gather_function
+        self._ring.undo_trainer.append(lambda: vars(self).update(gather_function=gather_function))
         self.gather_function = partial(self.accelerator.gather_for_metrics, use_gather_object=self.args.eval_use_gather_object)
 
     @override
@@ -164,7 +171,11 @@ class RingTrainerMixin(GenerationMixin, _Trainer):
         if not self.model_accepts_loss_kwargs and self.compute_loss_func is None:
             return None
         # Not Trainer's own count: it divides by the ranks of a sequence, rounding down, and counts labels that padding predicts.
-        count = torch.tensor(sum(labels_that_count(batch) for batch in batch_samples), device=device)
+        if self._labels_are_unshifted():
+            labels = sum(int((batch["labels"] != IGNORED).sum()) for batch in batch_samples)
+        else:
+            labels = sum(labels_that_count(batch) for batch in batch_samples)
+        count = torch.tensor(labels, device=device)
         return self.accelerator.gather(count).sum() if self.args.average_tokens_across_devices else count
 
     @override
@@ -200,6 +211,9 @@ class RingTrainerMixin(GenerationMixin, _Trainer):
         assert self._ring is not None, "models are planned where there are several ranks a sequence"
         reference: nn.Module | None = getattr(self, "ref_model", None)  # of TRL's DPOTrainer and GRPOTrainer
         self._ring.apply([self._own_model()] if reference is None else [self._own_model(), reference])
+
+    def _labels_are_unshifted(self) -> bool:
+        return labels_are_unshifted(base_model(self._own_model()))
 
     def _own_model(self) -> nn.Module:
         assert self.model is not None, "Trainer makes its model before it does anything with it"

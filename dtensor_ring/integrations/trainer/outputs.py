@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dtensor_ring.data.batch import IGNORED, shift_labels
+from dtensor_ring.data.batch import IGNORED
+from dtensor_ring.data.batch import shift_labels as shifted
 from dtensor_ring.integrations.transformers.attention import KEYWORD
 from dtensor_ring.integrations.transformers.plan import RingPlan
 
@@ -37,7 +38,7 @@ def whole_outputs(model: nn.Module, plan: RingPlan, copies: int) -> Callable[[],
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # The plan gives the model shifted labels in any case. Which ones the caller gave decides how many columns it expects.
         shifted_by_caller[:] = [kwargs.get("shift_labels") is not None]
-        items = kwargs.get("num_items_in_batch")
+        items = None if plan.is_paused else kwargs.get("num_items_in_batch")
         # Routers' losses are means, which the caller multiplies by as many processes as it does the sum: both are divided alike.
         return args, kwargs if items is None else {**kwargs, "num_items_in_batch": items / copies}
 
@@ -46,8 +47,7 @@ def whole_outputs(model: nn.Module, plan: RingPlan, copies: int) -> Callable[[],
             return output  # the plan is paused, and the model is whole
         if isinstance(output, Mapping) and "log_probs" in output and "label_mask" in output:
             _gather_per_token(output, plan, kwargs, drop_last=not shifted_by_caller[0])
-        asked = kwargs[KEYWORD].loss
-        if not asked.has_labels or asked.count is not None:
+        if not kwargs[KEYWORD].has_part_of_loss:
             return output  # no loss, or one that the plan has made whole
         if isinstance(output, tuple):
             return (over_ranks(output[0], plan) / copies, *output[1:])
@@ -102,12 +102,12 @@ def gather_predictions(outputs: Any, plan: RingPlan) -> Any:  # noqa: ANN401
 class RingLabelSmoother:
     """In place of transformers' `LabelSmoother`: the same loss, from the logits of this rank's tokens.
 
-    Whole logits never exist. Labels are shifted within documents, and cut as the batch was.
+    Whole logits never exist. Labels are shifted within documents, unless the model's are its tokens' own, and cut as the batch was.
     """
 
-    def __init__(self, epsilon: float, plan_of: Callable[[], RingPlan]) -> None:
+    def __init__(self, epsilon: float, plan_of: Callable[[], RingPlan], *, unshifted: bool = False) -> None:
         self.epsilon = epsilon
-        self._plan_of = plan_of
+        self._plan_of, self._unshifted = plan_of, unshifted
 
     def __call__(
         self,
@@ -121,17 +121,26 @@ class RingLabelSmoother:
         Args:
             model_output: of this rank's tokens, with logits (B, S/W, V).
             labels: (B, S), of the whole batch.
-            shift_labels: what Trainer says of the model's class. It is wrong for classes that FSDP2 has renamed, and models under a
-                plan are causal: labels are shifted in any case.
+            shift_labels: what Trainer says of the model's class. It is wrong for classes that FSDP2 has renamed, and is not used:
+                whether labels are shifted was decided when this was made.
             num_items_in_batch: what sums are divided by; by default how many labels count.
         """
         logits = model_output["logits"] if isinstance(model_output, Mapping) else model_output[0]
-        return smoothed_loss(logits, labels, self._plan_of(), self.epsilon, num_items_in_batch)
+        plan = self._plan_of()
+        targets = plan.cut(labels if self._unshifted else shifted(labels, plan.documents))
+        return smoothed_loss(logits, targets, plan, self.epsilon, num_items_in_batch)
 
 
-def smoothed_loss(logits: Tensor, labels: Tensor, plan: RingPlan, epsilon: float, count: Tensor | int | None) -> Tensor:
-    """(1 - epsilon) times the cross entropy and epsilon times the mean over the vocabulary, over all tokens of a batch."""
-    targets = plan.cut(shift_labels(labels, plan.documents))
+def smoothed_loss(logits: Tensor, targets: Tensor, plan: RingPlan, epsilon: float, count: Tensor | int | None) -> Tensor:
+    """(1 - epsilon) times the cross entropy and epsilon times the mean over the vocabulary, over all tokens of a batch.
+
+    Args:
+        logits: (B, S/W, V), of this rank's tokens.
+        targets: (B, S/W), what they are to predict.
+        plan: of the model.
+        epsilon: the share of the mean.
+        count: what the sum is divided by; None for how many targets count.
+    """
     counts = targets != IGNORED
     log_probs = logits.log_softmax(-1, dtype=torch.float32)
     expected = -log_probs.gather(-1, targets.clamp_min(0)[..., None])[..., 0]

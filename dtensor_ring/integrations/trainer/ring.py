@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 
 from dtensor_ring.integrations.trainer.outputs import whole_outputs
 from dtensor_ring.integrations.trainer.ranks import TrainerRanks
+from dtensor_ring.integrations.transformers.peft_models import is_peft
 from dtensor_ring.integrations.transformers.plan import RingPlan
 
-PlanMaker = Callable[[PreTrainedModel], RingPlan]
+PlanMaker = Callable[[PreTrainedModel | nn.Module], RingPlan]
 
 
 @dataclass(slots=True)
@@ -40,12 +41,14 @@ class TrainerRing:
         make_plan: makes a plan for a model.
         copies: how often the trainer counts each label of a batch.
         undo_accelerator: gives the accelerator back as it was.
+        undo_trainer: what gives back the trainer's own functions.
     """
 
     ranks: TrainerRanks
     make_plan: PlanMaker
     copies: int
     undo_accelerator: Callable[[], None]
+    undo_trainer: list[Callable[[], None]] = field(default_factory=list)
     _planned: list[_Planned] = field(default_factory=list)
 
     def apply(self, models: list[nn.Module]) -> None:
@@ -54,12 +57,13 @@ class TrainerRing:
         for planned in [p for p in self._planned if not any(p.model is base for base in bases)]:
             planned.undo()
             self._planned.remove(planned)
-        for base in bases:
+        for model, base in zip(models, bases, strict=True):
             if not any(p.model is base for p in self._planned):
-                self._planned.append(self._plan(base))
+                self._planned.append(self._plan(model, base))
 
-    def _plan(self, base: Any) -> _Planned:  # noqa: ANN401
-        plan = self.make_plan(base)
+    def _plan(self, model: nn.Module, base: Any) -> _Planned:  # noqa: ANN401
+        # With adapters, which are asked whether they reach other tokens; all of this hangs on the model inside.
+        plan = self.make_plan(_unwrapped(model))
         if not isinstance(plan, RingPlan):
             raise TypeError(f"make_plan must return a RingPlan, as ring_plan does, found {type(plan).__name__}")
         parallelize_module(base, self.ranks.mesh, plan)
@@ -84,11 +88,17 @@ class TrainerRing:
             planned.undo()
         self._planned.clear()
         self.undo_accelerator()
+        while self.undo_trainer:
+            self.undo_trainer.pop()()
 
 
 def base_model(model: nn.Module) -> nn.Module:
     """The transformers model inside wrappers of DDP, torch.compile and PEFT."""
+    inner = _unwrapped(model)
+    return inner.get_base_model() if is_peft(inner) else inner
+
+
+def _unwrapped(model: nn.Module) -> Any:  # noqa: ANN401
     from accelerate.utils import extract_model_from_parallel
 
-    inner: Any = extract_model_from_parallel(model, keep_torch_compile=False)
-    return inner.get_base_model() if hasattr(inner, "peft_config") and hasattr(inner, "get_base_model") else inner
+    return extract_model_from_parallel(model, keep_torch_compile=False)

@@ -52,6 +52,13 @@ class RingBatch:
     loss: LossCall = NO_LOSS
     targets: Targets | None = None
 
+    @property
+    def has_part_of_loss(self) -> bool:
+        """Whether the loss of this call is this rank's sum over the caller's number of items: there is one, and it is not whole."""
+        if self.targets is not None:
+            return self.targets.items is not None
+        return self.loss.has_labels and self.loss.count is None
+
 
 @dataclass(slots=True)
 class Graphs:

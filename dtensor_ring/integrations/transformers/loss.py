@@ -121,8 +121,12 @@ class ModelLoss:
         self._function = self._loss_of_model  # one object: every access to a method makes another
         self._undo: list[Callable[[], None]] = []
 
-    def install(self) -> None:
-        """Hook into the model: its loss function and head where they are ours, and routers."""
+    def install(self, ranks: int) -> None:
+        """Hook into the model, over so many ranks: its loss function and head where they are ours, and routers."""
+        if ranks > 1:
+            # Read by Trainer when it is given the model. It counts items once for each process, and would take a sum over them for
+            # that of all tokens: 1/ranks of the loss. Told so it passes no number of items, and the loss that it gets is whole.
+            self._replace(self._model, "accepts_loss_kwargs", value=False)
         base = self._model.base_model
         if base is not self._model and (self._asked.chunk is not None or has_router_loss(self._model)):
             handle: RemovableHandle = base.register_forward_pre_hook(self._before_base, with_kwargs=True)

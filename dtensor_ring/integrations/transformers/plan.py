@@ -214,6 +214,11 @@ class RingPlan(dict[str, ParallelStyle]):
             )
         return documents or self._documents
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether `paused` is on."""
+        return self._pause.on
+
     def describe(self) -> str:
         """What the plan does, in a few lines."""
         batch, attention = self._documents if self._is_packed else None, list(_attention_of(self._model))
@@ -228,8 +233,8 @@ class RingPlan(dict[str, ParallelStyle]):
         Raises:
             RuntimeError: the plan is not applied or paused already, or the model is in the middle of a forward pass.
         """
-        self._applied()
-        return self._pause.begin(self._take_off, self._put_on, self._marked)
+        mesh = self._applied()
+        return self._pause.begin(self._take_off, lambda: self._put_on(mesh), self._marked)
 
     def undo(self) -> None:
         """Gives the model back as it was: the attention implementation is restored, hooks and marks are removed."""
@@ -304,7 +309,7 @@ class RingPlan(dict[str, ParallelStyle]):
                 "this model shares its config object with one that is sequence parallel: give it its own, copy.deepcopy(config)"
             )
         self._warn_of_one_rank(mesh)
-        self._put_on()
+        self._put_on(mesh)
         self._mesh = mesh
         # Hooks and not another forward: signature and class of the model stay as they are, which Trainer and FSDP2 look at.
         self._handles = self._pause.hook() + self._surroundings.hook(mesh)
@@ -312,10 +317,10 @@ class RingPlan(dict[str, ParallelStyle]):
             setattr(attention, STATE, AttentionState(mesh, self._placement.layout, self._asked))
             self._marked.append(attention)
 
-    def _put_on(self) -> None:
+    def _put_on(self, mesh: DeviceMesh) -> None:
         """Changes the model, but for hooks and marks; `_take_off` changes it back, for good or for a pause."""
         self._model.set_attn_implementation(NAME)
-        self._loss.install()
+        self._loss.install(mesh.size())
 
     def _take_off(self) -> None:
         self._model.set_attn_implementation(self._before or "sdpa")
