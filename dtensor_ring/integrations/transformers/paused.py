@@ -28,12 +28,13 @@ class Pause:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model, self.on, self._is_running = model, False, False
 
-    def hook(self, enter: Callable[..., Any], leave: Callable[..., Any]) -> list[RemovableHandle]:
+    def hook(self, enter: Callable[..., Any], leave: Callable[..., Any], forget: Callable[[], None]) -> list[RemovableHandle]:
         """Registers the plan's hooks of the root, which rest in a pause, and one that sees forward passes end.
 
         Args:
             enter: a forward pre-hook with keywords.
             leave: a forward hook with keywords.
+            forget: called after each forward pass, also one that raised.
         """
 
         # They stay registered: put back after a pause, they would stand behind the hooks that FSDP2 has added since.
@@ -49,6 +50,7 @@ class Pause:
         @torch.compiler.disable
         def ended(*_call: object) -> None:
             self._is_running = False
+            forget()
 
         return [
             self._model.register_forward_pre_hook(begun, with_kwargs=True),

@@ -307,7 +307,7 @@ class RingPlan(dict[str, ParallelStyle]):
         self._put_on()
         self._mesh = mesh
         # Hooks and not another forward: signature and class of the model stay as they are, which Trainer and FSDP2 look at.
-        self._handles = self._pause.hook(self._enter, self._leave) + self._surroundings.hook(mesh)
+        self._handles = self._pause.hook(self._enter, self._leave, self._loss.forget) + self._surroundings.hook(mesh)
         for attention in _attention_of(self._model).values():
             setattr(attention, STATE, AttentionState(mesh, self._placement.layout, self._asked))
             self._marked.append(attention)
@@ -336,7 +336,7 @@ class RingPlan(dict[str, ParallelStyle]):
             check_call(self._model, given, tuple(inspect.signature(self._model.forward).parameters))
             own = take_own(self._model, given)
             if self._unshifted:
-                keep_from_shift(given)
+                keep_from_shift(self._model, given)
             documents = given.pop("documents", None)
             given.pop("cache_position", None)  # places in a cache, of which there is none
             length = sequence_length(given)
