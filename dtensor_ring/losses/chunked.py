@@ -115,7 +115,7 @@ def _exp_of_difference(x: Tensor, row: Tensor) -> Tensor:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, where total may be wider; on GPUs the product is not rounded to the narrow dtype in between."""
+    """Add left @ right to total, which may be wider; on GPUs the product is not rounded to the narrow dtype in between."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     elif total.is_cuda:

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from dtensor_ring.integrations.transformers.layer_call import NO_LOSS, LossCall
+from dtensor_ring.integrations.transformers.layer_call import NO_LOSS, LossCall, LossPass
 from dtensor_ring.integrations.transformers.loss_functions import (
     LossFunction,
     check_function,
@@ -112,34 +112,12 @@ def ask_loss(model: PreTrainedModel, loss: Loss, label_smoothing: float, z_loss:
     return asked
 
 
-@dataclass(slots=True)
-class _Pass:
-    """What one forward pass leaves for its later parts.
-
-    Attributes:
-        labels: of this rank's tokens, for the head.
-        losses: of the head, for the loss function.
-        was_called: the loss function was.
-    """
-
-    labels: Tensor | None = None
-    losses: Tensor | None = None
-    was_called: bool = False
-
-    def clear(self) -> None:
-        self.labels, self.losses, self.was_called = None, None, False
-
-    def __deepcopy__(self, _memo: object) -> _Pass:
-        # The hooks of a copied model are those of its original's plan, which asks here, while its head and loss function are copies.
-        return self
-
-
 class ModelLoss:
     """The loss of one model under one plan: installed on the model, asked before and after each of its forward passes."""
 
     def __init__(self, model: PreTrainedModel, asked: AskedLoss) -> None:
         self._model, self._asked = model, asked
-        self._pass = _Pass()
+        self._pass = LossPass()
         self._knows_tail = False
         self._checked: object = None
         self._function = self._loss_of_model  # one object: every access to a method makes another

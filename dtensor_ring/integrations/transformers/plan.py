@@ -217,7 +217,8 @@ class RingPlan(dict[str, ParallelStyle]):
     def describe(self) -> str:
         """What the plan does, in a few lines."""
         batch, attention = self._documents if self._is_packed else None, list(_attention_of(self._model))
-        return describe(self._model, self._placement, self._asked, attention, self._mesh, batch, str(self._asked_loss))
+        text = describe(self._model, self._placement, self._asked, attention, self._mesh, batch, str(self._asked_loss))
+        return f"{text}\n  dropout:   {self._surroundings.text}" + ("\n  paused: all of this rests" if self._pause.on else "")
 
     def paused(self) -> AbstractContextManager[None]:
         """A context in which the model is as without the plan: `with plan.paused(): model.generate(prompts)`, on every rank.
