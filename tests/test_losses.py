@@ -147,3 +147,18 @@ def dtensors_are_refused():
 
 def test_dtensors_are_refused(pools):
     pools.run(1, dtensors_are_refused)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("terms", TERMS, ids=str)
+def test_gpus_add_up_weight_gradients_of_sixteen_bits_without_rounding_each_chunk(terms):
+    tensors, labels, weights = ([x.cuda() for x in inputs(torch.bfloat16)[0]], *(x.cuda() for x in inputs(torch.bfloat16)[1:]))
+    exact = gradients(lambda *t: defined(*t, labels, terms), tensors, weights, torch.float64)
+    own = errors(gradients(lambda *t: from_whole_logits(*t, labels, terms), tensors, weights, torch.bfloat16), exact)
+    names = terms._asdict()
+    for chunk in (1, 7, WHOLE):
+        found = gradients(
+            lambda *t, c=chunk: chunked_cross_entropy(t[0], t[1], labels, t[2], chunk=c, **names), tensors, weights, torch.bfloat16
+        )
+        mine, limits = errors(found, exact), [1.3 * error + torch.finfo(torch.bfloat16).eps / 8 for error in own]
+        assert all(a <= b for a, b in zip(mine, limits, strict=True)), f"chunks of {chunk}: {mine} of {limits}"

@@ -118,7 +118,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left @ right to total, which may be wider; on GPUs the product is not rounded to the narrow dtype in between."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
-    elif total.is_cuda:
+    elif total.is_cuda and torch.version.hip is None:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total += left @ right  # rounded once for each chunk, as the product of all tokens is once

@@ -76,10 +76,11 @@ class LossPass:
     was_called: bool = False
 
     def clear(self) -> None:
+        """As before the pass."""
         self.labels, self.losses, self.was_called = None, None, False
 
     def __deepcopy__(self, _memo: object) -> LossPass:
-        # The hooks of a copied model are those of its original's plan, which asks here, while its head and loss function are copies.
+        # A copied model has the hooks of its original's plan, which asks here, and a head and loss function that are copies.
         return self
 
 
