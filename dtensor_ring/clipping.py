@@ -20,7 +20,7 @@ from dtensor_ring._torch import local_of
 
 
 def clip_gradients(
-    model: nn.Module | Iterable[nn.Parameter], max_norm: float, norm_type: float = 2.0, *, error_if_nonfinite: bool = False
+    model: nn.Module | Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2.0, *, error_if_nonfinite: bool = False
 ) -> Tensor:
     """Scale all gradients so that their norm is at most `max_norm`, in place: between `average_gradients` and `step`.
 
@@ -32,7 +32,7 @@ def clip_gradients(
     it or a part of it. Sends, for each mesh and way of placing, one number along each axis where a rank has a part.
 
     Args:
-        model: a module, or parameters; those without a gradient are left out.
+        model: a module, a parameter or several; those without a gradient are left out.
         max_norm: the largest norm.
         norm_type: the order of the norm; infinity for the largest element.
         error_if_nonfinite: refuse to clip by a norm that is infinite or NaN.
@@ -46,7 +46,8 @@ def clip_gradients(
     """
     if not max_norm >= 0:
         raise ValueError(f"max_norm is the largest norm that gradients may have, at least 0, found {max_norm}")
-    parameters = model.parameters() if isinstance(model, nn.Module) else model
+    # A tensor alone, as PyTorch's function takes it; its rows, over which it would be gone through, have no gradients.
+    parameters = model.parameters() if isinstance(model, nn.Module) else [model] if isinstance(model, Tensor) else model
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.tensor(0.0)

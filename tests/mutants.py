@@ -61,7 +61,7 @@ TESTS = {
     "losses/chunked.py": ["test_losses"],
     "losses/recomputed.py": ["test_losses"],
     "losses/terms.py": ["test_losses"],
-    "integrations/transformers/loss.py": ["test_model_loss", "test_loss_functions"],
+    "integrations/transformers/loss.py": ["test_model_loss", "test_loss_functions", "test_loss_states"],
     "integrations/transformers/loss_functions.py": ["test_loss_functions -k refused_by_name"],
     "integrations/transformers/router.py": ["test_model_loss -k load_balancing"],
     "planning/layout.py": ["test_layout", "test_schedule", "test_packing -k known"],

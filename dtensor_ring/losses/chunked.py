@@ -97,14 +97,29 @@ def _check_head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | N
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Tensor:
-    """Logits of a chunk in the wide dtype, a tensor of its own that may be written into."""
-    product = torch.nn.functional.linear(hidden, weight, bias)
-    x = product.to(accumulate_dtype(product.dtype))
+    """Logits of a chunk, a tensor of its own that may be written into; in the wide dtype where the model changes them."""
+    x = torch.nn.functional.linear(hidden, weight, bias)
+    if terms.scale == 1 and not terms.softcap:
+        return x  # widened where they are first read for something else: a copy less
+    x = x.to(accumulate_dtype(x.dtype))
     if terms.scale != 1:
         x.mul_(terms.scale)
     if terms.softcap:
         x.div_(terms.softcap).tanh_().mul_(terms.softcap)
     return x
+
+
+def _exp_of_difference(x: Tensor, row: Tensor) -> Tensor:
+    """exp(x - row[:, None]) in the dtype of `row`, in place where that is x's own."""
+    return (x.sub_(row[:, None]) if x.dtype == row.dtype else torch.sub(x, row[:, None])).exp_()
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to total, which may be wider."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right  # rounded once for each chunk, as the product of all tokens is once
 
 
 def _forward(
@@ -128,9 +143,10 @@ def _forward(
         for part in chunks(labels.shape[0], chunk):
             x = _logits(hidden[part].to(dtype), weight, bias, terms)
             skipped = labels[part] == IGNORED
-            own = x.gather(1, labels[part].masked_fill(skipped, 0)[:, None])[:, 0]
-            expected = own * (1 - label_smoothing) + x.mean(1) * label_smoothing if label_smoothing else own
-            lse[part] = x.logsumexp(1)
+            own = x.gather(1, labels[part].masked_fill(skipped, 0)[:, None])[:, 0].to(lse.dtype)
+            expected = own * (1 - label_smoothing) + x.mean(1, dtype=lse.dtype) * label_smoothing if label_smoothing else own
+            most = x.amax(1).to(lse.dtype)
+            lse[part] = _exp_of_difference(x, most).sum(1).log_().add_(most)
             loss = lse[part] - expected
             losses[part] = (loss + z_loss * lse[part].square() if z_loss else loss).masked_fill(skipped, 0)
             del x  # else the next chunk's logits are made while these are there
@@ -164,34 +180,32 @@ def _backward_of(
         for part in chunks(labels.shape[0], chunk):
             h = hidden[part].to(dtype)
             d = _logits(h, weight, bias, terms)
-            _to_gradient(d, labels[part], lse[part], dlosses[part], terms)
+            d, factor = _gradient(d, labels[part], lse[part], dlosses[part], terms)
             if wanted[2]:
-                dbias += d.sum(0)
-            d = d.to(dtype)
+                dbias.addmv_(d.T, factor)
+            d = torch.mul(d, factor[:, None], out=d if dtype == wide else d.new_empty(d.shape, dtype=dtype))
             if wanted[0]:
                 dhidden[part] = d @ weight
-            if wanted[1] and dtype == wide:
-                dweight.addmm_(d.T, h)
-            elif wanted[1]:
-                dweight += d.T @ h  # rounded once for each chunk, as the product of all tokens is once, and added up in float32
+            if wanted[1]:
+                _add_product(dweight, d.T, h)
             del d
     return dhidden, dweight.to(own_weight.dtype), dbias if own_bias is None else dbias.to(own_bias.dtype)
 
 
-def _to_gradient(x: Tensor, labels: Tensor, lse: Tensor, dlosses: Tensor, terms: Terms) -> None:
-    """Turns logits (n, V) into their gradient, in place: a second tensor of their size only for a softcap."""
+def _gradient(x: Tensor, labels: Tensor, lse: Tensor, dlosses: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
+    """Gradient of logits (n, V) in the wide dtype, and the factors (n) of its rows; x is written over, or too narrow."""
     skipped = labels == IGNORED
     slope = (x / terms.softcap).square_().neg_().add_(1) if terms.softcap else None
-    p = x.sub_(lse[:, None]).exp_()
+    p = _exp_of_difference(x, lse)
     if terms.z_loss:
         p.mul_(1 + 2 * terms.z_loss * lse[:, None])
     if terms.label_smoothing:
         p.sub_(terms.label_smoothing / x.shape[1])
     minus = p.new_full((1, 1), terms.label_smoothing - 1).expand(p.shape[0], 1)
     p.scatter_add_(1, labels.masked_fill(skipped, 0)[:, None], minus)
-    p.mul_((dlosses.masked_fill(skipped, 0) * terms.scale)[:, None])
     if slope is not None:
         p.mul_(slope)
+    return p, dlosses.masked_fill(skipped, 0) * terms.scale
 
 
 def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:

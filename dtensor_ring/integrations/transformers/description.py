@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from dtensor_ring.comm import transport_along
 from dtensor_ring.data.batch import GOOD_BALANCE, balance_remedy
+from dtensor_ring.integrations.transformers.token_loss import labels_are_unshifted
 from dtensor_ring.ops.arguments import Arguments
 from dtensor_ring.placements import SequencePlacement
 from dtensor_ring.planning.cost_model import CostModel
@@ -47,7 +48,7 @@ def describe(
             f"  stages:    {asked.stages or _stages(asked)}",
             f"  kernel:    {asked.kernel or 'the first that does not refuse'}",
             f"  transport: {transport}",
-            "  batch:     input_ids, inputs_embeds, position_ids and labels are cut; labels are shifted first",
+            f"  batch:     input_ids, inputs_embeds, position_ids and labels are cut; labels {_labels(model)}",
             f"  loss:      {loss}",
             "             mean over the whole batch; with num_items_in_batch this rank's sum / num_items_in_batch",
             "  gradients: to be averaged over the axis: fully_shard or DDP over it, or average_gradients(model, mesh)",
@@ -67,6 +68,10 @@ def reach_of(model: PreTrainedModel) -> int | None:
 def axis_text(mesh: DeviceMesh) -> str:
     """The name of a mesh of one axis, quoted."""
     return repr(mesh.mesh_dim_names[0]) if mesh.mesh_dim_names else "0"
+
+
+def _labels(model: PreTrainedModel) -> str:
+    return "stay with their tokens" if labels_are_unshifted(model) else "are shifted first"
 
 
 def _stages(asked: Arguments) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -58,6 +59,29 @@ class LossCall(NamedTuple):
 
 
 NO_LOSS = LossCall()
+
+
+@dataclass(slots=True)
+class LossPass:
+    """What one forward pass leaves for its later parts.
+
+    Attributes:
+        labels: of this rank's tokens, for the head.
+        losses: of the head, for the loss function.
+        was_called: the loss function was.
+    """
+
+    labels: Tensor | None = None
+    losses: Tensor | None = None
+    was_called: bool = False
+
+    def clear(self) -> None:
+        """As before the pass."""
+        self.labels, self.losses, self.was_called = None, None, False
+
+    def __deepcopy__(self, _memo: object) -> LossPass:
+        # A copied model has the hooks of its original's plan, which asks here, and a head and loss function that are copies.
+        return self
 
 
 def read_layer_call(

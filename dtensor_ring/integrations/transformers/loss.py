@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from dtensor_ring.integrations.transformers.layer_call import NO_LOSS, LossCall
+from dtensor_ring.integrations.transformers.layer_call import NO_LOSS, LossCall, LossPass
 from dtensor_ring.integrations.transformers.loss_functions import (
     LossFunction,
     check_function,
@@ -32,6 +32,7 @@ from dtensor_ring.integrations.transformers.loss_functions import (
 )
 from dtensor_ring.integrations.transformers.outputs import SumOverRanks
 from dtensor_ring.integrations.transformers.router import asks_for_router, has_router_loss, router_loss
+from dtensor_ring.integrations.transformers.token_loss import labels_are_unshifted
 from dtensor_ring.losses import Terms, check_terms, chunk_tokens, chunked_cross_entropy, chunked_losses, token_losses
 
 LossName = Literal["model", "chunked"]
@@ -87,6 +88,12 @@ def ask_loss(model: PreTrainedModel, loss: Loss, label_smoothing: float, z_loss:
         asked = AskedLoss(asked.function, terms, chunk_tokens(model.config.vocab_size, chunk))
     if not asked.is_ours:
         return asked
+    if labels_are_unshifted(model):
+        raise NotImplementedError(
+            f"loss={asked} of a {type(model).__name__}, whose labels stay with their tokens: it is for heads that predict the next "
+            "token, *ForCausalLM. Leave loss, loss_chunk, label_smoothing and z_loss out, or compute the loss from the logits, "
+            "plan.global_loss"
+        )
     if asked.function is not None and (label_smoothing or z_loss):
         raise ValueError(
             f"label_smoothing and z_loss are of cross entropy, and loss is {_name(asked.function)}: leave them out, and compute "
@@ -106,16 +113,11 @@ def ask_loss(model: PreTrainedModel, loss: Loss, label_smoothing: float, z_loss:
 
 
 class ModelLoss:
-    """The loss of one model under one plan: installed on the model, asked before and after each of its forward passes.
-
-    Within a forward pass it holds the labels of the batch for the head, and the losses of the head for the loss function.
-    """
+    """The loss of one model under one plan: installed on the model, asked before and after each of its forward passes."""
 
     def __init__(self, model: PreTrainedModel, asked: AskedLoss) -> None:
         self._model, self._asked = model, asked
-        self._labels: Tensor | None = None
-        self._losses: Tensor | None = None
-        self._was_called = False
+        self._pass = LossPass()
         self._knows_tail = False
         self._checked: object = None
         self._function = self._loss_of_model  # one object: every access to a method makes another
@@ -145,6 +147,10 @@ class ModelLoss:
         while self._undo:
             self._undo.pop()()
 
+    def forget(self) -> None:
+        """After a forward pass, also one that raised: a head that is called next by itself gives logits."""
+        self._pass.clear()
+
     def _replace(self, module: nn.Module, name: str, value: object) -> None:
         before = vars(module).get(name)
         setattr(module, name, value)
@@ -167,12 +173,24 @@ class ModelLoss:
                 f"the loss function of this parallelized {type(self._model).__name__} was changed to {_name(current)}, where the "
                 f"plan had set its own ({self._asked}): pass it as loss= of ring_plan"
             )
+        if self._asked.chunk is not None:
+            self._check_head()
         tried = self._asked.function if self._asked.is_ours else _own_function(self._model)
         if tried is None or tried is self._checked:
             return
         check = check_function if self._asked.is_ours else check_model_function
         check(tried, f"loss function {_name(tried)}", self._model.config.vocab_size, next(self._model.parameters()).device)
         self._checked = tried
+
+    def _check_head(self) -> None:
+        # A module around the head, such as one with adapters, would add whole logits to those of no tokens.
+        now: Any = self._model.get_output_embeddings()
+        if now is not self._head and {id(p) for p in now.parameters()} != {id(p) for p in self._head.parameters()}:
+            raise RuntimeError(
+                f"the head of this parallelized {type(self._model).__name__} was changed to a {type(now).__name__} after the plan "
+                "was applied, and its losses in chunks are those of the head before: change the head (adapters, a resized "
+                "vocabulary) first, then apply the plan; now undo() it, and apply it again"
+            )
 
     def enter(self, arguments: Mapping[str, Any], batch: dict[str, Any], count: Tensor | None, mask: Tensor | None) -> LossCall:
         """Before the model runs: changes what it is called with, and returns what `leave` needs.
@@ -183,7 +201,7 @@ class ModelLoss:
             count: labels that count in the whole batch, None without labels.
             mask: (B, S/W), this rank's part of the attention mask, or None.
         """
-        self._losses, self._was_called = None, False
+        self._pass.clear()
         labels = batch.get("labels")
         # The model is to return this rank's sum of losses, which it does where it is to divide by 1; `leave` makes the mean of it.
         # A mean of each rank's own labels, averaged over ranks, would weigh labels by how few there are on their rank.
@@ -192,7 +210,6 @@ class ModelLoss:
         elif count is not None:
             batch["num_items_in_batch"] = 1
         chunked = self._asked.chunk is not None and labels is not None
-        self._labels = None
         router = asks_for_router(self._model, arguments)
         as_tuple = False
         if router and has_router_loss(self._model):
@@ -209,7 +226,7 @@ class ModelLoss:
         # From the keywords of the call, since compilers take what hangs on a module to be of one shape for ever.
         batch = kwargs.get("ring_batch")
         call: LossCall = NO_LOSS if batch is None else batch.loss
-        self._labels = call.labels
+        self._pass.labels = call.labels
         # The model with the head was not told so: it would compute a loss of this rank's tokens alone.
         return args, {**kwargs, "output_router_logits": True} if call.router else kwargs
 
@@ -219,8 +236,7 @@ class ModelLoss:
         Raises:
             NotImplementedError: the model computed a loss past the plan's.
         """
-        if call.has_labels and self._asked.is_ours and not self._was_called:
-            self._labels = None
+        if call.has_labels and self._asked.is_ours and not self._pass.was_called:
             raise NotImplementedError(
                 f"{type(self._model).__name__} computed its loss without its head or loss function, as forward passes with a "
                 f"fused loss do (Liger's, for one), so that the plan's ({self._asked}) was not computed: turn that off "
@@ -257,9 +273,9 @@ class ModelLoss:
     ) -> Tensor:
         """The model's loss function: this rank's sum of losses / num_items_in_batch."""
         assert shift_labels is not None, "the batch was cut with its labels"
-        self._was_called = True
-        if self._losses is not None:
-            losses, self._losses = self._losses, None
+        self._pass.was_called = True
+        if self._pass.losses is not None:
+            losses, self._pass.losses = self._pass.losses, None
             self._check_tail(logits)
             # Zero, but autograd goes through the logits of the head, where FSDP2 waits to gather its weight.
             total = losses.sum() + logits[:, :0].sum()
@@ -277,7 +293,7 @@ class ModelLoss:
 
     def _losses_of_head(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
         """The head's forward: with labels waiting their losses are set aside, and logits of no tokens returned."""
-        labels, self._labels = self._labels, None
+        labels, self._pass.labels = self._pass.labels, None
         if labels is None:
             return self._logits_of(hidden, *args, **kwargs)
         head, terms, chunk = self._head, self._asked.terms, self._asked.chunk
@@ -292,7 +308,7 @@ class ModelLoss:
             each = chunked_cross_entropy(hidden, head.weight, labels, head.bias, **terms._asdict(), chunk=chunk)
         else:
             each = chunked_losses(self._of_chunk, hidden, labels, list(head.parameters()), chunk)
-        self._losses = each
+        self._pass.losses = each
         # No tokens, but made of the losses: see `_loss_of_model`. No view, of which FSDP2 warns. A probe is of one token.
         none = each.flatten()[:0].view(0, 1, 1).expand(0, labels.shape[0], self._model.config.vocab_size).transpose(0, 1)
         return (none.clone() if self._skips_probe() else torch.cat([none, _probe(none)], 1)).to(hidden.dtype)
@@ -340,9 +356,9 @@ def _tail_of(model: PreTrainedModel) -> tuple[float, float]:
 
 
 def _own_function(model: PreTrainedModel) -> Callable[..., Tensor] | None:
-    """A loss function that is not transformers' causal one."""
+    """A loss function that is neither transformers' causal one nor a plan's, whose model no second plan can be applied to."""
     function = getattr(model, "loss_function", ForCausalLMLoss)
-    return None if function is ForCausalLMLoss else function
+    return None if function is ForCausalLMLoss or isinstance(getattr(function, "__self__", None), ModelLoss) else function
 
 
 def _probe(like: Tensor) -> Tensor:

@@ -29,9 +29,15 @@ class Pause:
         """For the plan whose hooks of the root are `enter`, before a forward pass, and `leave`, after it, both with keywords."""
         self._model, self._enter, self._leave = model, enter, leave
         self.on, self._is_running = False, False
+        self._forget: Callable[[], None] = lambda: None
 
-    def hook(self) -> list[RemovableHandle]:
-        """Registers the plan's hooks of the root, which rest in a pause, and one that sees forward passes end."""
+    def hook(self, forget: Callable[[], None]) -> list[RemovableHandle]:
+        """Registers the plan's hooks of the root, which rest in a pause, and one that sees forward passes end.
+
+        Args:
+            forget: called after each forward pass, also one that raised.
+        """
+        self._forget = forget
         # They stay registered: put back after a pause, they would stand behind the hooks that FSDP2 has added since. Methods, and
         # no functions made here: those of a copied model must belong to the copy.
         return [
@@ -52,6 +58,7 @@ class Pause:
     @torch.compiler.disable
     def _ended(self, *_call: object) -> None:
         self._is_running = False
+        self._forget()
 
     def check_over(self) -> None:
         """Raises RuntimeError in a pause."""

@@ -222,7 +222,8 @@ class RingPlan(dict[str, ParallelStyle]):
     def describe(self) -> str:
         """What the plan does, in a few lines."""
         batch, attention = self._documents if self._is_packed else None, list(_attention_of(self._model))
-        return describe(self._model, self._placement, self._asked, attention, self._mesh, batch, str(self._asked_loss))
+        text = describe(self._model, self._placement, self._asked, attention, self._mesh, batch, str(self._asked_loss))
+        return f"{text}\n  dropout:   {self._surroundings.text}" + ("\n  paused: all of this rests" if self._pause.on else "")
 
     def paused(self) -> AbstractContextManager[None]:
         """A context in which the model is as without the plan: `with plan.paused(): model.generate(prompts)`, on every rank.
@@ -312,7 +313,7 @@ class RingPlan(dict[str, ParallelStyle]):
         self._put_on(mesh)
         self._mesh = mesh
         # Hooks and not another forward: signature and class of the model stay as they are, which Trainer and FSDP2 look at.
-        self._handles = self._pause.hook() + self._surroundings.hook(mesh)
+        self._handles = self._pause.hook(self._loss.forget) + self._surroundings.hook(mesh)
         for attention in _attention_of(self._model).values():
             setattr(attention, STATE, AttentionState(mesh, self._placement.layout, self._asked))
             self._marked.append(attention)
@@ -341,7 +342,7 @@ class RingPlan(dict[str, ParallelStyle]):
             check_call(self._model, given, tuple(inspect.signature(self._model.forward).parameters))
             own = take_own(self._model, given)
             if self._unshifted:
-                keep_from_shift(given)
+                keep_from_shift(self._model, given)
             documents = given.pop("documents", None)
             given.pop("cache_position", None)  # places in a cache, of which there is none
             length = sequence_length(given)

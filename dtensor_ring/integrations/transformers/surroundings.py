@@ -35,6 +35,13 @@ class Surroundings:
         self._length = WholeLength(lambda: model.config._attn_implementation == NAME)
         self._stream: RankStream | None = None
 
+    @property
+    def text(self) -> str:
+        """For `RingPlan.describe`."""
+        return {"same": "as the ranks' seeds say", "per_rank": "outside of attention from a stream of each rank's own"}[
+            self._dropout
+        ]
+
     def hook(self, mesh: DeviceMesh) -> list[RemovableHandle]:
         """Hook into the model for one mesh axis, after the plan's own hooks; the handles undo it."""
         # One rank alone drops what it drops without a plan.

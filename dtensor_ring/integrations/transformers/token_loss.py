@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING
 
 from dtensor_ring.data.batch import IGNORED, ShardedBatch
 from dtensor_ring.integrations.transformers.outputs import SumOverRanks
@@ -27,17 +29,30 @@ def labels_are_unshifted(model: nn.Module) -> bool:
     return type(model).__name__.endswith(HEADS)
 
 
-def keep_from_shift(batch: dict[str, Any]) -> None:
+def _check_no_function(model: PreTrainedModel) -> None:
+    """Raises NotImplementedError for a loss function of one's own: the plan computes the loss, and would pass it by."""
+    function: Any = getattr(model, "loss_function", None)
+    if function is not None and function not in LOSS_MAPPING.values():
+        raise NotImplementedError(
+            f"the loss function of this {type(model).__name__} is {getattr(function, '__qualname__', function)}, and the plan "
+            "computes cross entropy from the logits of such a head: leave the labels out of the call, and compute the loss from "
+            "the logits, plan.global_loss"
+        )
+
+
+def keep_from_shift(model: PreTrainedModel, batch: dict[str, Any]) -> None:
     """Rename `labels` (B, S) of a whole batch, in place, to the name under which they are cut without a shift.
 
     Raises:
         ValueError: `shift_labels` are given, which such a model has not; or a label that is not -100 at padding.
+        NotImplementedError: the model has a loss function of one's own.
     """
     if batch.get("shift_labels") is not None:
         raise ValueError("shift_labels are labels of the next token, which this model does not predict: pass labels")
     labels, mask = batch.pop("labels", None), batch.get("attention_mask")
     if labels is None:
         return
+    _check_no_function(model)
     if isinstance(mask, Tensor) and mask.shape == labels.shape:
         counted = int(((mask == 0) & (labels != IGNORED)).sum())
         if counted:
