@@ -35,7 +35,10 @@ from dtensor_ring.tools.verify_arguments import add_arguments as add_verify_argu
 _LENGTH = 64
 _UNITS = {"": 1, "k": 1000, "M": 1000**2, "G": 1000**3, "Ki": 1024, "Mi": 1024**2, "Gi": 1024**3}
 
-_ABOUT = "Look at plans of attention, what training takes, kernels and transports; verify models."
+_ABOUT = """\
+Look at plans of attention, what training takes, kernels and transports; verify
+models.
+"""
 _EXAMPLES = """\
 examples:
   python -m dtensor_ring plan --layout zigzag --world 4 --length 64
