@@ -233,6 +233,7 @@ def test_time_counts_what_travels_and_what_attention_skips():
         ({"batch": 1.5}, "found batch=1.5"),
         ({"checkpoint": "some"}, "checkpoint='some': use one of 'none', 'full', 'attention'"),
         ({"parallel": "ddp", "precision": "mixed"}, "precision='mixed' is FSDP2's policy"),
+        ({"mesh": {"cp": 3}, "strategy": "ulysses"}, "4 query and 2 key heads cannot be shared by 3 ranks"),
         ({"loss_chunk": 128}, "loss_chunk=128 is of loss='chunked', found loss='whole'"),
         ({"device": "b200"}, "no figures of device 'b200'"),
         ({"kernel": "cudnn"}, "kernel='cudnn' is for times: name a device"),
