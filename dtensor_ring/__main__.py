@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dtensor_ring", description=_ABOUT, epilog=_EXAMPLES, formatter_class=_formatter
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     planning = commands.add_parser(
         "plan",
         help="who holds what, what each step computes and sends, work and balance",
