@@ -35,7 +35,10 @@ from dtensor_ring.tools.verify_arguments import add_arguments as add_verify_argu
 _LENGTH = 64
 _UNITS = {"": 1, "k": 1000, "M": 1000**2, "G": 1000**3, "Ki": 1024, "Mi": 1024**2, "Gi": 1024**3}
 
-_ABOUT = "Plans of attention, what training takes, kernels, transports; verify models."
+_ABOUT = """\
+Look at plans of attention, what training takes, kernels and transports; verify
+models.
+"""
 _EXAMPLES = """\
 examples:
   python -m dtensor_ring plan --layout zigzag --world 4 --length 64
@@ -79,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dtensor_ring", description=_ABOUT, epilog=_EXAMPLES, formatter_class=_formatter
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     planning = commands.add_parser(
         "plan",
         help="who holds what, what each step computes and sends, work and balance",

@@ -158,10 +158,11 @@ def test_every_line_about_documents_has_at_most_80_columns(capsys, layout, strat
         assert_narrow(lines_of(capsys, "plan", *arguments, "--rank", str(world - 1)))
 
 
+COMMANDS = ("plan", "estimate", "kernels", "transports", "verify", "calibrate")
+
+
 @pytest.mark.parametrize("width", ["40", "80", "200"])
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["plan", "--help"], ["kernels", "--help"], ["transports", "--help"], ["verify", "--help"]]
-)
+@pytest.mark.parametrize("arguments", [[*command, "--help"] for command in ([], *([name] for name in COMMANDS))])
 def test_help_has_at_most_80_columns_on_every_terminal(capsys, monkeypatch, arguments, width):
     monkeypatch.setenv("COLUMNS", width)
     with pytest.raises(SystemExit):

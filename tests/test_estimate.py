@@ -42,6 +42,7 @@ CONFIG = {
     "num_key_value_heads": 2,
     "vocab_size": 256,
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 
 
 def free(_window):
@@ -232,6 +233,7 @@ def test_time_counts_what_travels_and_what_attention_skips():
         ({"batch": 1.5}, "found batch=1.5"),
         ({"checkpoint": "some"}, "checkpoint='some': use one of 'none', 'full', 'attention'"),
         ({"parallel": "ddp", "precision": "mixed"}, "precision='mixed' is FSDP2's policy"),
+        ({"mesh": {"cp": 3}, "strategy": "ulysses"}, "4 query and 2 key heads cannot be shared by 3 ranks"),
         ({"loss_chunk": 128}, "loss_chunk=128 is of loss='chunked', found loss='whole'"),
         ({"device": "b200"}, "no figures of device 'b200'"),
         ({"kernel": "cudnn"}, "kernel='cudnn' is for times: name a device"),
@@ -242,6 +244,10 @@ def test_time_counts_what_travels_and_what_attention_skips():
         ({"model": {"model_type": "llama"}}, "the config has no num_hidden_layers"),
         ({"model": {**CONFIG, "num_key_value_heads": 3}}, "the 3 key heads of a config must divide its 4 query heads"),
         ({"model": {**CONFIG, "layer_types": ["mamba", "full_attention"]}}, "found ['mamba']"),
+        ({"model": {**CONFIG, "layer_types": 5}}, "layer_types of a config is a list, found 5"),
+        ({"model": {**CONFIG, "sliding_window": "x"}}, "sliding_window of a config is a whole number above 0, found 'x'"),
+        ({"model": {**CONFIG, **EXPERTS, "decoder_sparse_step": 0}}, "decoder_sparse_step of a config is a whole number"),
+        ({"model": {**CONFIG, **EXPERTS, "mlp_only_layers": 3}}, "mlp_only_layers of a config is a list, found 3"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_numbers(arguments, text):
@@ -269,6 +275,9 @@ def test_the_command_prints_what_the_function_returns(capsys):
     assert f"peak: {found.peak / 2**30:.2f} GiB, in backward, layer" in printed
     assert main(["estimate", *told, "--device", "h100", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(found.facts()))
+    with pytest.raises(SystemExit, match="2"):  # 0 is no length, and not the default either
+        main(["estimate", "--model", "llama-3.1-8b", "--length", "0"])
+    assert "found length=0" in capsys.readouterr().err
     for wrong in (["--mesh", "cp"], ["--mesh", "cp=2,cp=2"], ["--model", "nothing"], ["--length", "x"]):
         with pytest.raises(SystemExit, match="2"):
             main(["estimate", *told, *wrong])

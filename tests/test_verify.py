@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from unittest.mock import patch
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from helpers import PLACEMENTS, grid, line, refused, slow
 from test_families import EXPERT_FAMILIES, FAMILIES, ONLY_EAGER
 from torch import nn
@@ -382,8 +384,47 @@ def sharded_weights():
     for parameter, value in zip(model.parameters(), before, strict=True):
         assert torch.equal(parameter.to_local(), value)
         assert parameter.grad is None
+    if world > 2:  # other numbers of passes would leave ranks waiting for weights
+        kinds = make_batch(packed=dist.get_rank() < 2)
+        refused(lambda: verify(model, kinds, cp, plan=plan, edge_cases=False), ValueError, "must run as many passes")
     with in_one_layer(model, scaled_badly):
         assert verify(model, batch, cp, plan=plan, edge_cases=False).first_difference.module == ATTENTION
+
+
+def small_bert(head: str):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return getattr(transformers, f"BertFor{head}")(transformers.BertConfig(vocab_size=48, num_labels=48, **sizes))
+
+
+def heads_wrappers_and_losses():
+    """Labels that are not shifted, also inside of PEFT; a loss in chunks; and losses that one process has not."""
+    mesh, batch = line(), make_batch(packed=False)
+    adapters = peft.LoraConfig(target_modules=["query"], init_lora_weights=False)
+    for model in (small_bert("TokenClassification"), peft.get_peft_model(small_bert("MaskedLM"), adapters)):
+        found = verify(model, batch, mesh, edge_cases=False)
+        assert found.ok, str(found)
+        assert found.row("labels that count").left_out is None
+    model = make_model()
+    found = verify(model, batch, mesh, plan=ring_plan(model, loss="chunked"), edge_cases=False)
+    assert found.ok, str(found)
+    assert found.row("labels of each rank").left_out is None
+    for asked in ({"label_smoothing": 0.1}, {"z_loss": 1e-3}):
+        refused(lambda asked=asked: verify(model, batch, mesh, plan=ring_plan(model, **asked)), NotImplementedError, "another")
+
+
+def weights_that_are_nan_on_one_rank():
+    """That rank's own run gives NaN and the other's a number: both go on, and write the same."""
+    model = make_model()
+    if dist.get_rank():
+        with torch.no_grad():
+            model.model.norm.weight[3] = torch.nan
+    found = verify(model, make_batch(packed=False), line())
+    assert not found.ok
+    assert found.row("loss").note == "one process itself gives nan"
+    told = [None] * dist.get_world_size()
+    dist.all_gather_object(told, [(row.name, row.verdict) for row in found.rows])
+    assert told[0] == told[1]
 
 
 def calls_that_are_refused():
@@ -407,7 +448,11 @@ def in_one_call(names):
 
 
 def test_a_part_that_mixes_tokens_and_weights_that_differ_are_named(pools):
-    pools.run(2, in_one_call, ("convolution", "other_weights"))
+    pools.run(2, in_one_call, ("convolution", "other_weights", "weights_that_are_nan_on_one_rank"))
+
+
+def test_heads_wrappers_and_losses_are_verified_or_refused(pools):
+    pools.run(2, in_one_call, ("heads_wrappers_and_losses",))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -473,6 +518,15 @@ def test_weights_of_a_folder_are_read(tmp_path):
     random = verify_command.load(options_of("--model", str(tmp_path / "config.json"), "--seed", "3"))
     assert len(random.model.layers) == 2
     assert not torch.equal(random.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+def test_a_config_of_an_encoder_gets_a_masked_head_and_what_is_no_config_is_refused(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(small_bert("MaskedLM").config.to_dict()))
+    assert type(verify_command.load(options_of("--model", str(path), "--layers", "1"))).__name__ == "BertForMaskedLM"
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"config.json holds no JSON"):
+        verify_command.load(options_of("--model", str(path)))
 
 
 @pytest.mark.parametrize(

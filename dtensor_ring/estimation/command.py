@@ -78,7 +78,9 @@ def run(options: argparse.Namespace) -> str:
 
 def _estimate(options: argparse.Namespace) -> Estimate:
     documents = None if options.documents is None else Documents.from_lengths(options.documents)
-    length = options.length or (8192 if documents is None else documents.length)
+    length = options.length
+    if length is None:
+        length = 8192 if documents is None else documents.length
     model = None
     if options.cost_model is not None:
         try:

@@ -22,6 +22,7 @@ from dtensor_ring.planning.cost_model import CostModel, Link
 from dtensor_ring.planning.costs import AttentionShape, costs
 from dtensor_ring.planning.devices import CHIPS, KNOWN
 from dtensor_ring.planning.documents import Documents
+from dtensor_ring.planning.head_sharing import refuses
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band, mask_text
 from dtensor_ring.planning.predict import Predictor, Seconds
@@ -105,6 +106,9 @@ def estimate(
     if parallel != "fsdp" and precision == "mixed":
         raise ValueError(f"precision='mixed' is FSDP2's policy: use parallel='fsdp', or precision='bf16' with {parallel!r}")
     cp, tp = axes["cp"], axes["tp"]
+    reason = refuses(cp, shape.heads // tp, shape.kv_heads // tp) if strategy == "ulysses" else None
+    if reason is not None:
+        raise ValueError(reason)
     packed = None if documents is None else Documents.of(documents, length)
     laid_out = Layout.parse(layout)
     if laid_out.cut and (packed is None or packed.rows != 1):

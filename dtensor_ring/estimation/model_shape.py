@@ -233,6 +233,13 @@ class _Fields:
             raise ValueError(f"{names[0]} of a config is a whole number above 0, found {value!r}")
         return value
 
+    def list_of(self, name: str) -> list[Any] | None:
+        """A list; None where the config has none."""
+        value = self.given.get(name)
+        if value is not None and not isinstance(value, (list, tuple)):
+            raise ValueError(f"{name} of a config is a list, found {value!r}")
+        return None if value is None else list(value)
+
     def flag(self, name: str, default: bool = False) -> bool:
         value = self.get(name)
         return default if value is None else bool(value)
@@ -293,24 +300,29 @@ def _experts(read: _Fields, model_type: str) -> Experts | None:
 
 
 def _is_sparse(read: _Fields, layer: int) -> bool:
-    step = read.get("decoder_sparse_step")
-    return layer not in (read.get("mlp_only_layers") or ()) and (layer + 1) % (1 if step is None else step) == 0
+    return layer not in (read.list_of("mlp_only_layers") or ()) and (layer + 1) % read.size("decoder_sparse_step", default=1) == 0
 
 
 def _windows(read: _Fields, model_type: str, layers: int) -> tuple[int, ...]:
     """The tokens that a query of each layer sees."""
-    window, types = read.get("sliding_window"), read.given.get("layer_types")
+    window, types = read.get("sliding_window"), read.list_of("layer_types")
+    if window:
+        read.size("sliding_window")
     if types is not None:
         odd = sorted({str(each) for each in types} - {"full_attention", "sliding_attention"})
         if odd or len(types) < layers:
             raise ValueError(f"layer_types of a config are full_attention or sliding_attention, one a layer, found {odd or types}")
         slides = [each == "sliding_attention" for each in types[:layers]]
     elif read.get("every"):
-        every = read.get("sliding_window_pattern") or read.get("every")
+        every = read.size("sliding_window_pattern", "every")
         slides = [(layer + 1) % every != 0 for layer in range(layers)]
     elif read.given.get("use_sliding_window") is False or model_type.startswith("qwen"):
-        first = read.get("max_window_layers") if read.flag("use_sliding_window") else layers
-        slides = [layer >= (28 if first is None else first) for layer in range(layers)]
+        first = layers
+        if read.flag("use_sliding_window") and read.get("max_window_layers") != 0:  # 0: every layer has a window
+            first = read.size("max_window_layers", default=28)
+        elif read.flag("use_sliding_window"):
+            first = 0
+        slides = [layer >= first for layer in range(layers)]
     else:
         # A config that says null has no window, though its class has a default.
         slides = [read.given.get("sliding_window", window) is not None] * layers

@@ -146,11 +146,6 @@ class Case:
         return [list(split.tokens(self.length, world, rank)) for rank in range(world)]
 
 
-def is_shifted(model: PreTrainedModel) -> bool:
-    """Whether the model's loss takes the label of the next token."""
-    return not type(model).__name__.endswith("ForMaskedLM")
-
-
 def with_labels(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The batch, with its tokens as labels where it has none and the model computes a loss."""
     given = {key: value for key, value in batch.items() if value is not None}

@@ -14,10 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 from transformers.utils import logging
 
 from dtensor_ring._register import register
+from dtensor_ring.comm import transport_along
+from dtensor_ring.comm.rank_checks import refused_together
 from dtensor_ring.integrations.verify.verifying import verify
 from dtensor_ring.placements import Contiguous, SequencePlacement, Stripe, Zigzag
 from dtensor_ring.planning.documents import Documents
@@ -50,12 +52,10 @@ def run(options: argparse.Namespace) -> Answer | None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return _under_torchrun(options)
     world = options.cp or 2
-    context = multiprocessing.get_context("spawn")
-    answers = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         started = multiprocessing.start_processes(
             _work,
-            (world, f"file://{folder}/meeting", options, answers),
+            (world, folder, options),
             nprocs=world,
             join=False,
             daemon=True,
@@ -64,7 +64,8 @@ def run(options: argparse.Namespace) -> Answer | None:
         assert started is not None, "processes that are not joined are returned"
         while not started.join():
             pass
-    found: list[Answer] = [answers.get() for _ in range(world)]
+        # Files, and no pipe: nobody reads before all have ended, and the tables of many ranks would fill a pipe.
+        found = [Answer(*json.loads((Path(folder) / str(rank)).read_text())) for rank in range(world)]
     return next((answer for answer in found if answer.refused), found[0])
 
 
@@ -93,10 +94,10 @@ def _under_torchrun(options: argparse.Namespace) -> Answer | None:
         dist.destroy_process_group()
 
 
-def _work(rank: int, world: int, meeting: str, options: argparse.Namespace, answers: multiprocessing.SimpleQueue[Answer]) -> None:
+def _work(rank: int, world: int, folder: str, options: argparse.Namespace) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
-    answers.put(_answer(options))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+    (Path(folder) / str(rank)).write_text(json.dumps(_answer(options)))
     # Nobody leaves while another still asks for its part of a verdict or of an error.
     dist.barrier()
     dist.destroy_process_group()
@@ -120,9 +121,14 @@ def verified(options: argparse.Namespace) -> Verification:
     """As `verify`, on a rank, of what the options name."""
     world = dist.get_world_size()
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("cp",))
-    model = load(options)
-    length = options.length or 64 * world
-    batch = make_batch(model, options, length)
+    transport = transport_along(mesh)
+    with refused_together(lambda: [transport]):  # one host of several may lack the file
+        try:
+            model = load(options)
+        except OSError as failure:  # in a class that is told to other ranks
+            raise ValueError(str(failure)) from failure
+        length = options.length or 64 * world
+        batch = make_batch(model, options, length)
     return verify(
         model,
         batch,
@@ -143,23 +149,34 @@ def load(options: argparse.Namespace) -> PreTrainedModel:
     elif path.is_dir() and not (path / "config.json").exists():
         raise ValueError(f"--model {path}: no config.json in this folder. Give a model's folder, a config.json or a .gguf file")
     if path.is_file() and not source:
-        values = json.loads(path.read_text())
-        if "model_type" not in values:
+        try:
+            values = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"--model {path} holds no JSON: {error}") from error
+        if not isinstance(values, dict) or "model_type" not in values:
             raise ValueError(f"--model {path}: not a config of transformers, which names its model_type")
         config: Any = AutoConfig.for_model(**values)
     else:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, **source)
-    _shorten(config, options.layers)
+    _shorten(config.get_text_config(), options.layers)
     # One process is the measure, and transformers' sdpa knows neither the softcaps of some models nor the sinks of others.
     chosen: dict[str, Any] = {"dtype": getattr(torch, options.dtype), "attn_implementation": "eager"}
     has_weights = bool(source) or (path.is_dir() and any(next(path.glob(end), None) for end in ("*.safetensors", "*.bin")))
     if has_weights:
-        model = AutoModelForCausalLM.from_pretrained(folder, config=config, local_files_only=True, **chosen, **source)
+        model = _class_for(config).from_pretrained(folder, config=config, local_files_only=True, **chosen, **source)
         if source:
             del model.config.quantization_config  # the weights are of the dtype now
         return model
     torch.manual_seed(options.seed)  # the same weights on every rank
-    return AutoModelForCausalLM.from_config(config, **chosen)
+    return _class_for(config).from_config(config, **chosen)
+
+
+def _class_for(config: Any) -> Any:  # noqa: ANN401
+    """The auto class of a config: encoders such as BERT have a masked-LM head unless they say that they are decoders."""
+    causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ())
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not causal and not getattr(config, "is_decoder", False):
+        return AutoModelForMaskedLM
+    return AutoModelForCausalLM
 
 
 def _shorten(config: Any, layers: int | None) -> None:  # noqa: ANN401

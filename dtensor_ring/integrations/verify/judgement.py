@@ -47,8 +47,8 @@ class Judge:
             unit: the least error of such a number, relative.
         """
         moved = max((abs(each - wanted) for each in own), default=0.0)
-        size, moved = self._ranks.most({"": (abs(value - wanted), moved)})[""]
-        return relative(size, abs(wanted)), tolerance(moved, abs(wanted), unit)
+        size, moved, scale, unit = self._ranks.most({"": (abs(value - wanted), moved, abs(wanted), unit)})[""]
+        return relative(size, scale), tolerance(moved, scale, unit)
 
     def modules(self, compared: Compared, tokens: Sequence[int]) -> tuple[list[Judged], list[Judged]]:
         """Outputs in the order in which modules end, and their gradients in that of backward.

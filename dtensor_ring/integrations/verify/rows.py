@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from dtensor_ring._torch import local_of
 from dtensor_ring.comm.rank_checks import checksum
 from dtensor_ring.data.batch import IGNORED
-from dtensor_ring.integrations.transformers.attention import STATE, AttentionState
+from dtensor_ring.integrations.transformers.attention import KEYWORD, STATE, AttentionState, RingBatch
 from dtensor_ring.integrations.transformers.plan import RingPlan
 from dtensor_ring.integrations.verify.batches import LABELS, Case, changes, padded_for, without_labels_of
 from dtensor_ring.integrations.verify.judgement import Judge, Pair
@@ -127,6 +127,10 @@ class Verifier:
         """Which tokens, positions and labels each rank got, and in which layout its layers attend."""
         case, share, mine = pair.case, pair.ring.share or {}, self._runner.tokens(pair.case)
         key = "shift_labels" if case.shifted else "labels"
+        held = share.get(KEYWORD)
+        if key not in share and isinstance(held, RingBatch):  # labels that the plan keeps, and does not pass on to the model
+            kept = held.loss.labels if held.targets is None else held.targets.labels
+            share = share if kept is None else {**share, key: kept}
         targets, labels = case.targets(), share.get(key)
         wrong = {
             "tokens": _apart(share, case.given, ("input_ids", "inputs_embeds"), mine),
@@ -157,11 +161,15 @@ class Verifier:
 
     def _number(self, name: str, pair: Pair, value: float, wanted: float, own: Sequence[float]) -> Row:
         """An average over labels: a loss, or the norm of gradients."""
-        if not math.isfinite(wanted):
-            return Row(name, math.inf, 0, f"one process itself gives {wanted}")
         unit = max(_SINGLE, self._judge.unit / max(pair.case.count(), 1) ** 0.5)
-        note = f"{value:.6g} under the plan, {wanted:.6g} in one process"
-        return Row(name, *self._judge.number(own, value, wanted, unit), note)
+        judged = self._judge.number(own, value, wanted, unit)
+        # Ranks whose weights differ come to numbers of their own, also NaN: all ask the others, and then write the same.
+        told = [numbers for _, numbers in self._ranks.tell((value, wanted))]
+        broken = next((wanted for _, wanted in told if not math.isfinite(wanted)), None)
+        if broken is not None:
+            return Row(name, math.inf, 0, f"one process itself gives {broken}")
+        value, wanted = max(told, key=lambda numbers: math.inf if math.isnan(numbers[0]) else abs(numbers[0] - numbers[1]))
+        return Row(name, *judged, f"{value:.6g} under the plan, {wanted:.6g} in one process")
 
     def _loss(self, name: str, pair: Pair) -> Row:
         return self._number(name, pair, pair.ring.loss, pair.alone.loss, [run.loss for run in pair.nudges])
@@ -213,22 +221,40 @@ class Verifier:
             rows.append(Row(f"others, when {change.what} changes", relative(self._most(float(moved.max())), scale), bound, note))
         return rows or [Row("isolation", left_out="one row of one document")]
 
-    def _masked_ranks(self, case: Case) -> list[Row]:
-        """A rank without labels, and ranks with nothing but padding."""
+    def passes(self, case: Case, *, edge_cases: bool) -> tuple[int, ...]:
+        """How many pieces and edge cases are run, which ranks that gather weights together must have alike."""
+        if not edge_cases:
+            return (len(case.pieces()),)
+        vocabulary = int(self._model.config.get_text_config().vocab_size)
+        given = [
+            case.given.get("labels") is not None,
+            "num_items_in_batch" in case.given,
+            sum(1 for _ in changes(case, vocabulary)),
+        ]
+        made = [0 if isinstance(made, str) else len(made.pieces()) for _, made in self._made(case)]
+        return len(case.pieces()), *map(int, given), *made
+
+    def _made(self, case: Case) -> list[tuple[str, Case | str]]:
+        """Batches with a rank without labels, and with ranks that have nothing but padding; or why there are none."""
         tokens_of = case.tokens_of(self._placement, self._world)
         silent = without_labels_of(case, tokens_of[0])
         cases: list[tuple[str, Case | str]] = [("rank 0 without labels", silent), ("padding only", padded_for(case, tokens_of))]
+        if case.given.get("labels") is None:
+            return [(name, made if isinstance(made, str) else "no label would count") for name, made in cases]
+        return [(name, made if isinstance(made, str) or made.count() else "no label would count") for name, made in cases]
+
+    def _masked_ranks(self, case: Case) -> list[Row]:
+        """A rank without labels, and ranks with nothing but padding."""
         rows: list[Row] = []
-        for name, made in cases:
+        for name, made in self._made(case):
             if isinstance(made, str):
                 rows.append(Row(name, left_out=made))
-            elif case.given.get("labels") is None or not made.count():
-                rows.append(Row(name, left_out="no label would count"))
             else:
                 if "num_items_in_batch" in made.given:
                     made = replace(made, given={**made.given, "num_items_in_batch": torch.as_tensor(made.count())})
                 pair = self._run(made, None, 1)
-                if not math.isfinite(pair.alone.loss) or not math.isfinite(pair.alone.norm):
+                is_finite = math.isfinite(pair.alone.loss) and math.isfinite(pair.alone.norm)
+                if not all(finite for _, finite in self._ranks.tell(is_finite)):
                     rows.append(Row(name, left_out="one process itself gives NaN"))  # some masks leave a query without keys
                     continue
                 rows += [self._loss(f"{name}: loss", pair), self._judge.gradients(f"{name}: gradients", pair)[1]]

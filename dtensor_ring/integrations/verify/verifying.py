@@ -26,7 +26,8 @@ from dtensor_ring.data.batch import check_mesh
 from dtensor_ring.integrations.transformers.ask import ring_plan
 from dtensor_ring.integrations.transformers.attention import NAME
 from dtensor_ring.integrations.transformers.plan import RingPlan
-from dtensor_ring.integrations.verify.batches import Case, is_shifted, with_labels
+from dtensor_ring.integrations.transformers.token_loss import labels_are_unshifted
+from dtensor_ring.integrations.verify.batches import Case, with_labels
 from dtensor_ring.integrations.verify.rows import Verifier
 from dtensor_ring.integrations.verify.state import Ranks, unchanged
 from dtensor_ring.ops.arguments import Strategy
@@ -90,18 +91,21 @@ def verify(
 
     Raises:
         ValueError: the mesh has more than one axis; a plan and arguments for one, or a plan of another model or mesh; the model is
-            parallelized and its plan not given; no label counts; or the batch is one that the plan refuses.
-        TypeError, NotImplementedError: the model, or the batch, is one that `ring_plan` refuses.
+            parallelized and its plan not given; no label counts; data-parallel ranks of FSDP2 have batches of different kinds; or
+            the batch is one that the plan refuses.
+        TypeError, NotImplementedError: the model, or the batch, is one that `ring_plan` refuses; or the plan has a loss function,
+            label smoothing or a z-loss, which the model has not in one process.
     """
     check_mesh(device_mesh)
     transport = transport_along(device_mesh)
     with refused_together(lambda: [transport]):
         chosen = _plan_for(model, device_mesh, placement, strategy, plan)
-        case = Case.read(with_labels(model, batch), shifted=is_shifted(model))
+        # The plan's own model: a wrapper such as PEFT's adds nothing to compare, and its modules are inside.
+        model = chosen._model
+        _check_loss(chosen)
+        case = Case.read(with_labels(model, batch), shifted=not labels_are_unshifted(model))
         if "labels" in inspect.signature(model.forward).parameters and case.given.get("labels") is not None and not case.count():
             raise ValueError("verify: no label of this batch counts, so there is no loss to compare: give labels other than -100")
-    # The plan's own model: a wrapper such as PEFT's adds nothing to compare, and its modules are inside.
-    model = chosen._model
     # A rank that has refused is found here, before any rank applies a plan.
     meet(transport, "verify", [case.rows, case.length, int(edge_cases)])
     with _eager(), _applied(model, device_mesh, chosen), unchanged(model), _remembering(chosen):
@@ -111,7 +115,9 @@ def verify(
             f"{next(model.parameters()).dtype}, {case.rows} x {case.length} tokens"
             f"{'' if case.documents is None else f' in {case.documents.parts} documents'}"
         )
-        return Verifier(model, chosen, chosen._placement, ranks).verify(case, title, edge_cases=edge_cases)
+        verifier = Verifier(model, chosen, chosen._placement, ranks)
+        _check_passes([passes for _, passes in ranks.tell(verifier.passes(case, edge_cases=edge_cases))])
+        return verifier.verify(case, title, edge_cases=edge_cases)
 
 
 def _plan_for(
@@ -132,6 +138,25 @@ def _plan_for(
     if plan._mesh is not None and plan._mesh.mesh.tolist() != mesh.mesh.tolist():
         raise ValueError(f"verify: the plan is applied over {plan._mesh}, not over {mesh}: pass the mesh axis of the plan")
     return plan
+
+
+def _check_loss(plan: RingPlan) -> None:
+    asked = plan._asked_loss
+    if asked.function is not None or asked.terms.label_smoothing or asked.terms.z_loss:
+        raise NotImplementedError(
+            f"verify: this plan computes {asked}, and one process the model's own loss, which is another: verify the model under a "
+            "plan with the loss left out or loss='chunked', without label_smoothing and z_loss"
+        )
+
+
+def _check_passes(told: list[tuple[int, ...]]) -> None:
+    """Ranks that gather weights for each other must pass through the model equally often, or they would wait for ever."""
+    other = next((passes for passes in told if passes != told[0]), None)
+    if other is not None:
+        raise ValueError(
+            f"verify: ranks that share weights must run as many passes, found pieces and edge cases {told[0]} and {other}: give "
+            "data-parallel ranks batches of one kind, with as many documents, and padding and labels on all or none"
+        )
 
 
 @contextmanager
