@@ -74,6 +74,8 @@ def _work(rank: int, world: int, port: int, device: str, paths: list[str], line:
         "ignore", category=DeprecationWarning, module="torch|flash_attn|cutlass|quack|nvidia_cutlass_dsl|tvm_ffi"
     )
     warnings.filterwarnings("ignore", message="attention on this packed batch")  # small packings are not balanced
+    if device:  # two ranks may make PyTorch's directory of compiled kernels at once, and one of them warns that it could not
+        warnings.filterwarnings("ignore", message="Specified kernel cache directory could not be created")
     if device == "cuda":
         warnings.filterwarnings("ignore", message="Attempting to run cuBLAS")  # PyTorch's autograd threads, the first time
         torch.cuda.set_device(rank)
