@@ -22,6 +22,8 @@ WORKERS ?= 3
 SPREAD = --numprocesses $(WORKERS) --dist worksteal
 
 export HF_HUB_OFFLINE := 1
+# A test run starts dozens of processes: what one has compiled, the others read.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo packed examples test test-all mutants mutants-again check format lint contracts types wheel clean
 

@@ -1,5 +1,11 @@
 from __future__ import annotations
 
+import quiet_imports  # first: it is about what the others import
+
+# isort: split
+import os
+from contextlib import suppress
+
 import laws
 import pytest
 import torch
@@ -7,12 +13,18 @@ from hypothesis import settings
 from pool import Pools
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of programs that tests start
 settings.register_profile("quick", deadline=None, max_examples=75)
 settings.register_profile("thorough", deadline=None, max_examples=150)
 
 
 def pytest_configure(config):
-    """Properties are tried on twice the examples where slow tests run too."""
+    """Properties are tried on twice the examples where slow tests run too.
+
+    Threads, also those of processes that this one starts, do not interrupt each other when they are woken up: see `pool`.
+    """
+    with suppress(AttributeError, OSError):  # Linux has it
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     settings.load_profile("quick" if "not slow" in config.option.markexpr else "thorough")
 
 
@@ -21,6 +33,14 @@ def pools():
     live = Pools()
     yield live
     live.close()
+
+
+def pytest_collection_finish():
+    quiet_imports.done()
+
+
+def pytest_unconfigure():
+    quiet_imports.ended()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -69,6 +69,7 @@ class Captured:
             act(*self.inputs)
         torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
+        gc.collect()  # an older graph that were freed within the capture would end it
         with torch.cuda.graph(self.graph):
             self.results = act(*self.inputs)
 
@@ -234,6 +235,7 @@ def refused_in_a_graph(act: Callable[[], object], error: type[Exception], *texts
     x = torch.zeros(1, device="cuda")
 
     def capture() -> None:
+        gc.collect()
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
             x.add_(1)  # PyTorch warns of a graph without kernels
             act()

@@ -429,6 +429,7 @@ def test_a_rank_that_waits_in_vain_ends_with_an_error(way, code, text):
     finally:
         for process in started:
             process.kill()
+            process.communicate()  # its end is awaited, and its pipe closed
     assert started[0].returncode == code, error
     assert re.search(text, error), error
     assert "half result" not in error

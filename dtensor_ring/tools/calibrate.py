@@ -22,7 +22,17 @@ import torch
 
 from dtensor_ring.ops.executors.merge import merge_
 from dtensor_ring.ops.executors.parts import OutputPart
-from dtensor_ring.ops.kernels import KERNELS, Block, Kernel, KernelRequirements, Saved, SoftmaxParams, VarlenMetadata, VarlenSegment
+from dtensor_ring.ops.kernels import (
+    KERNELS,
+    Block,
+    BlockKind,
+    Kernel,
+    KernelRequirements,
+    Saved,
+    SoftmaxParams,
+    VarlenMetadata,
+    VarlenSegment,
+)
 from dtensor_ring.planning.cost_model import CostModel, KernelSpeed, Speed, Work
 from dtensor_ring.planning.devices import KNOWN
 
@@ -54,6 +64,11 @@ class Shape(NamedTuple):
         for queries, keys in self.segments:
             total = total.plus(Work.of_segment(queries, keys, self.window))
         return total
+
+    @property
+    def kind(self) -> BlockKind:
+        """What kernels are asked about."""
+        return BlockKind.of(self.window, self.segments, varlen=len(self.segments) > 1)
 
 
 def shapes(tokens: int = TOKENS) -> list[Shape]:
@@ -99,8 +114,8 @@ def calibrate(device: torch.device, effort: Effort | None = None, tokens: int = 
 
 
 def speed_of(kernel: Kernel, device: torch.device, effort: Effort, tokens: int = TOKENS) -> KernelSpeed:
-    """One kernel, forward and backward."""
-    timed = shapes(tokens)
+    """One kernel, forward and backward, by the shapes that it takes."""
+    timed = [shape for shape in shapes(tokens) if kernel.refuses_block(shape.kind) is None]
     times = measured(kernel, timed, device, effort)
     speeds = []
     for direction in (0, 1):
