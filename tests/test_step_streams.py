@@ -9,6 +9,7 @@ from helpers import make_case, run_loopback
 from dtensor_ring import Documents
 from dtensor_ring.ops.executors import step_streams
 from dtensor_ring.ops.executors.step_streams import StepStreams
+from dtensor_ring.ops.kernels import KERNELS
 from dtensor_ring.planning.schedule import plan
 
 
@@ -24,12 +25,17 @@ from dtensor_ring.planning.schedule import plan
 )
 def test_plans_of_own_keys_and_one_transfer_have_two_parts(layout, world, strategy, stages, options, expected):
     problem = make_case(1024, **options).problem(layout, world, strategy, stages)
-    assert {plan(problem, rank).is_on_two_streams for rank in range(world)} == {expected}
+    assert {plan(problem, rank).is_on_two_streams("torch_flash") for rank in range(world)} == {expected}
+
+
+def test_kernels_that_keep_every_multiprocessor_stay_on_one_stream():
+    todo = plan(make_case(64).problem("zigzag", 2, "ring", 1), 0)
+    assert {name for name in KERNELS if todo.is_on_two_streams(name)} == {"torch_flash", "flash_attn_2"}
 
 
 def test_a_pass_on_a_cpu_stays_where_it_is():
     todo = plan(make_case(64).problem("zigzag", 2, "ring", 1), 0)
-    with StepStreams(todo, torch.empty(1, 1 << 20, 1, 1, device="meta"), begun=False) as streams:
+    with StepStreams(todo, torch.empty(1, 1 << 20, 1, 1, device="meta"), "torch_flash", begun=False) as streams:
         assert not streams.are_two
 
 

@@ -117,7 +117,9 @@ class Predictor:
         """What the rank of a plan takes."""
         steps = range(len(each.steps))
         forward, backward = ([leg(each, index) for index in steps] for leg in (self._forward, self._backward))
-        return self.with_host(Seconds(*self.passes(forward, backward, on_two_streams=each.is_on_two_streams)), len(steps))
+        return self.with_host(
+            Seconds(*self.passes(forward, backward, on_two_streams=each.is_on_two_streams(self.kernel))), len(steps)
+        )
 
     def passes(self, forward: Sequence[Leg], backward: Sequence[Leg], *, on_two_streams: bool) -> tuple[float, float]:
         """The times of both passes from their steps, this rank's own keys first."""

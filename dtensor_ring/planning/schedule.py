@@ -45,6 +45,9 @@ class KeySend(NamedTuple):
 
 
 CALLS_OF_TWO_STREAMS = 3  # the most calls of a plan whose steps are computed on two streams
+# Kernels whose calls gain by it. Those of cuDNN, which keep all multiprocessors to their end, lose a tenth forward; others were not
+# measured.
+KERNELS_OF_TWO_STREAMS = ("torch_flash", "flash_attn_2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,14 +118,16 @@ class Plan:
                     return False
         return True
 
-    @property
-    def is_on_two_streams(self) -> bool:
+    def is_on_two_streams(self, kernel: str) -> bool:
         """Whether GPUs compute this rank's own keys and those of other ranks beside each other: in a plan of these two steps.
 
-        With more steps, what each computes would have to wait for the end, and take memory; so would more calls than one merge, and
-        one sum of gradients, take in. A first call of all queries is what the others are merged into.
+        Only some kernels gain by it; `kernel` is the name of the one that computes. With more steps, what each computes would have
+        to wait for the end, and take memory; so would more calls than one merge, and one sum of gradients, take in. A first call of
+        all queries is what the others are merged into.
         """
-        if len(self.steps) != 2 or self.calls > CALLS_OF_TWO_STREAMS or self.relays or not self.steps[0].calls:
+        if kernel not in KERNELS_OF_TWO_STREAMS or len(self.steps) != 2:
+            return False
+        if self.calls > CALLS_OF_TWO_STREAMS or self.relays or not self.steps[0].calls:
             return False
         first = self.steps[0].calls[0]
         # A call of several segments gives an out to all queries, also those in no segment.

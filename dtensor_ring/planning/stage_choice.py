@@ -18,7 +18,7 @@ from dtensor_ring.planning.cost_model import BLOCK, Link, Work
 from dtensor_ring.planning.predict import Leg, Predictor, Seconds
 from dtensor_ring.planning.problem import AttentionProblem
 from dtensor_ring.planning.runs import Run, cut
-from dtensor_ring.planning.schedule import CALLS_OF_TWO_STREAMS
+from dtensor_ring.planning.schedule import CALLS_OF_TWO_STREAMS, KERNELS_OF_TWO_STREAMS
 from dtensor_ring.planning.stages import BUFFERED_TOKENS, stage_sizes
 from dtensor_ring.planning.totals import totals
 
@@ -185,7 +185,8 @@ def staged_times(problem: AttentionProblem, share: Share, predictor: Predictor, 
         once, again, returned = computed[size]
         forward.append(Leg(fetch, once))
         backward.append(Leg(fetch, again, fetch, returned))
-    passes = predictor.passes(forward, backward, on_two_streams=stages == 1 and share.calls < CALLS_OF_TWO_STREAMS)
+    is_two = stages == 1 and share.calls < CALLS_OF_TWO_STREAMS and predictor.kernel in KERNELS_OF_TWO_STREAMS
+    passes = predictor.passes(forward, backward, on_two_streams=is_two)
     return predictor.with_host(Seconds(*passes), 1 + stages)
 
 

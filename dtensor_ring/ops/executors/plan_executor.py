@@ -109,7 +109,7 @@ class Executor(AttentionExecutor):
             return alone.result()
         total = OutputSum(q_BSHD, v_BSHD.shape[-1], self.plan.q_parts, self.plan.calls, self.sinks)
         block_of = self._blocks(q_BSHD, seed)
-        with Transfers() as transfers, StepStreams(self.plan, q_BSHD, begun=coming is not None) as streams:
+        with Transfers() as transfers, StepStreams(self.plan, q_BSHD, self.kernel.name, begun=coming is not None) as streams:
             visits = Visits(self.exchange, self.forward_order, "forward", transfers, streams)
             visits.begin((k_BSHD, v_BSHD), coming)
             for index in self.forward_order:
@@ -141,7 +141,7 @@ class Executor(AttentionExecutor):
         q, own_k, own_v, out, lse = saved
         of_q, own = GradSum((q,)), GradSum((own_k, own_v))
         block_of = self._blocks(q, seed)
-        with Transfers() as transfers, StepStreams(self.plan, q, begun=coming is not None) as streams:
+        with Transfers() as transfers, StepStreams(self.plan, q, self.kernel.name, begun=coming is not None) as streams:
             returns = Returns(self.exchange, own, transfers)
             visits = Visits(self.exchange, self.backward_order, "backward", transfers, streams)
             visits.begin((own_k, own_v), coming)

@@ -49,14 +49,15 @@ class StepStreams(AbstractContextManager["StepStreams"]):
     Args:
         todo: the plan.
         like: a tensor of the pass, for its device and its tokens.
+        kernel: the name of the kernel that computes.
         begun: whether its keys are coming already, which were then asked for on the first stream and stay there.
     """
 
     __slots__ = ("_first", "_second")
 
-    def __init__(self, todo: Plan, like: Tensor, *, begun: bool) -> None:
+    def __init__(self, todo: Plan, like: Tensor, kernel: str, *, begun: bool) -> None:
         self._second: torch.cuda.Stream | None = None
-        if begun or not like.is_cuda or like.shape[0] * like.shape[1] < _FEWEST or not todo.is_on_two_streams:
+        if begun or not like.is_cuda or like.shape[0] * like.shape[1] < _FEWEST or not todo.is_on_two_streams(kernel):
             return
         self._first = torch.cuda.current_stream(like.device)
         # A second stream of each first one: two passes on streams of their own must not wait for each other.
