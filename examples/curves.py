@@ -28,7 +28,7 @@ os.environ.update(CUDA_VISIBLE_DEVICES="", TOKENIZERS_PARALLELISM="false")
 import torch
 import torch.multiprocessing as mp
 from curves_data import cut_documents, pack, save, unpack
-from curves_report import ALLOWED, Curve, Curves, compare, draw, keep, write_table
+from curves_report import ALLOWED, Curve, Curves, around_table, compare, draw, keep, write_table
 from curves_setups import SETUPS, Task, run_rank
 from datasets import disable_progress_bars
 from demo import free_port
@@ -46,6 +46,8 @@ def main() -> int:
     disable_progress_bars()
     torch.set_num_threads(1)  # of this process, which computes nothing
     multiprocessing.set_forkserver_preload(PRELOADED)  # so that libraries are read once, and not by every process
+    if options.page:
+        around_table(options.page)  # now, and not after half an hour
     found: dict[str, Curves] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -107,18 +107,25 @@ def draw(found: dict[str, Curves], out: Path) -> None:
         lower.axhline(ALLOWED[optimizer], color="black", linestyle=":", label="allowed")
         upper.set(title=f"{TITLES[optimizer]}: loss at each step")
         lower.set(title="relative difference from one process", xlabel="step")
+        lower.xaxis.get_major_locator().set_params(integer=True)
         upper.legend(fontsize="small")
         lower.legend(fontsize="small", loc="lower right")
     figure.savefig(out, dpi=110)
 
 
+def around_table(page: Path) -> tuple[str, str]:
+    """What a page has before its table and after it."""
+    begin, end = "<!-- table -->\n", "<!-- end of table -->"
+    before, found, rest = page.read_text().partition(begin)
+    if not found or end not in rest:
+        raise SystemExit(f"{page} has no place for the table: it needs the lines {begin.strip()} and {end}")
+    return before + begin, end + rest.partition(end)[2]
+
+
 def write_table(page: Path, table: str) -> None:
     """Put the table in place of the one that the page has."""
-    begin, end = "<!-- table -->\n", "\n<!-- end of table -->"
-    before, _, rest = page.read_text().partition(begin)
-    if end not in rest:
-        raise SystemExit(f"{page} has no place for the table: it needs the lines {begin.strip()} and {end.strip()}")
-    page.write_text(before + begin + table + end + rest.partition(end)[2])
+    before, after = around_table(page)
+    page.write_text(f"{before}{table}\n{after}")
 
 
 def keep(found: dict[str, Curves], layers: int, out: Path) -> None:
@@ -131,5 +138,6 @@ def kept(path: Path) -> tuple[dict[str, Curves], int]:
     """Curves and layers as they were written."""
     run, found = json.loads(path.read_text()), {}
     for row in run["curves"]:
-        found.setdefault(row.pop("optimizer"), {})[row.pop("set-up")] = Curve(**row)
+        optimizer, name = row.pop("optimizer"), row.pop("set-up")
+        found.setdefault(optimizer, {})[name] = Curve(**row)
     return found, run["layers"]

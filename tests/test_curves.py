@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from curves_report import ALONE, Curve, compare, keep, kept, largest_gap, write_table
+from curves_report import ALONE, Curve, around_table, compare, keep, kept, largest_gap, write_table
 
 from benchmarks import bf16_curves
 
@@ -54,12 +55,29 @@ def test_curves_are_read_as_they_were_written_and_the_table_of_a_page_is_replace
     keep(found, 7, tmp_path / "curves.json")
     assert kept(tmp_path / "curves.json") == (found, 7)
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- table -->\nold\n<!-- end of table -->\nafter\n")
+    page.write_text("before\n<!-- table -->\n<!-- end of table -->\nafter\n")
+    write_table(page, "old")
+    assert "<!-- table -->\nold\n<!--" in page.read_text()
     write_table(page, compare(found, 7)[0])
     text = page.read_text()
     assert "old" not in text
     assert "| cp=2 | SGD | 3.000000 | 2.800000 | 0.0e+00 (1e-06) | 0.0e+00 (1e-04) | 2 | ok |" in text
     assert (text.startswith("before\n"), text.endswith("after\n")) == (True, True)
+
+
+def test_the_table_of_the_page_is_that_of_the_curves_kept_beside_it():
+    docs = Path(__file__).parents[1] / "docs"
+    before, after = around_table(docs / "curves.md")
+    table = (docs / "curves.md").read_text().removeprefix(before).removesuffix(after).removesuffix("\n")
+    is_kept = (docs / "curves.json").exists()
+    assert (table, True) == (compare(*kept(docs / "curves.json")) if is_kept else ("", True))
+
+
+def test_a_page_without_a_place_for_the_table_is_refused(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table -->\nno end\n")
+    with pytest.raises(SystemExit, match="no place for the table"):
+        around_table(page)
 
 
 def test_bfloat16_curves_pass_within_the_noise_of_two_seeds_and_not_outside_it(tmp_path, capsys):
