@@ -2,6 +2,8 @@
 #
 #   make demo     a real model on two ranks beside one process: a table, under five minutes
 #   make packed   packed texts through the model on two and four ranks, each as if it were alone
+#   make curves   the same training in one process and in every set-up: a picture and a table in docs/, half an hour
+#   make curves-short  with two layers and few steps, in a minute or two
 #   make examples the scripts of docs/, each on two ranks
 #   make test     the tests, under five minutes on two cores
 #   make test-all with the slow ones, under forty
@@ -25,7 +27,7 @@ export HF_HUB_OFFLINE := 1
 # A test run starts dozens of processes: what one has compiled, the others read.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo packed examples test test-all mutants mutants-again check format lint contracts types wheel clean
+.PHONY: setup demo packed curves curves-short examples test test-all mutants mutants-again check format lint contracts types wheel clean
 
 setup: .venv/ready
 
@@ -43,6 +45,12 @@ demo: setup
 
 packed: setup
 	$(BIN)/python examples/packed.py
+
+curves: setup
+	$(BIN)/python examples/curves.py --out docs/curves.png --page docs/curves.md
+
+curves-short: setup
+	$(BIN)/python examples/curves.py --layers 2 --steps 4 --length 96 --out build/curves.png
 
 examples: setup
 	$(BIN)/torchrun --nproc-per-node 2 examples/accelerate_train.py --cp 2
