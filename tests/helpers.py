@@ -46,6 +46,10 @@ PLACEMENTS = {
 some_or_every = pytest.mark.parametrize(
     "every", [pytest.param(False, id="some"), pytest.param(True, id="every", marks=pytest.mark.slow)]
 )
+# A compiler's backend runs on one rank by default, and on all of them as a slow test.
+one_or_all = pytest.mark.parametrize(
+    "everywhere", [pytest.param(False, id="one"), pytest.param(True, id="all", marks=pytest.mark.slow)]
+)
 Answer = TypeVar("Answer")
 
 
@@ -106,6 +110,14 @@ def line(device: str = "cpu") -> DeviceMesh:
 def grid(first: str = "dp", last: str = "cp", rows: int = 2) -> DeviceMesh:
     """All ranks on two mesh axes, `rows` of them along the first."""
     return init_device_mesh("cpu", (rows, dist.get_world_size() // rows), mesh_dim_names=(first, last))
+
+
+def backend_here(backend: str, everywhere: bool) -> str:
+    """The compiler's backend on this rank: on the last rank the one that is meant, on the others the cheapest, in fast tests.
+
+    All of them trace the code. What a backend makes of it is nothing that other ranks see, and it costs each rank seconds.
+    """
+    return backend if everywhere or dist.get_rank() == dist.get_world_size() - 1 else "eager"
 
 
 def once(compute: Callable[[], Answer]) -> Answer:

@@ -24,7 +24,7 @@ from dtensor_ring.ops.executors.parts import OutputPart, Rests
 DTYPES = {"float32": (torch.float32,) * 2, "bfloat16": (torch.bfloat16,) * 2, "float16": (torch.float16,) * 2}
 DTYPES["bfloat16 into float32"] = (torch.float32, torch.bfloat16)
 # Batch, tokens, heads, head dim: tiles of 16 rows with and without a rest, head dims that are no power of two.
-SHAPES = [(2, 17, 3, 80), (1, 16, 1, 64), (1, 1, 1, 1), (3, 7, 2, 24), (1, 5, 3, 128), (2, 0, 2, 8)]
+SHAPES = [(1, 17, 2, 80), (1, 16, 1, 64), (1, 1, 1, 1), (3, 7, 2, 24), (1, 5, 3, 128), (2, 0, 2, 8)]
 WAYS = ("one", "two", "two of some", "new rest", "kept rest", "last rest", "sinks", "sinks alone", "NaN", "NaN sinks")
 CASES = [
     (way, dtype, shape)

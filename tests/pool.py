@@ -32,6 +32,8 @@ import torch.distributed as dist
 _context = mp.get_context("forkserver")
 # Else each rank that compiles starts processes of its own, which import PyTorch again.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# Else Inductor compiles six programs to find out which vectors the machine has.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 # Imported by ranks when they first need it, each for itself, unless the server has it already.
 FAMILIES = ("mistral", "qwen2", "qwen3_moe", "mixtral", "gemma2", "gemma3", "gpt_oss", "phi3")
 LATER = {

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.distributed as dist
-from helpers import grid, line, make_case, share
+from helpers import backend_here, grid, line, make_case, one_or_all, share
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -160,11 +160,11 @@ def test_the_autograd_function_and_the_sharding_rules_place_alike(pools):
     pools.run(4, both_ways)
 
 
-def graphs_of_calls(change: str) -> int:
+def graphs_of_calls(change: str, everywhere: bool) -> int:
     """Graphs of a compiled layer over masks, numbers of documents, or numbers; values are checked."""
     torch._dynamo.reset()
     mesh, world, rank = line(), dist.get_world_size(), dist.get_rank()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend_here("aot_eager", everywhere))
 
     @torch.compile(backend=counter, fullgraph=True)
     def layer(q, k, v, length, documents, is_causal, window, scale, softcap):
@@ -187,8 +187,9 @@ def graphs_of_calls(change: str) -> int:
 
 
 @pytest.mark.parametrize(("change", "most"), [("masks", 4), ("numbers", 4), ("documents", 2)])
-def test_compiled_calls_make_a_bounded_number_of_graphs(pools, change, most):
-    assert max(pools.run(2, graphs_of_calls, change, timeout=250)) <= most
+@one_or_all
+def test_compiled_calls_make_a_bounded_number_of_graphs(pools, change, most, everywhere):
+    assert max(pools.run(2, graphs_of_calls, change, everywhere, timeout=250)) <= most
 
 
 class Promising(MathKernel):

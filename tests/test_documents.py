@@ -4,11 +4,10 @@ import copy
 import hashlib
 import math
 import pickle
-import subprocess
-import sys
 from array import array
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from hypothesis import given
@@ -122,8 +121,9 @@ def test_the_digest_is_that_of_the_bounds_alone():
 
 def test_documents_of_a_process_without_torch_are_encoded_when_asked():
     """The module alone, as the command line loads it; the tensor is the same."""
-    code = """
-import copy, pickle, sys, types
+    code = f"""
+{programs.WITHOUT_TORCH}
+import copy, pickle, types
 package = types.ModuleType("dtensor_ring")
 package.__path__ = sys.argv[1:]
 sys.modules["dtensor_ring"] = package
@@ -132,6 +132,7 @@ documents = Documents.from_lengths([3, 4, 2])
 assert copy.deepcopy(documents) == documents == pickle.loads(pickle.dumps(documents))
 assert not hasattr(documents, "unpacked")
 assert "torch" not in sys.modules
+{programs.WITH_TORCH}
 assert documents.encoded.tolist() == [4, 0, 3, 7, 9] + [0] * 59
 assert (documents.length, documents.rows) == (9, 1)
 assert documents._encoded is documents._encoded
@@ -139,7 +140,7 @@ assert Documents.unpack(documents.encoded) == documents
 later = Documents.from_lengths([3, 4, 2])
 assert later == documents and hash(later) == hash(documents) and later.encoded.equal(documents.encoded)
 """
-    subprocess.run([sys.executable, "-c", code, str(Path(dtensor_ring.__file__).parent)], check=True)
+    programs.check(code, ["-c", str(Path(dtensor_ring.__file__).parent)])
 
 
 def test_writing_into_an_encoded_tensor_changes_no_documents():

@@ -11,7 +11,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import line, once, refused, slow
+from helpers import backend_here, line, once, refused, slow
 from models import build
 from torch.distributed.tensor.parallel import parallelize_module
 from transformers import (
@@ -153,14 +153,14 @@ def test_logits_and_every_gradient_are_those_of_one_process(pools, world, family
     pools.run(world, train_step, family, packed, every)
 
 
-def checkpointed(family: str, compiled: bool):
+def checkpointed(family: str, compiled: str):
     """The layers run twice under checkpointing; their attention, if compiled, in one graph over changing lengths."""
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")  # dynamo looks at it
     model = make_model(family).train()
     parallelize_module(model, line(), ring_plan(model))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for layer in model.model.layers if compiled else ():
-        layer.self_attn.compile(backend="aot_eager", fullgraph=True)
+        layer.self_attn.compile(backend=backend_here("aot_eager", compiled == "all"), fullgraph=True)
     for length in (20, 24) if compiled else (21,):
         batch = make_batch(length)
         loss, _, grads = once(lambda batch=batch: run_alone(family, batch))
@@ -171,7 +171,7 @@ def checkpointed(family: str, compiled: bool):
         assert_same_gradients(model, grads, 1 / dist.get_world_size())
 
 
-@pytest.mark.parametrize(("family", "compiled"), [("gemma2", False), ("gemma3_text", False), ("gpt_oss", True)])
+@pytest.mark.parametrize(("family", "compiled"), [("gemma2", ""), ("gemma3_text", ""), ("gpt_oss", "one"), slow("gpt_oss", "all")])
 def test_checkpointing_and_compiled_attention_compute_the_same(pools, family, compiled):
     pools.run(2, checkpointed, family, compiled)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
+import programs
 import pytest
 import torch
 import torch.distributed as dist
@@ -183,7 +181,7 @@ print(all(getattr(DTensor, name).__wrapped__ is stock[name] for name in stock), 
 
 
 def test_methods_on_raw_storage_raise_where_the_process_died():
-    done = subprocess.run([sys.executable, "-c", RAW], capture_output=True, text=True, timeout=120, check=False)
+    done = programs.run(RAW)
     assert done.returncode == 0, f"exit status {done.returncode}: {done.stderr}"
     apply, share, *others, kept, local, reached = done.stdout.splitlines()
     assert apply.startswith("x.apply_ on [Zigzag(1)]: a DTensor has no storage of its own. Call it on x.to_local()")

@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import get_args, get_overloads
 
+import programs
 import pytest
 import torch
 
@@ -21,15 +22,6 @@ from dtensor_ring.comm import TRANSPORTS, TransportName
 from dtensor_ring.debug import kernel_table
 from dtensor_ring.ops.arguments import Strategy, check_strategy_name
 from dtensor_ring.ops.kernels import KERNELS, KernelName, KernelRequirements
-
-
-def run_python(code: str, without: str = "") -> str:
-    """What a fresh Python prints that cannot import the package `without`."""
-    block = f"import sys; sys.modules[{without!r}] = None\n" if without else ""
-    done = subprocess.run([sys.executable, "-c", block + code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
 
 WITHOUT_NUMPY = """
 import os, tempfile
@@ -64,13 +56,16 @@ print("exact")
 
 
 def test_packed_documents_need_no_numpy():
-    assert run_python(WITHOUT_NUMPY, without="numpy") == "Numpy is not available\nexact\n"
+    code = 'import sys; sys.modules["numpy"] = None\n' + WITHOUT_NUMPY  # before PyTorch, which looks for it when it is imported
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "Numpy is not available\nexact\n"
 
 
 def test_importing_brings_no_module_that_pytorch_does_not():
     code = "import sys, torch, torch.distributed.tensor; before = set(sys.modules); import dtensor_ring; "
     ours = "[name for name in sorted(set(sys.modules) - before) if name.split('.')[0] != 'dtensor_ring']"
-    brought, every = run_python(f"{code}print(*{ours}); print(*sys.modules)").splitlines()
+    brought, every = programs.check(f"{code}print(*{ours}); print(*sys.modules)").splitlines()
     assert not [name for name in brought.split() if name not in sys.stdlib_module_names]
     assert "torch._dynamo" not in every.split()
 
@@ -86,7 +81,8 @@ USES = [
     ("", "import dtensor_ring.integrations.transformers.adapter"),
 ]
 WITHOUT_TRANSFORMERS = """
-import json, types
+import json, sys, types
+sys.modules["transformers"] = None
 import dtensor_ring, dtensor_ring.functional, torch
 
 def error_of(imports, use):
@@ -114,7 +110,7 @@ print(json.dumps({"missing": missing, "lacking": lacking, "old": error_of(*USES[
 
 @pytest.fixture(scope="module")
 def without_transformers():
-    return json.loads(run_python(f"USES = {USES!r}\n{WITHOUT_TRANSFORMERS}", without="transformers"))
+    return json.loads(programs.check(f"USES = {USES!r}\n{WITHOUT_TRANSFORMERS}"))
 
 
 @pytest.mark.parametrize("case", range(len(USES)), ids=["; ".join(use).lstrip("; ") for use in USES])

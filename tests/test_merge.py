@@ -2,12 +2,10 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from helpers import made_once, make_case
@@ -233,14 +231,11 @@ def interpreted(name, tmp_path_factory):
     """What both, the Triton kernel under the interpreter and the portable code, make of the same inputs."""
     if find_spec("triton") is None:
         pytest.skip("needs Triton, whose interpreter runs the kernel on CPUs: pip install triton")
-    script = Path(__file__).parent / f"interpreted_{name}.py"
-    environment = os.environ | {"PYTHONPATH": str(script.parents[1]), "OMP_NUM_THREADS": "1"}
+    script = str(Path(__file__).parent / f"interpreted_{name}.py")
+    code = 'import runpy, sys; runpy.run_path(sys.argv[0], run_name="__main__")'
 
     def run(file):
-        done = subprocess.run(
-            [sys.executable, str(script), str(file)], env=environment, capture_output=True, text=True, timeout=200
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        programs.check(code, [script, str(file)])
 
     return torch.load(made_once(tmp_path_factory, f"interpreted_{name}.pt", run))
 
@@ -256,7 +251,7 @@ def interpreted_sum(tmp_path_factory):
 
 
 DTYPES = ("float32", "bfloat16", "float16", "bfloat16 into float32")
-SHAPES = [(2, 17, 3, 80), (1, 16, 1, 64), (1, 1, 1, 1), (3, 7, 2, 24), (1, 5, 3, 128), (2, 0, 2, 8)]
+SHAPES = [(1, 17, 2, 80), (1, 16, 1, 64), (1, 1, 1, 1), (3, 7, 2, 24), (1, 5, 3, 128), (2, 0, 2, 8)]
 WAYS = ("one", "two", "two of some", "new rest", "kept rest", "last rest", "sinks", "sinks alone", "NaN", "NaN sinks")
 MERGES = [(way, dtype) for way in WAYS for dtype in DTYPES if "rest" not in way or dtype in ("bfloat16", "float16")]
 
@@ -286,7 +281,7 @@ def test_the_cases_of_the_triton_kernel_are_those_that_the_interpreter_ran(inter
     assert set(interpreted_merge) == {(*each, shape) for each, shape in itertools.product(MERGES, SHAPES)}
 
 
-SUM_SHAPES = [(2, 13, 3, (80, 48)), (1, 9, 1, (64, 64)), (1, 7, 2, (24,)), (1, 6, 20, (128, 8)), (1, 1, 1, (1,)), (2, 0, 2, (8,))]
+SUM_SHAPES = [(1, 13, 2, (80, 48)), (1, 9, 1, (64, 64)), (2, 7, 1, (24,)), (1, 6, 20, (128, 8)), (1, 1, 1, (1,)), (2, 0, 2, (8,))]
 SUMS = ("new", "into the first", "into the first from a total", "total", "by index", "by index of two dtypes", "one by index")
 
 

@@ -2,12 +2,10 @@ from __future__ import annotations
 
 import ast
 import fnmatch
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import programs
 import pytest
 
 import dtensor_ring
@@ -22,7 +20,7 @@ def test_every_public_name_is_there():
 
 def test_importing_needs_neither_transformers_nor_accelerate():
     code = "import sys, dtensor_ring; print(sorted({'transformers', 'accelerate', 'flash_attn'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert programs.check(code).strip() == "[]"
 
 
 # Fails unless the operator that models are compiled with is there.
@@ -35,26 +33,25 @@ REGISTERED = (
 def test_importing_registers_the_operators(tmp_path, arguments):
     """Also where a program of the user's, run as a module, has the words of our command line among its own arguments."""
     (tmp_path / "users_program.py").write_text(REGISTERED)
-    command = [sys.executable, "-m", "users_program", *arguments]
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(dtensor_ring.__file__).parents[1]}"}
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert set(dtensor_ring.__all__) - {"ring_plan", "RingPlan", "RingTrainerMixin", "verify"} <= set(eval(ended.stdout))
+    started = ["python", "-m", "users_program", *arguments]
+    code = 'import runpy; runpy.run_module("users_program", run_name="__main__", alter_sys=True)'
+    printed = programs.check(code, ["users_program", *arguments], orig_argv=started, path=[str(tmp_path), str(programs.ROOT)])
+    assert set(dtensor_ring.__all__) - {"ring_plan", "RingPlan", "RingTrainerMixin", "verify"} <= set(eval(printed))
 
 
 def test_the_command_line_has_every_public_name_without_importing_any():
     """The process of `python -m dtensor_ring` as the package finds it when it is imported."""
-    code = """
-import sys
-sys.argv, sys.orig_argv = ["-m", "plan"], ["python", "-m", "dtensor_ring", "plan"]
+    code = f"""
+{programs.WITHOUT_TORCH}
 import dtensor_ring
 assert "torch" not in sys.modules
+{programs.WITH_TORCH}
 names = [getattr(dtensor_ring, name).__name__ for name in dtensor_ring.__all__]
 import torch
 torch.ops.dtensor_ring.attention
 print(names)
 """
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert eval(ended.stdout) == dtensor_ring.__all__
+    assert eval(programs.check(code, ["-m", "plan"], orig_argv=["python", "-m", "dtensor_ring", "plan"])) == dtensor_ring.__all__
 
 
 FEATURES = (Path(__file__).parents[1] / "docs" / "features.md").read_text()

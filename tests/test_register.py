@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
@@ -66,7 +67,7 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_process_registers_nothing_twice():
-    subprocess.run([sys.executable, "-W", "error", "-c", FORKED], check=True, timeout=120)
+    programs.check(FORKED, strict=True)
 
 
 def test_the_plan_command_registers_nothing_and_needs_no_torch():

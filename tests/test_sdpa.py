@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 
+import programs
 import pytest
 import stock_sdpa
 import torch
@@ -217,8 +216,8 @@ def test_it_works_inside_and_after_torch_s_context_parallel(pools):
 @some_or_every
 @pytest.mark.timeout(450)
 def test_importing_changes_nothing_for_other_dtensors_and_context_parallel(pools, tmp_path, every):
-    command = [sys.executable, "-W", "ignore", stock_sdpa.__file__, str(tmp_path), *(["every"] if every else [])]
-    subprocess.run(command, check=True, timeout=200)  # a process without the package, which is here already
+    arguments = [stock_sdpa.__file__, str(tmp_path), *(["every"] if every else [])]
+    programs.check('import runpy, sys; runpy.run_path(sys.argv[0], run_name="__main__")', arguments)  # the package is here already
     pools.run(2, stock_sdpa.write_down, str(tmp_path), "ours", every, timeout=200)
     worked = 0
     for rank in range(2):

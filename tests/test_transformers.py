@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import grid, line, once, refused, slow
+from helpers import backend_here, grid, line, once, one_or_all, refused, slow
 from models import CONFIGS, make_batch, make_model, packed_mask, worst
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.tensor.parallel import parallelize_module
@@ -157,12 +157,12 @@ def test_arguments_by_position_embeddings_and_tuples(pools):
     pools.run(2, positional_and_embedded)
 
 
-def compiled_model():
+def compiled_model(everywhere: bool):
     mesh, model, reference = line(), make_model("llama"), make_model("llama")
     parallelize_module(model, mesh, ring_plan(model))
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")  # dynamo looks at it
     for layer in model.model.layers:
-        layer.compile(backend="aot_eager", fullgraph=True)
+        layer.compile(backend=backend_here("aot_eager", everywhere), fullgraph=True)
     for length in (16, 20, 24):
         batch = make_batch(length)
         loss, wanted = model(**batch).loss, reference(**batch).loss
@@ -170,8 +170,9 @@ def compiled_model():
         loss.backward()
 
 
-def test_layers_compile_in_one_graph(pools):
-    pools.run(2, compiled_model, timeout=240)
+@one_or_all
+def test_layers_compile_in_one_graph(pools, everywhere):
+    pools.run(2, compiled_model, everywhere, timeout=240)
 
 
 def refused_calls():
