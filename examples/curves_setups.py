@@ -31,8 +31,8 @@ from trl import SFTConfig, SFTTrainer
 from dtensor_ring import RingPlan, RingTrainerMixin, Zigzag, average_gradients, ring_plan
 from dtensor_ring.integrations.accelerate import RingParallelismConfig
 
-# Gradients are never clipped, only measured: PyTorch's float32 norm of one large tensor on a CPU is off by more than 1e-5, and by less
-# where FSDP2 holds the tensor in parts, so that clipped steps would be of unlike lengths.
+# Gradients are measured and never clipped: PyTorch's float32 norm of one large tensor on a CPU is off by more than 1e-5, and by
+# less where FSDP2 holds the tensor in parts, so that clipped steps would be of unlike lengths.
 UNCLIPPED = 1e9
 CPU = torch.device("cpu")
 
