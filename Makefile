@@ -50,7 +50,7 @@ curves: setup
 	$(BIN)/python examples/curves.py --out docs/curves.png --page docs/curves.md
 
 curves-short: setup
-	$(BIN)/python examples/curves.py --layers 2 --steps 4 --length 96 --out build/curves.png
+	$(BIN)/python examples/curves.py --layers 2 --steps 3 --length 96 --out build/curves.png
 
 examples: setup
 	$(BIN)/torchrun --nproc-per-node 2 examples/accelerate_train.py --cp 2

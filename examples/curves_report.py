@@ -17,7 +17,7 @@ TITLES = {"adamw": "AdamW", "sgd": "SGD"}
 
 @dataclass
 class Curve:
-    """What a training gave at each step: the loss, the norm of gradients before they are clipped, and which batch it saw.
+    """What a training gave at each step: the loss, the norm of gradients, and which batch it saw.
 
     Attributes:
         losses: before each step.
