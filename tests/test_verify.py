@@ -563,7 +563,7 @@ def test_the_command_starts_processes_of_its_own(config_file):
     assert ended.stdout.splitlines()[-1] == "the same as in one process"
     refusal = subprocess.run([*words[:-1], "--layers", "9"], capture_output=True, text=True, timeout=280, check=False)
     assert (refusal.returncode, refusal.stdout) == (2, "")
-    assert "--layers 9, but the model has 4" in refusal.stderr
+    assert "--layers 9, but the model has 2" in refusal.stderr
 
 
 def test_a_table_names_what_failed_and_every_value_can_be_json():
