@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import programs
 import pytest
 import torch
 import torch.distributed as dist
@@ -138,3 +139,32 @@ def two_threads_ask_first():
 
 def test_threads_that_ask_for_a_group_at_once_get_one_transport(pools):
     pools.run(1, two_threads_ask_first)
+
+
+ENDS_WITH_GROUP_IN_A_CYCLE = """
+import atexit, gc
+from weakref import ref
+import torch.distributed as dist
+from dtensor_ring.comm import ProcessGroupTransport
+
+class Trainer:
+    pass
+
+def train():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    trainer = Trainer()
+    trainer.itself, trainer.group = trainer, dist.group.WORLD
+    ProcessGroupTransport(trainer.group).gather_values([1])
+    dist.destroy_process_group()
+    return ref(trainer.group)
+
+gc.disable()
+atexit.register(lambda: print("group ended:", group() is None))
+group = train()
+print("group ended:", group() is None)
+"""
+
+
+def test_a_destroyed_group_that_is_garbage_ends_its_threads_before_the_interpreter_ends():
+    # One that lets go of a tensor later aborts the process.
+    assert programs.check(ENDS_WITH_GROUP_IN_A_CYCLE).splitlines() == ["group ended: False", "group ended: True"]

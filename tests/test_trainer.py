@@ -381,6 +381,13 @@ def plain_trainers(folder):
     results = [trained("ddp", Same, model), trained("ddp", Trainer, parallelism_config=RingParallelismConfig(cp_size=2))]
     plan.undo()
     assert not hasattr(model, "accepts_loss_kwargs")
+    late = ring_plan(model)
+    with fresh_accelerate("ddp"):
+        trainer = Same(model=model, args=TrainingArguments(**options(folder, "ddp")), train_dataset=samples(12))
+        parallelize_module(model, line(), late)
+        with pytest.raises(RuntimeError, match=r"Same that was made before the plan was applied.*Apply the plan before"):
+            trainer.train()
+    late.undo()
     if dist.get_rank() == 0:
         reference = trained("alone", Trainer)
         for mine in results:

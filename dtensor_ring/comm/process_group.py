@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import socket
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import ClassVar, TypeVar
 from weakref import ref
@@ -31,6 +34,7 @@ _REDUCE = {
     "product": dist.ReduceOp.PRODUCT,
 }
 _GRACE = 2.0  # seconds that a rank which waited in vain waits to hear what the others wait for
+_LET_GO = 0.02  # seconds in which threads of gloo let go of the tensors of collectives that are over
 _LARGEST_TAG = (1 << 31) - 1  # a tag is a C int
 
 
@@ -45,6 +49,24 @@ def _host() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text()  # drawn when the machine started
     except OSError:
         return socket.gethostname()
+
+
+@cache
+def _end_groups_at_exit() -> None:
+    """Once a process: have the groups that were destroyed end their threads while Python still runs.
+
+    A thread of gloo that lets go of a tensor while the interpreter ends aborts the process, "terminate called without an active
+    exception" (pytorch#190489): a script whose last collective was just before its end then fails, once in a hundred times or so.
+    A group joins its threads when it is freed, but models and trainers that hold it often are garbage in cycles, which is freed
+    too late. The threads of groups that were not destroyed get the time to let go.
+    """
+
+    def end_groups() -> None:
+        gc.collect()
+        if dist.is_initialized():
+            time.sleep(_LET_GO)
+
+    atexit.register(end_groups)
 
 
 def several_ranks() -> bool:
@@ -84,6 +106,8 @@ class ProcessGroupTransport(Transport):
         self._reference = ref(group)
         self._has_met = False
         self._link: tuple[Link | None] | None = None  # in a tuple once it was asked for
+        if not self._is_nccl():
+            _end_groups_at_exit()
 
     @property
     def _group(self) -> dist.ProcessGroup:

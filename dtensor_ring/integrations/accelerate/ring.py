@@ -128,6 +128,7 @@ class Ring:
         if plan is not None:
             parallelize_module(model, self.mesh, plan)
             # On the model inside of adapters, which alone is told what the plan did to a batch.
+            plan.is_made_whole = True
             handle = unwrap(model, unlisted=True).model.register_forward_hook(partial(self._whole_loss, plan), with_kwargs=True)
         self._plans[model] = plan
 

@@ -67,6 +67,7 @@ class TrainerRing:
         if not isinstance(plan, RingPlan):
             raise TypeError(f"make_plan must return a RingPlan, as ring_plan does, found {type(plan).__name__}")
         parallelize_module(base, self.ranks.mesh, plan)
+        plan.is_made_whole = True
         return _Planned(base, plan, whole_outputs(base, plan, self.copies))
 
     def plan_of(self, model: nn.Module) -> RingPlan:

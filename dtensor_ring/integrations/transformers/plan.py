@@ -78,6 +78,7 @@ from dtensor_ring.integrations.transformers.token_loss import (
     take_targets,
     with_loss,
 )
+from dtensor_ring.integrations.transformers.trainer_calls import refuse_counts_of_trainer
 from dtensor_ring.ops.arguments import Arguments
 from dtensor_ring.placements import SequencePlacement
 from dtensor_ring.placements.placement import split_of
@@ -89,8 +90,11 @@ _SEQUENCE_AXIS = r"cp|sp|seq|context|ring"  # how programs name the mesh axis th
 class RingPlan(dict[str, ParallelStyle]):
     """A plan for `parallelize_module`: a style for the root (""), which prepares every attention module inside.
 
-    Made by `ring_plan`, for one model, applied once.
+    Made by `ring_plan`, for one model, applied once. Where Accelerate's configuration or `RingTrainerMixin` apply it, they make
+    losses over a number of items whole, and set `is_made_whole`.
     """
+
+    is_made_whole = False
 
     def __init__(
         self, unwrapped: Unwrapped, placement: SequencePlacement, asked: Arguments, loss: AskedLoss, dropout: Dropout
@@ -347,6 +351,8 @@ class RingPlan(dict[str, ParallelStyle]):
             given.pop("cache_position", None)  # places in a cache, of which there is none
             length = sequence_length(given)
             check_length(length, transport.world, self._placement)
+            if given.get("num_items_in_batch") is not None and transport.world > 1 and not self.is_made_whole:
+                refuse_counts_of_trainer()
             self._loss.check(given)
             bounds = find_documents(given, length, documents)
         check_same(given, length, bounds, self._placement, transport)
