@@ -92,7 +92,8 @@ def comparisons() -> None:
         # Nobody waits in a meeting: the error is raised at once, and no record is sent that a later call would take for its own.
         refused(lambda: ring_attention(placed, placed, placed, window=(3, 1)), ValueError, "window")
     assert time.monotonic() - start < 4
-    assert "window" in transport_along(line()).note_of(dist.get_rank())
+    transport = transport_along(line())
+    assert "window" in transport.note_of(transport.rank, transport.notes)
     dist.barrier()
     ring_attention(placed, placed, placed)
 

@@ -168,20 +168,20 @@ class ProcessGroupTransport(Transport):
             return
 
     @override
-    def leave_note(self, text: str) -> None:
+    def leave_note(self, number: int, text: str) -> None:
         """Leave the text in the group's store, where it waits for ranks that come later, however late."""
         try:
-            store_of(self._group).set(f"dtensor_ring/note/{self.rank}", text)
+            store_of(self._group).set(f"dtensor_ring/note/{self.rank}/{number}", text)
         except RuntimeError:  # the store went with its process: the error to show is another
             return
 
     @override
-    def note_of(self, rank: int) -> str:
+    def note_of(self, rank: int, number: int) -> str:
         """Read the text out of the group's store."""
         try:
-            return store_of(self._group).get(f"dtensor_ring/note/{rank}").decode()
+            return store_of(self._group).get(f"dtensor_ring/note/{rank}/{number}").decode()
         except RuntimeError:
-            return super().note_of(rank)
+            return super().note_of(rank, number)
 
     @override
     def _compare(self, collective: str, tensor: Tensor) -> None:

@@ -27,9 +27,10 @@ from dtensor_ring._torch import is_capturing
 from dtensor_ring.captures import check_not_capturing
 from dtensor_ring.comm.transport import SilentRankError, Transport
 
-_VALUES = 18  # integers of a record after its two first: whether the rank refuses, and the number of the call
+_VALUES = 18  # integers of a record after its two first: whether the rank refuses, and the number of the call or of the refusal
 _TEXT_BYTES = 1024  # of a call, where ranks are in different ones
 _TEXT = 4000  # letters of a refusal
+_NOTES = 64  # texts of refusals that a rank keeps for the others
 _AGREEMENTS = 1024  # calls that a group remembers, each at most about 1 KiB
 _every_call: ContextVar[bool] = ContextVar("every_call", default=False)
 _KNOWN = "_dtensor_ring_known"  # marks an error that the other ranks have or were sent: it is not sent again
@@ -177,19 +178,22 @@ def _send(transport: Transport, failure: Exception) -> None:
     if transport.world == 1:
         return
     kind = next((i for i, kind in enumerate(_KINDS) if isinstance(failure, kind)), len(_KINDS) - 1)
-    transport.leave_note(str(failure)[:_TEXT])  # before the meeting: who comes too late for this rank finds it too
+    # Before the meeting: who comes too late for this rank finds it too, also when the rank has refused another call since.
+    transport.notes += 1
+    number = transport.notes % _NOTES
+    transport.leave_note(number, str(failure)[:_TEXT])
     if is_capturing():  # the record would be sent by the graph; and the others capture as well, and wait in no meeting
         return
-    transport.offer_values([1 + kind, 0, *[0] * _VALUES], _PATIENCE)
+    transport.offer_values([1 + kind, number, *[0] * _VALUES], _PATIENCE)
 
 
 def _explained(transport: Transport, call: str, records: list[list[int]]) -> Exception:
     """The error of a meeting that did not come about. All ranks read the same records, so all raise."""
     rank = next((r for r, record in enumerate(records) if record[0]), None)
     if rank is not None:
-        failure = _KINDS[records[rank][0] - 1](
-            f"{call}: rank {rank} of {transport.axis} refuses this call: {transport.note_of(rank)}"
-        )
+        kind, number = records[rank][:2]
+        text = transport.note_of(rank, number)
+        failure = _KINDS[kind - 1](f"{call}: rank {rank} of {transport.axis} refuses this call: {text}")
     else:
         mine = f"{call}, over {transport.name}"
         texts = _texts(transport.gather_values(_encoded(mine)))

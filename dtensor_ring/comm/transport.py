@@ -187,6 +187,7 @@ class Transport(ABC):
         self.activity: object = "a transfer"
         # A dict for a set in order of entry: the oldest agreement is the first to be forgotten, on all ranks alike.
         self.agreements: dict[Hashable, None] = {}
+        self.notes = 0  # that this rank has left
         self.batches = 0
 
     @override
@@ -271,11 +272,11 @@ class Transport(ABC):
         """This rank's part of `gather_values`, for the others: returns when they have joined, or after `patience` seconds."""
         self.gather_values(values)
 
-    def leave_note(self, text: str) -> None:  # noqa: B027  by default nothing keeps it
-        """Leave a text for the other ranks of the group, in place of the one before; where the transport can keep one."""
+    def leave_note(self, number: int, text: str) -> None:  # noqa: B027  by default nothing keeps it
+        """Leave a text for the other ranks of the group, in place of the one of this number; where the transport can keep any."""
 
-    def note_of(self, rank: int) -> str:
-        """Give the text that a rank has left."""
+    def note_of(self, rank: int, number: int) -> str:
+        """Give the text that a rank has left under a number."""
         return "its own output says why"
 
     @property
