@@ -147,6 +147,10 @@ def make(mode="ddp", sizes=None, **options):
 
 def refuses_shards() -> None:
     refused(lambda: make(sizes={"cp_size": 2, "dp_shard_size": 2}), ValueError, "dp_shard_size=2", "fsdp_version=2")
+    with accelerator_of("ddp") as accelerator:
+        values = torch.arange(4.0) + (dist.get_rank() == 3)  # alike on ranks 0 and 1, who learn of it
+        refused(lambda: accelerator.gather_for_metrics(values), ValueError, "hold different values")
+        assert len(accelerator.gather_for_metrics(values - values)) == 8
 
 
 def refuses_by_name() -> None:

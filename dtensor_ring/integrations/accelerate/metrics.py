@@ -16,8 +16,8 @@ from accelerate.utils import recursively_apply
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtensor_ring.comm import transport_along
-from dtensor_ring.comm.rank_checks import checksum, meet, number_of
+from dtensor_ring.comm import Transport, transport_along
+from dtensor_ring.comm.rank_checks import checksum, meet_on_axes, number_of
 
 _CLOSE = 1e-3  # relative; kernels that add up in any order differ by far less, and other tokens by far more
 
@@ -40,7 +40,7 @@ def gather_for_metrics(
         as_objects: gather as objects, also tensors.
 
     Raises:
-        ValueError: the ranks of a sequence axis hold different values, such as logits of each rank's own tokens; on every rank.
+        ValueError: the ranks of a sequence axis hold different values, such as each rank's own logits; on every rank of the mesh.
     """
     tensors: list[Tensor] = []
     try:
@@ -48,7 +48,7 @@ def gather_for_metrics(
         as_objects = as_objects or not tensors
     except TypeError:
         as_objects = True
-    _check_alike(tensors, cp)
+    _check_alike(tensors, cp, data)
     rows = accelerator.gradient_state.remainder if accelerator.gradient_state.end_of_dataloader else -1
     if as_objects:
         gathered = _gather_objects(values, data)
@@ -78,22 +78,32 @@ def _gather_objects(values: Any, data: Sequence[DeviceMesh]) -> Any:  # noqa: AN
     return values
 
 
-def _check_alike(tensors: list[Tensor], cp: DeviceMesh) -> None:
-    """Raises ValueError on every rank unless all ranks of a sequence axis hold the same values."""
+def _check_alike(tensors: list[Tensor], cp: DeviceMesh, data: Sequence[DeviceMesh]) -> None:
+    """Raises ValueError on every rank of the mesh unless all ranks of each sequence axis hold the same values."""
     transport = transport_along(cp)
     shapes = "|".join(f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in tensors)
     whole = sum(checksum(tensor) for tensor in tensors if not tensor.is_floating_point()) % (1 << 61)
     mine = [number_of(shapes), whole]
-    same = all(theirs == mine for theirs in meet(transport, "gather_for_metrics", mine))
+
+    def judge(axis: int, records: list[list[int]]) -> None:
+        if axis:  # of other samples: its ranks are only told what is refused
+            return
+        if any(theirs != mine for theirs in records) or not _floats_are_close(tensors, transport):
+            raise ValueError(
+                f"gather_for_metrics: the ranks of {transport.axis} hold different values ({shapes or 'objects'}), and those of "
+                "one would be taken for all: outputs of a model hold each rank's own tokens. Gather these first, with "
+                "ring_of(accelerator).gather(model, logits), or compute values that all ranks have"
+            )
+
+    meet_on_axes([transport, *map(transport_along, data)], "gather_for_metrics", mine, judge)
+
+
+def _floats_are_close(tensors: list[Tensor], transport: Transport) -> bool:
+    """Whether floating-point values have about the same sums on every rank, which all ask with tensors of the same shapes."""
     floats = [tensor.detach().double() for tensor in tensors if tensor.is_floating_point()]
-    if same and floats:
-        # Sums, not bits: what ranks compute alike may differ in the last bits on GPUs.
-        sums = torch.stack([part.nan_to_num(3.0, 1.0, 2.0) for x in floats for part in (x.sum(), x.abs().sum())])
-        every = transport.all_gather(sums.to(transport.value_device())).wait()
-        same = bool(((every - every[:1]).abs() <= _CLOSE * every[:1].abs()).all())
-    if not same:
-        raise ValueError(
-            f"gather_for_metrics: the ranks of {transport.axis} hold different values ({shapes or 'objects'}), and those of one "
-            "would be taken for all: outputs of a model hold each rank's own tokens. Gather these first, with "
-            "ring_of(accelerator).gather(model, logits), or compute values that all ranks have"
-        )
+    if not floats:
+        return True
+    # Sums, not bits: what ranks compute alike may differ in the last bits on GPUs.
+    sums = torch.stack([part.nan_to_num(3.0, 1.0, 2.0) for x in floats for part in (x.sum(), x.abs().sum())])
+    every = transport.all_gather(sums.to(transport.value_device())).wait()
+    return bool(((every - every[:1]).abs() <= _CLOSE * every[:1].abs()).all())
