@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import peft
@@ -77,6 +78,27 @@ SWEEP = [(family, dtype, packed, "zigzag", True) for family in FAMILIES for dtyp
 )
 def test_a_right_model_passes_alike_on_every_rank(pools, world, family, dtype, packed, placement, edge_cases):
     assert len(set(pools.run(world, right_model, family, dtype, packed, placement, edge_cases))) == 1
+
+
+def routed_model(packed: bool):
+    """With the load-balancing loss, which no part of the batch has by itself: right, and then that of each rank's own tokens."""
+    torch.manual_seed(0)
+    config = FAMILIES["qwen3_moe"]()
+    config.output_router_logits = True
+    model = AutoModelForCausalLM.from_config(config)
+    batch = make_batch(packed=packed)
+    found = verify(model, batch, line(), edge_cases=False)
+    assert found.ok, str(found)
+    with patch("dtensor_ring.integrations.transformers.router.SumOverRanks", SimpleNamespace(apply=lambda sums, _mesh: sums)):
+        found = verify(model, batch, line(), edge_cases=False)
+    assert not found.row("loss").ok
+    assert found.row("logits").ok
+    return str(found)
+
+
+@pytest.mark.parametrize("packed", [True, slow(False)])
+def test_the_loss_of_routers_is_verified(pools, packed):
+    assert len(set(pools.run(2, routed_model, packed))) == 1
 
 
 @contextmanager

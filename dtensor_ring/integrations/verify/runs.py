@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from dtensor_ring._torch import local_of, tensors_in
 from dtensor_ring.integrations.transformers.plan import RingPlan
 from dtensor_ring.integrations.verify.batches import Case, Piece
+from dtensor_ring.integrations.verify.router_share import router_share
 from dtensor_ring.integrations.verify.state import Ranks, global_norm, parameters_of
 from dtensor_ring.integrations.verify.watch import Compared, Kept, OwnError, Place, Watch
 from dtensor_ring.placements import SequencePlacement
@@ -92,16 +93,19 @@ class Runner:
         loss_sum, whole = 0.0, None
         items = case.given.get("num_items_in_batch")
         count = case.count() if items is None else items
+        routers = router_share(self._model, case)
         with self.watch.telling(sees) if sees is not None else nullcontext():
-            for piece in case.pieces():
+            for index, piece in enumerate(case.pieces()):
                 if compared is not None:
                     compared.place = self._place(case, piece)
                 given = case.alone(piece)
                 if given.get("labels") is not None and case.shifted:
                     given["num_items_in_batch"] = torch.as_tensor(count)
+                if routers is not None:
+                    given["return_dict"] = True
                 with self.watch.forward():
                     out = self._model(**given)
-                loss, _ = self._objective(out, case, piece)
+                loss = self._objective(out, case, piece)[0] if routers is None else routers.loss(index, out)
                 if given.get("labels") is not None and not case.shifted:
                     # The losses of these models are means of what they are given, whatever the number of items.
                     labels = case.count(piece)
