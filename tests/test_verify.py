@@ -530,6 +530,20 @@ def test_the_command_verifies_a_model_of_its_first_layers(pools, config_file):
     assert any(row["name"] == "layout of 1 attention modules" for row in facts["rows"])
 
 
+def unlisted(*words: str):
+    with patch("dtensor_ring.integrations.transformers.checks.MODEL_TYPES", ()):
+        return command(*words), command(*words, "--unlisted")
+
+
+def test_the_command_verifies_a_type_that_is_not_listed_if_told_so(pools, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(FAMILIES["llama"]().to_dict()))
+    for refusal, verified in pools.run(2, unlisted, "--model", str(path), "--layers", "1", "--no-edge-cases"):
+        assert refusal.refused
+        assert "unlisted=True" in refusal.text
+        assert verified.ok, verified.text
+
+
 def test_weights_of_a_folder_are_read(tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path)

@@ -20,6 +20,7 @@ from transformers.utils import logging
 from dtensor_ring._register import register
 from dtensor_ring.comm import transport_along
 from dtensor_ring.comm.rank_checks import refused_together
+from dtensor_ring.integrations.transformers.ask import ring_plan
 from dtensor_ring.integrations.verify.verifying import verify
 from dtensor_ring.placements import Contiguous, SequencePlacement, Stripe, Zigzag
 from dtensor_ring.planning.documents import Documents
@@ -127,16 +128,9 @@ def verified(options: argparse.Namespace) -> Verification:
             model = load(options)
         except OSError as failure:  # in a class that is told to other ranks
             raise ValueError(str(failure)) from failure
-        length = options.length or 64 * world
-        batch = make_batch(model, options, length)
-    return verify(
-        model,
-        batch,
-        mesh,
-        placement=placement_of(options.layout),
-        strategy=options.strategy,
-        edge_cases=not options.no_edge_cases,
-    )
+        batch = make_batch(model, options, options.length or 64 * world)
+        plan = ring_plan(model, placement_of(options.layout), options.strategy, unlisted=options.unlisted)
+    return verify(model, batch, mesh, plan=plan, edge_cases=not options.no_edge_cases)
 
 
 def load(options: argparse.Namespace) -> PreTrainedModel:
