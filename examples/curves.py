@@ -7,9 +7,10 @@
 One process with transformers' own attention, a plain loop over cp=2, FSDP2 over dp=2 x cp=2, Accelerate, Trainer, and TRL's
 SFTTrainer, which packs the documents by itself: all see the same batches and train the same weights in float32, on CPU processes
 over gloo. At every step their losses must be within 1e-5 of the one process, with SGD within 1e-6, norms of gradients within 1e-4.
-(AdamW divides each gradient by its own size: where one is as small as its rounding error, so is the direction of a step.) The first
-loss of the one process must be that of its documents run one by one. Losses are drawn in one picture. Exit status 1 if a set-up
-parts from the one process.
+SFTTrainer sums the same loss up in another way, so it is compared with itself in one process, and that one, within 1e-5, with the
+other. (AdamW divides each gradient by its own size: where one is as small as its rounding error, so is the direction of a step.)
+The first loss of the one process must be that of its documents run one by one. Losses are drawn in one picture. Exit status 1 if a
+set-up parts from the one process.
 """
 
 from __future__ import annotations

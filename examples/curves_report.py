@@ -9,8 +9,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-ALONE = "one process"
+ALONE, SFT, SFT_ALONE = "one process", "SFTTrainer, cp=2", "SFTTrainer, one process"
+# What a set-up is compared with, if not with transformers' training in one process. TRL computes the same loss by other sums: of
+# 49,152 logits PyTorch's float32 cross entropy on a CPU is off by 3e-6, and TRL's by 1e-7.
+REFERENCES = {SFT: SFT_ALONE}
 ALLOWED = {"adamw": 1e-5, "sgd": 1e-6}  # relative differences of losses
+ALLOWED_OTHER_SUMS = 1e-5  # between TRL and transformers in one process, by any optimizer
 ALLOWED_NORM = 1e-4  # of norms of gradients
 TITLES = {"adamw": "AdamW", "sgd": "SGD"}
 
@@ -62,9 +66,8 @@ def compare(found: dict[str, Curves], layers: int) -> tuple[str, bool]:
     ]
     is_good = True
     for optimizer, curves in found.items():
-        alone = curves[ALONE]
         for name, curve in curves.items():
-            row, is_right = compare_one(name, curve, alone, optimizer)
+            row, is_right = compare_one(name, curve, curves[REFERENCES.get(name, ALONE)], optimizer)
             lines.append(row)
             is_good &= is_right
     lines += ["", "\\* the first loss, beside that of its documents run one by one"]
@@ -73,7 +76,8 @@ def compare(found: dict[str, Curves], layers: int) -> tuple[str, bool]:
 
 def compare_one(name: str, curve: Curve, alone: Curve, optimizer: str) -> tuple[str, bool]:
     """The row of a set-up, and whether it keeps to the one process; that one is compared with its documents run one by one."""
-    is_same, allowed = curve.batches == alone.batches, ALLOWED[optimizer]
+    is_same = curve.batches == alone.batches
+    allowed = ALLOWED_OTHER_SUMS if name == SFT_ALONE else ALLOWED[optimizer]
     if curve is alone:
         assert alone.by_document is not None, "the one process runs documents one by one"
         loss, norm, allowed = largest_gap(alone.losses[:1], [alone.by_document]), 0.0, ALLOWED["sgd"]
@@ -96,12 +100,12 @@ def draw(found: dict[str, Curves], out: Path) -> None:
     size = (6.5 * len(found), 7)
     figure, panels = plt.subplots(2, len(found), figsize=size, sharex=True, squeeze=False, layout="constrained")
     for (upper, lower), (optimizer, curves) in zip(panels.T, found.items(), strict=True):
-        alone = curves[ALONE].losses
-        steps = range(1, len(alone) + 1)
+        steps = range(1, len(curves[ALONE].losses) + 1)
         for number, (name, curve) in enumerate(curves.items()):
             # Curves lie on each other: wide lines below, narrow ones above.
-            upper.plot(steps, curve.losses, color=f"C{number}", linewidth=9 - 1.5 * number, label=name)
-            if name != ALONE:
+            upper.plot(steps, curve.losses, color=f"C{number}", linewidth=10 - 1.4 * number, label=name)
+            if name not in (ALONE, SFT_ALONE):
+                alone = curves[REFERENCES.get(name, ALONE)].losses
                 gaps = [max(abs(a - b) / b, 1e-9) for a, b in zip(curve.losses, alone, strict=True)]
                 lower.semilogy(steps, gaps, "o-", markersize=3, color=f"C{number}", label=name)
         lower.axhline(ALLOWED[optimizer], color="black", linestyle=":", label="allowed")

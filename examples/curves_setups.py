@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from curves_data import SEED, Row, checksum, collate
-from curves_report import ALONE, Curve
+from curves_report import ALONE, SFT, SFT_ALONE, Curve
 from datasets import Dataset, disable_progress_bars
 from demo import load
 from torch import Tensor, nn
@@ -217,7 +217,7 @@ def trainer(task: Task, curve: Curve) -> None:
 
 
 def sft(task: Task, curve: Curve) -> None:
-    """SFTTrainer, under DDP; it packs the documents itself."""
+    """SFTTrainer, over several processes under DDP; it packs the documents itself."""
     documents = json.loads((task.folder / "documents.json").read_text())
     RingSFTTrainer(
         model=load(task.folder, CPU),
@@ -250,7 +250,8 @@ SETUPS = (
     Setup("dp=2 x cp=2, FSDP2", 4, loop_dp_cp, meets=True),
     Setup("Accelerate, cp=2", 2, accelerated),
     Setup("Trainer, cp=2", 2, trainer),
-    Setup("SFTTrainer, cp=2", 2, sft),
+    Setup(SFT_ALONE, 1, sft),
+    Setup(SFT, 2, sft),
 )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from curves_report import ALONE, Curve, around_table, compare, keep, kept, largest_gap, write_table
+from curves_report import ALONE, SFT, SFT_ALONE, Curve, around_table, compare, keep, kept, largest_gap, write_table
 
 from benchmarks import bf16_curves
 
@@ -44,6 +44,12 @@ def test_a_set_up_parts_where_a_loss_a_norm_or_a_batch_is_another(changed, optim
 
 def test_one_process_parts_where_documents_by_themselves_have_another_loss():
     assert not verdict(REFERENCE, reference=replace(REFERENCE, by_document=3.0 * (1 + 2e-6)))
+
+
+@pytest.mark.parametrize(("off", "over_ranks", "is_right"), [(5e-6, 5e-6, True), (5e-6, 0.0, False), (1.1e-5, 1.1e-5, False)])
+def test_a_trainer_with_sums_of_its_own_is_compared_with_itself_in_one_process(off, over_ranks, is_right):
+    alone, spread = (replace(REFERENCE, losses=[loss * (1 + gap) for loss in LOSSES]) for gap in (off, over_ranks))
+    assert compare({"sgd": {ALONE: REFERENCE, SFT_ALONE: alone, SFT: spread}}, layers=2)[1] is is_right
 
 
 def test_a_gap_is_the_largest_of_all_steps():
