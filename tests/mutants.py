@@ -156,6 +156,7 @@ TESTS = {
 
 # (file, the mutated line without indentation, what the line becomes) -> why no test can tell the two apart.
 EQUIVALENT: dict[tuple[str, str, str], str] = {
+    ("planning/document_sharding.py", "continue", "pass"): "a hand that cannot win is scored all the same, and does not win",
     (
         "planning/steps.py",
         "return [(rank + i) % problem.world for i in range(problem.world)]",

@@ -20,7 +20,7 @@ from dtensor_ring.comm.loopback import LoopbackTransport
 from dtensor_ring.debug import traffic
 from dtensor_ring.ops import operator
 from dtensor_ring.ops.call import AttentionCall
-from dtensor_ring.planning import schedule
+from dtensor_ring.planning import schedule, stage_choice
 from dtensor_ring.planning import totals as totals_module
 from dtensor_ring.planning.cost_model import KernelSpeed, Link, Speed
 from dtensor_ring.planning.costs import AttentionShape
@@ -30,7 +30,7 @@ from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
 from dtensor_ring.planning.predict import Predictor
 from dtensor_ring.planning.problem import AttentionProblem
-from dtensor_ring.planning.stage_choice import candidates, choose_stages, share_of, staged_times
+from dtensor_ring.planning.stage_choice import _most_far, candidates, choose_stages, share_of, staged_times
 from dtensor_ring.planning.stages import BUFFERED_TOKENS, buffered_shards
 from dtensor_ring.planning.totals import totals
 
@@ -105,6 +105,22 @@ def test_faster_links_are_never_predicted_slower_and_hosts_never_faster(world, s
     times = [staged_times(problem, share, by, stages).both for by in (predictor(400), predictor(100), predictor(20))]
     assert times == sorted(times)
     assert staged_times(problem, share, predictor(100, 2), stages).both >= times[1]
+
+
+@given(s.sampled_from([(4, 2), (6, 3), (8, 4), (12, 4), (16, 8)]), s.data())
+def test_a_stage_fetches_from_other_hosts_as_much_as_at_the_worst_place_in_a_host(sizes, data):
+    (world, host), begin = sizes, data.draw(s.integers(1, sizes[0] - 1))
+    distances = range(begin, data.draw(s.integers(begin, world - 1)) + 1)
+    far = [sum((rank - distance) % world // host != rank // host for distance in distances) for rank in range(world)]
+    assert _most_far(world, Link(2e11, 5e10, 0.0, host), distances) == max(far)
+
+
+@pytest.mark.parametrize("stages", [1, 3, 7])
+def test_stages_fetch_the_keys_of_every_other_rank_once(stages):
+    problem, fetched = problem_of(8), []
+    with patch.object(stage_choice, "_seconds", lambda *args: fetched.extend(args[-1]) or 0.0):
+        staged_times(problem, share_of(problem), predictor(), stages)
+    assert fetched == list(range(1, 8))
 
 
 @pytest.mark.parametrize("world", [2, 8, 64])

@@ -165,7 +165,7 @@ class Deck:
         once = part.length <= self._pair_above
         if count < _SMALLEST_PAIR or (once and shift <= 0):
             return Cut(part, count, 0) if shift < 0 else Cut(part, 0, count)
-        even = (count + part.first - (part.length - part.last) + 1) // 2
+        even = (count + part.first - (part.length - part.last)) // 2
         wanted = part.last - even - (0 if once else shift * BLOCK)
         # The nearest end of a block, of those within what `count` tokens off the back would take.
         lowest, highest = -(-(part.last - count) // BLOCK), part.last // BLOCK

@@ -27,7 +27,7 @@ class HaloSteps:
         self._problem, self._band = problem, problem.position_band
         self._queries, self._keys = problem.holders
         self._bounds = problem.bounds
-        self._far = problem.q_length + problem.k_length + max(abs(self._band.lo or 0), abs(self._band.hi or 0))
+        self._far = problem.q_length + problem.k_length
 
     def step(self, rank: int) -> Step:
         """The step of a rank."""
