@@ -238,12 +238,9 @@ def _most_far(world: int, link: Link, distances: range) -> int:
     if not host or host >= world:
         return 0
     # A rank's own host has the ranks 1 .. place before it, and those world - host + 1 + place .. world - 1 before it, which are
-    # after it. The most are elsewhere where the stage begins just after the former, or ends just before the latter.
-    most = 0
-    for place in (distances.start - 1, distances.stop - 1 - world + host):
-        at = min(max(place, 0), host - 1)
-        most = max(most, min(distances.stop, world - host + 1 + at) - max(distances.start, at + 1))
-    return most
+    # after it. The most are elsewhere where the stage ends just before the latter, or at the first place.
+    place = max(distances.stop - 1 - world + host, 0)
+    return max(0, distances.stop - max(distances.start, place + 1))
 
 
 __all__ = ["Share", "candidates", "choose_stages", "share_of", "staged_times"]
