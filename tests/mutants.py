@@ -156,6 +156,11 @@ TESTS = {
 
 # (file, the mutated line without indentation, what the line becomes) -> why no test can tell the two apart.
 EQUIVALENT: dict[tuple[str, str, str], str] = {
+    (
+        "losses/chunked.py",
+        "p.scatter_add_(1, labels.masked_fill(skipped, 0)[:, None], minus)",
+        "p.scatter_add_(1, labels.masked_fill(skipped, 1)[:, None], minus)",
+    ): "the place of a label that does not count, to which 0 is added",
     ("planning/document_sharding.py", "continue", "pass"): "a hand that cannot win is scored all the same, and does not win",
     (
         "planning/steps.py",
