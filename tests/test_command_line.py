@@ -12,8 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import programs
+import pytest
 from helpers import slow, some_or_every
 from hypothesis import given
 from hypothesis import strategies as st
