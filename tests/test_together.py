@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import time
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from dtensor_ring import (
     ring_plan,
     shard_batch,
 )
-from dtensor_ring.comm import ProcessGroupTransport, SilentRankError, transport_along, transport_of
+from dtensor_ring.comm import ProcessGroupTransport, SilentRankError, rank_checks, transport_along, transport_of
 from dtensor_ring.comm.rank_checks import meet
 from dtensor_ring.debug import traffic
 from dtensor_ring.functional import ring_flash_attn_func, zigzag_ring_flash_attn_func, zigzag_ring_flash_attn_qkvpacked_func
@@ -284,8 +285,11 @@ def test_one_rank_alone_may_ask_for_a_group_s_traffic(pools):
 
 
 def two_axes():
-    mesh = grid()
-    wrong = dist.get_rank() == 3
+    with patch.object(rank_checks, "_PATIENCE", 1.0):
+        told_on_both_axes(grid(), dist.get_rank() == 3)
+
+
+def told_on_both_axes(mesh: DeviceMesh, wrong: bool):
     with pytest.raises(ValueError, match=r"src_data_rank=5 is no rank|refuses this call"):
         distribute_tensor(torch.ones(4, 4), mesh, [Replicate(), Contiguous(0)], src_data_rank=5 if wrong else 0)
     dist.barrier()
@@ -310,12 +314,12 @@ def test_documents_that_differ_on_two_axes_leave_no_rank_waiting(pools):
 
 
 def a_late_rank(known: str) -> str:
-    """Rank 0 comes seven seconds after rank 1 has refused the call, and still learns why."""
+    """Rank 0 comes when rank 1, which has refused the call, waits no more, and still learns why."""
     mesh = axis(30)
     x = placed(mesh, 18)
     if dist.get_rank() == 0:
-        time.sleep(7)
-    with pytest.raises(ValueError, match="unknown kernel") as failure:
+        time.sleep(3)
+    with patch.object(rank_checks, "_PATIENCE", 1.0), pytest.raises(ValueError, match="unknown kernel") as failure:
         ring_attention(x, x, x, kernel=known if dist.get_rank() else None)
     return str(failure.value)
 
