@@ -8,21 +8,22 @@ from contextlib import suppress
 
 import laws
 import pytest
-import torch
 from hypothesis import settings
-from pool import Pools
 
-torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of programs that tests start
-settings.register_profile("quick", deadline=None, max_examples=75)
+settings.register_profile("quick", deadline=None, max_examples=50)
 settings.register_profile("thorough", deadline=None, max_examples=150)
 
 
 def pytest_configure(config):
-    """Properties are tried on twice the examples where slow tests run too.
+    """Properties are tried on three times the examples where slow tests run too.
 
     Threads, also those of processes that this one starts, do not interrupt each other when they are woken up: see `pool`.
     """
+    if not hasattr(config.option, "dist") or config.option.dist == "no" or hasattr(config, "workerinput"):
+        import torch  # not in the process that deals tests out to others
+
+        torch.set_num_threads(1)
     with suppress(AttributeError, OSError):  # Linux has it
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     settings.load_profile("quick" if "not slow" in config.option.markexpr else "thorough")
@@ -30,6 +31,8 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def pools():
+    from pool import Pools
+
     live = Pools()
     yield live
     live.close()
@@ -53,6 +56,8 @@ def pytest_runtest_setup(item):
     """Tests on GPUs need one device, or two where ranks are processes."""
     marker = item.get_closest_marker("gpu")
     if marker:
+        import torch
+
         needed = marker.kwargs.get("devices", 2 if "pools" in item.fixturenames else 1)
         if torch.cuda.device_count() < needed:
             pytest.skip(f"needs {needed} CUDA device{'s' * (needed > 1)}, found {torch.cuda.device_count()}")

@@ -54,8 +54,8 @@ Answer = TypeVar("Answer")
 
 
 def examples(number: int) -> settings:
-    """A property is tried on so many examples where slow tests run too, else on half of them."""
-    return settings(max_examples=number if settings.get_current_profile_name() == "thorough" else number // 2)
+    """A property is tried on so many examples where slow tests run too, else on a quarter of them."""
+    return settings(max_examples=number if settings.get_current_profile_name() == "thorough" else number // 4)
 
 
 def slow(*values: object):

@@ -39,6 +39,8 @@ FAMILIES = ("mistral", "qwen2", "qwen3_moe", "mixtral", "gemma2", "gemma3", "gpt
 LATER = {
     "models": [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen3")],
     "test_families": [f"transformers.models.{name}.modeling_{name}" for name in FAMILIES],
+    "accelerate_ranks": ["datasets"],  # which Accelerate and trainers import where it is there
+    "trainers": ["datasets"],
     "torch._dynamo": ["torch._dynamo.testing", "torch._functorch.aot_autograd"],
 }
 

@@ -15,10 +15,10 @@ from helpers import (
     rms,
     run_loopback,
     single_device,
-    slow,
     solved,
     some_or_every,
 )
+from sweeps import swept
 
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.schedule import plan
@@ -27,10 +27,9 @@ STRATEGIES = ("ring", "gather")
 
 
 @some_or_every
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("mask", ["causal", "full", "window"])
+@pytest.mark.parametrize(
+    ("world", "layout", "strategy", "mask"), swept([1, 2, 3, 4], LAYOUTS, STRATEGIES, ["causal", "full", "window"])
+)
 def test_out_lse_and_gradients_are_exact_at_every_length(world, layout, strategy, mask, every):
     """Both kernels with both numbers of heads at each length; or each length with one of both, another one in other worlds."""
     cells = list(itertools.product((1, 2, 7, 16, 33), ((4, 2), (3, 1)), ("math", "torch_cpu")))
@@ -39,18 +38,12 @@ def test_out_lse_and_gradients_are_exact_at_every_length(world, layout, strategy
         assert_exact(run_loopback(case, layout, world, strategy, kernel)[0], exact)
 
 
-A_FEW = [(2, "contiguous", "ring"), (3, "zigzag", "gather"), (4, "zigzag", "ring")]
-A_FEW += [(4, "contiguous", "gather"), (3, "stripe", "ring"), (2, "stripe:3", "gather")]
-
-
 @pytest.mark.parametrize(
-    ("world", "layout", "strategy"),
-    [*A_FEW, *(slow(*cell) for cell in itertools.product((2, 3, 4), LAYOUTS, STRATEGIES) if cell not in A_FEW)],
+    ("world", "layout", "strategy", "mask"), swept([2, 3, 4], LAYOUTS, STRATEGIES, ["causal", "full", "two-sided"])
 )
-def test_a_thousand_tokens_are_exact(world, layout, strategy):
-    for mask, heads in (("causal", (4, 2)), ("full", (3, 1)), ("two-sided", (4, 2))):
-        case, exact = solved(1000, heads=heads, mask=mask, batch=1)
-        assert_exact(run_loopback(case, layout, world, strategy, "torch_cpu")[0], exact)
+def test_a_thousand_tokens_are_exact(world, layout, strategy, mask):
+    case, exact = solved(1000, heads=(3, 1) if mask == "full" else (4, 2), mask=mask, batch=1)
+    assert_exact(run_loopback(case, layout, world, strategy, "torch_cpu")[0], exact)
 
 
 @pytest.mark.parametrize("world", [5, 8])
@@ -69,23 +62,22 @@ def test_eight_ranks_are_exact(layout, strategy):
         assert_exact(run_loopback(case, layout, 8, strategy, "torch_cpu")[0], exact)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("rows", [1, 2])
-def test_packed_documents_are_exact(layout, strategy, rows):
+@pytest.mark.parametrize(
+    ("world", "layout", "strategy", "mask", "rows"), swept([2, 4], LAYOUTS, STRATEGIES, ["causal", "full", "window"], [1, 2])
+)
+def test_packed_documents_are_exact(world, layout, strategy, mask, rows):
     bounds = ((0, 5, 5, 6, 20, 37, 40), (0, 1, 12, 39, 40))[:rows]
-    for world, mask in itertools.product((2, 4), ("causal", "full", "window")):
-        case, exact = solved(40, mask=mask, documents=Documents(bounds))
-        assert_exact(run_loopback(case, layout, world, strategy, "math")[0], exact)
+    case, exact = solved(40, mask=mask, documents=Documents(bounds))
+    assert_exact(run_loopback(case, layout, world, strategy, "math")[0], exact)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("lengths", [(7, 30), (30, 7), (5, 5)])
-def test_queries_and_keys_of_two_lengths_are_aligned_bottom_right(layout, strategy, lengths):
-    for mask in ("causal", "full", "window"):
-        case, exact = solved(lengths[0], k_length=lengths[1], mask=mask)
-        assert_exact(run_loopback(case, layout, 3, strategy, "math")[0], exact)
+@pytest.mark.parametrize(
+    ("layout", "strategy", "lengths", "mask"),
+    swept(LAYOUTS, STRATEGIES, [(7, 30), (30, 7), (5, 5)], ["causal", "full", "window"]),
+)
+def test_queries_and_keys_of_two_lengths_are_aligned_bottom_right(layout, strategy, lengths, mask):
+    case, exact = solved(lengths[0], k_length=lengths[1], mask=mask)
+    assert_exact(run_loopback(case, layout, 3, strategy, "math")[0], exact)
 
 
 def test_a_softcap_and_a_value_dim_of_its_own_reach_the_kernel():
@@ -98,14 +90,11 @@ def of_one_device(dtype: torch.dtype):
     return single_device(solved(500, dim=32, dtype=dtype)[0], "torch_cpu")
 
 
-ROUNDED = list(itertools.product((2, 3, 4), (torch.bfloat16, torch.float16, torch.float32)))
-
-
 @pytest.mark.parametrize(
-    ("world", "dtype"), [cell if cell[0] == 3 or cell[1] != torch.float16 else slow(*cell) for cell in ROUNDED], ids=str
+    ("world", "dtype", "layout", "strategy"),
+    swept([2, 3, 4], [torch.bfloat16, torch.float16, torch.float32], LAYOUTS, STRATEGIES),
+    ids=str,
 )
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_errors_stay_near_those_of_one_device(world, layout, strategy, dtype):
     case, exact = solved(500, dim=32, dtype=dtype)
     found = run_loopback(case, layout, world, strategy, "torch_cpu")[0]
@@ -125,11 +114,10 @@ def test_eight_ranks_round_little_more_than_two(layout):
         assert rms(eight[index] - exact[index]) <= 1.1 * rms(two[index] - exact[index])
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("mask", ["causal", "window"])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("world", "layout", "strategy", "mask", "packed"),
+    swept([2, 3, 4], LAYOUTS, STRATEGIES, ["causal", "window"], [False, True]),
+)
 def test_a_rank_sends_the_bytes_of_its_plan_and_gets_gradients_back_for_them(world, layout, strategy, mask, packed):
     documents = Documents.from_lengths([10, 3, 40, 7]) if packed else None
     case = make_case(60, mask=mask, documents=documents, dtype=torch.bfloat16)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from flash_windows import FLASH_2_WINDOWS, as_flash_attn_2
 from helpers import LAYOUTS, MASKS, assert_exact, assert_like_kernel, make_case, run_loopback, single_device, some_or_every
+from sweeps import swept
 
 from dtensor_ring.ops.kernels import KERNELS, Block, SoftmaxParams, VarlenMetadata, VarlenSegment
 from dtensor_ring.planning.documents import Documents
@@ -56,9 +57,7 @@ def windowed(length: int, is_causal: bool, window: tuple[int, int], **options):
 
 
 @some_or_every
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("bounds", DOCUMENTS, ids=["whole", "packed", "rows"])
+@pytest.mark.parametrize(("layout", "strategy", "bounds"), swept(LAYOUTS, STRATEGIES, DOCUMENTS))
 def test_windows_and_documents_are_exact(layout, strategy, bounds, every):
     windows = (*MASKS.values(), *WINDOWS)
     half = windows[LAYOUTS.index(layout) % 2 :: 2]  # the other half in the next layout
@@ -75,17 +74,30 @@ def test_documents_cut_one_by_one_are_exact(strategy):
         assert_exact(run_loopback(case, "zigzag/documents", world, strategy, FLASH_2_WINDOWS)[0], exact)
 
 
+TWO_LENGTHS = [(7, 30), (30, 7), (40, 1), (1, 40)]
+
+
+@some_or_every
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("lengths", [(7, 30), (30, 7), (40, 1), (1, 40)])
-def test_two_lengths_are_exact(layout, lengths):
-    for strategy, (is_causal, window) in itertools.product(STRATEGIES, (*MASKS.values(), *WINDOWS)):
+@pytest.mark.parametrize("lengths", TWO_LENGTHS)
+def test_two_lengths_are_exact(layout, lengths, every):
+    """Both strategies with all windows; or a quarter of them, the others with other layouts and lengths."""
+    cells = list(itertools.product(STRATEGIES, (*MASKS.values(), *WINDOWS)))
+    turn = (LAYOUTS.index(layout) + TWO_LENGTHS.index(lengths)) % 4
+    for strategy, (is_causal, window) in cells if every else cells[turn::4]:
         case, exact = windowed(lengths[0], is_causal, window, k_length=lengths[1])
         assert_exact(run_loopback(case, layout, 3, strategy, FLASH_2_WINDOWS)[0], exact)
+
+
+@cache
+def of_two_rows():
+    case = make_case(300, dim=32, documents=Documents(((0, 90, 300), (0, 211, 300))), dtype=torch.bfloat16)
+    return case, single_device(case, "torch_cpu"), case.exact()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_rows_of_other_documents_add_nothing_to_a_gradient_in_sixteen_bits(layout, strategy):
     """Each call of a batch whose rows differ returns zeros for the other rows: they are added, and travel, unwidened."""
-    case = make_case(300, dim=32, documents=Documents(((0, 90, 300), (0, 211, 300))), dtype=torch.bfloat16)
-    assert_like_kernel(run_loopback(case, layout, 4, strategy, "torch_cpu")[0], single_device(case, "torch_cpu"), case.exact())
+    case, single, exact = of_two_rows()
+    assert_like_kernel(run_loopback(case, layout, 4, strategy, "torch_cpu")[0], single, exact)

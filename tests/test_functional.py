@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from dropin import BATCH, FAMILIES, GATHERED, VARLEN, family_case, on_ranks, reference_case
 from helpers import assert_like_kernel, make_case, once, refused, single_device, slow, some_or_every
+from sweeps import swept
 
 from dtensor_ring import functional
 from dtensor_ring._torch import TensorCache
@@ -74,15 +75,14 @@ def exact_results(family: str, variant: str, every: bool):
 
 
 @some_or_every
-@pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("variant", ["", "kvpacked", "qkvpacked"])
+@pytest.mark.parametrize(("family", "world", "variant"), swept(FAMILIES, [1, 2, 4], ["", "kvpacked", "qkvpacked"]))
 def test_out_lse_and_gradients_are_exact_for_mha_gqa_and_mqa(pools, world, family, variant, every):
     pools.run(world, exact_results, family, variant, every)
 
 
 def sixteen_bits(family: str, dtype: torch.dtype, every: bool):
-    world, cells = dist.get_world_size(), [((4, 4), "causal"), ((4, 1), "full")]
+    """All numbers of heads with all masks; or one of each, the others in the next family."""
+    world, cells = dist.get_world_size(), [[((4, 4), "causal")], [((4, 1), "full")]][list(FAMILIES).index(family) % 2]
     for heads, mask in itertools.product(((4, 4), (4, 1)), ("causal", "full")) if every else cells:
         case = family_case(family, world, 512, heads=heads, mask=mask, dtype=dtype, dim=32)
         assert_like_kernel(on_ranks(family, "", case), *once(lambda case=case: (single_device(case, "torch_cpu"), case.exact())))
@@ -114,28 +114,24 @@ def test_the_reference_s_own_shapes(pools, family, heads):
     pools.run(2, own_test_shapes, family, heads, timeout=200)
 
 
-def extras(family: str):
+def extras(family: str, mask: str, extra: str):
     """Dropout is replayed, ALiBi measures positions, a scale is used: with every gradient."""
-    world = dist.get_world_size()
-    for mask in ("causal", "full"):
-        case = family_case(family, world, heads=(4, 2), mask=mask)
+    case = family_case(family, dist.get_world_size(), heads=(4, 2), mask=mask)
+    if extra == "alibi":
         case.alibi = torch.rand(4)
-        for found, wanted in zip(on_ranks(family, "", case, alibi_slopes=case.alibi), once(case.exact), strict=True):
-            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
-        case.alibi, case.dropout_p = None, 0.25
+        options = {"alibi_slopes": case.alibi}
+    else:
         torch.manual_seed(7)
-        seed = int(torch.randint(1 << 62, ()))
+        case.dropout_p, case.seed = 0.25, int(torch.randint(1 << 62, ()))
         torch.manual_seed(7)
-        case.seed = seed
-        stride = {"stride": 2} if family in GATHERED else {}
-        for found, wanted in zip(on_ranks(family, "", case, dropout_p=0.25, **stride), once(case.exact), strict=True):
-            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+        options = {"dropout_p": 0.25, **({"stride": 2} if family in GATHERED else {})}
+    for found, wanted in zip(on_ranks(family, "", case, **options), once(case.exact), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("world", [1, 4])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_dropout_is_replayed_and_alibi_measures_positions_across_ranks(pools, world, family):
-    pools.run(world, extras, family)
+@pytest.mark.parametrize(("family", "world", "mask", "extra"), swept(FAMILIES, [1, 4], ["causal", "full"], ["alibi", "dropout"]))
+def test_dropout_is_replayed_and_alibi_measures_positions_across_ranks(pools, world, family, mask, extra):
+    pools.run(world, extras, family, mask, extra)
 
 
 def deterministic(family: str):

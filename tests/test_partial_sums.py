@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import grid
+from sweeps import swept
 from test_ops_sweep import OPS
 from torch.distributed.tensor import DTensor, Partial
 
@@ -51,12 +52,10 @@ def sweep(kind: str, placement, ours_first: bool, length: int) -> tuple[list[str
     return right, raised, wrong
 
 
-@pytest.mark.parametrize("kind", REDUCED)
-@pytest.mark.parametrize("placement", PLACEMENTS, ids=repr)
-def test_no_generic_op_is_silently_wrong_on_partial_values(pools, kind, placement):
-    for ours_first, length in ((False, 13), (True, 16)):
-        for right, raised, wrong in pools.run(4, sweep, kind, placement, ours_first, length):
-            assert not wrong
-            assert set(right) >= {"clone", "contiguous", "detach", "zeros_like"} | ({"add"} if kind in ("sum", "avg") else set())
-            assert set(raised) >= {"mul", "exp", "relu", "scalar add", "maximum", "where"}  # not additive, so not on parts
-            assert len(right) + len(raised) == len(OPS)
+@pytest.mark.parametrize(("kind", "placement", "ours_first"), swept(REDUCED, PLACEMENTS, [False, True]), ids=str)
+def test_no_generic_op_is_silently_wrong_on_partial_values(pools, kind, placement, ours_first):
+    for right, raised, wrong in pools.run(4, sweep, kind, placement, ours_first, 16 if ours_first else 13):
+        assert not wrong
+        assert set(right) >= {"clone", "contiguous", "detach", "zeros_like"} | ({"add"} if kind in ("sum", "avg") else set())
+        assert set(raised) >= {"mul", "exp", "relu", "scalar add", "maximum", "where"}  # not additive, so not on parts
+        assert len(right) + len(raised) == len(OPS)

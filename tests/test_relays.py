@@ -9,7 +9,8 @@ from itertools import count
 
 import pytest
 import torch
-from helpers import LAYOUTS, SEED, Case, assert_exact, assert_like_kernel, make_case, share, single_device, whole
+from helpers import LAYOUTS, SEED, Case, assert_exact, assert_like_kernel, make_case, share, single_device, solved, whole
+from sweeps import swept
 
 from dtensor_ring.comm import LoopbackTransport
 from dtensor_ring.ops.executors.plan_executor import Executor
@@ -83,17 +84,21 @@ def renumbered(base: str, order: list[int]) -> Callable[[AttentionProblem, int],
     return make
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, "zigzag/documents"])
-@pytest.mark.parametrize("base", ["ring", "gather"])
-@pytest.mark.parametrize("mask", ["causal", "full", "window"])
-def test_messages_go_to_the_peer_and_keys_are_the_owners(planned, layout, base, mask):
+@pytest.mark.parametrize(
+    ("packed", "layout", "base", "mask"),
+    swept(
+        [True, False],
+        [*LAYOUTS, "zigzag/documents"],
+        ["ring", "gather"],
+        ["causal", "full", "window"],
+        kept=lambda packed, layout, base, _: packed or (base == "ring" and layout != "zigzag/documents"),
+    ),
+)
+def test_messages_go_to_the_peer_and_keys_are_the_owners(planned, packed, layout, base, mask):
     order = [2, 0, 3, 1]
     strategy = planned(renumbered(base, order))
-    for documents in (None, DOCUMENTS):
-        if documents is None and (base == "gather" or layout == "zigzag/documents"):
-            continue
-        case = make_case(57, mask=mask, documents=documents)
-        assert_exact(run(case, layout, 4, strategy, "math", order), case.exact())
+    case, exact = solved(57, mask=mask, documents=DOCUMENTS if packed else None)
+    assert_exact(run(case, layout, 4, strategy, "math", order), exact)
 
 
 def relayed(hops: Callable[[int, int], Hop], steps: int) -> Callable[[AttentionProblem, int], Plan]:
@@ -144,16 +149,23 @@ def two_hosts(rank: int, index: int) -> Hop:
 PATTERNS = [(around(2), 2), (around(3), 3), (around(4), 4), (two_hosts, 4)]
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, "zigzag/documents"])
-@pytest.mark.parametrize("mask", ["causal", "full", "window"])
-@pytest.mark.parametrize(("hops", "world"), PATTERNS)
-def test_keys_that_are_passed_on_and_gradients_that_return_through_the_same_ranks_are_exact(planned, hops, world, layout, mask):
+@pytest.mark.parametrize(
+    ("hops", "world", "packed", "layout", "mask"),
+    swept(
+        [hops for hops, _ in PATTERNS],
+        [2, 3, 4],
+        [True, False],
+        [*LAYOUTS, "zigzag/documents"],
+        ["causal", "full", "window"],
+        kept=lambda hops, world, packed, layout, _: (hops, world) in PATTERNS and (packed or layout != "zigzag/documents"),
+    ),
+)
+def test_keys_that_are_passed_on_and_gradients_that_return_through_the_same_ranks_are_exact(
+    planned, hops, world, packed, layout, mask
+):
     strategy = planned(relayed(hops, world))
-    for documents in (None, DOCUMENTS):
-        if documents is None and layout == "zigzag/documents":
-            continue
-        case = make_case(57, mask=mask, documents=documents)
-        assert_exact(run(case, layout, world, strategy, "math", list(range(world))), case.exact())
+    case, exact = solved(57, mask=mask, documents=DOCUMENTS if packed else None)
+    assert_exact(run(case, layout, world, strategy, "math", list(range(world))), exact)
 
 
 @pytest.mark.parametrize("length", [1, 3, 7])

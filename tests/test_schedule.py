@@ -76,7 +76,7 @@ def allowed(problem: AttentionProblem, row: int) -> set[tuple[int, int]]:
     }
 
 
-@examples(400)
+@examples(600)
 @given(problems())
 @example(AttentionProblem(Layout("stripe", 3), Band(0, 7), 40, 40, 3, "ring", Documents.from_lengths([11, 29])))
 @example(AttentionProblem(Layout("zigzag"), CAUSAL, 7, 40, 4, "gather"))

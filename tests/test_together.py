@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import time
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -284,8 +285,11 @@ def test_one_rank_alone_may_ask_for_a_group_s_traffic(pools):
 
 
 def two_axes():
-    mesh = grid()
-    wrong = dist.get_rank() == 3
+    with patch.object(rank_checks, "_PATIENCE", 1.0):
+        told_on_both_axes(grid(), dist.get_rank() == 3)
+
+
+def told_on_both_axes(mesh: DeviceMesh, wrong: bool):
     with pytest.raises(ValueError, match=r"src_data_rank=5 is no rank|refuses this call"):
         distribute_tensor(torch.ones(4, 4), mesh, [Replicate(), Contiguous(0)], src_data_rank=5 if wrong else 0)
     dist.barrier()
@@ -314,8 +318,7 @@ def a_late_rank(*unknown: str) -> list[str]:
     mesh = axis(30)
     x = placed(mesh, 18)
     texts = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rank_checks, "_PATIENCE", 0.2)
+    with patch.object(rank_checks, "_PATIENCE", 0.2):
         if dist.get_rank() == 0:
             time.sleep(2)
         for kernel in unknown:

@@ -137,8 +137,9 @@ def beside_one_process(case, kind, folder):
 
 @pytest.mark.parametrize(
     ("case", "kind"),
-    [("accumulation, unequal labels", "ddp"), ("average_tokens_across_devices=False", "ddp"), ("label smoothing", "ddp")]
-    + [("packed", "ddp"), ("compute_loss_func", "ddp"), ("accumulation, unequal labels", "fsdp")]
+    [("accumulation, unequal labels", "ddp"), ("packed", "ddp"), ("compute_loss_func", "ddp")]
+    + [("accumulation, unequal labels", "fsdp")]
+    + [slow("average_tokens_across_devices=False", "ddp"), slow("label smoothing", "ddp")]
     + [("masked, label smoothing", "ddp"), ("adapters", "ddp"), slow("masked", "ddp")]
     + [("average_tokens_across_devices=False", "config")]
     + [slow(case, "fsdp") for case in ("label smoothing", "packed", "compute_loss_func")]
