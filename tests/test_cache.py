@@ -300,7 +300,7 @@ def packings(number: int) -> Iterator[Documents]:
         yield Documents.from_lengths([3 + i % 5, 1 + i // 5, 96 - 3 - i % 5 - 1 - i // 5])
 
 
-@pytest.mark.parametrize("layout", [slow("contiguous"), "zigzag", slow("stripe"), slow("stripe:3"), "zigzag/documents"])
+@pytest.mark.parametrize("layout", ["zigzag/documents", *map(slow, ("contiguous", "zigzag", "stripe", "stripe:3"))])
 def test_after_many_packed_batches_nothing_grows_any_more(layout):
     def attend(documents: Documents) -> None:
         case = make_case(96, documents=documents, heads=(1, 1), dim=1, batch=1)
@@ -359,7 +359,7 @@ def kept_bytes() -> int:
         return sum(x.nbytes for x in gc.get_objects() if type(x) is torch.Tensor and x.device.type == "cpu" and x._base is None)
 
     before = held()
-    for i in range(60):
+    for i in range(30):  # 115 MB, if all were kept
         x = distribute_tensor(torch.empty(200_000 + i), mesh, [Zigzag(0)], src_data_rank=None)
         full_tensor(redistribute(x, [Contiguous(0)]))
     return held() - before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -58,7 +59,7 @@ def peers_of(each: Plan, index: int) -> int:
     return len(each.sends[index]) + len({rows.owner for rows in each.steps[index].keys} - {each.rank})
 
 
-def sweep():
+def sweep() -> Iterator[AttentionProblem]:
     for world, strategy in ((2, "ring"), (3, "ring"), (3, "gather"), (4, "gather")):
         for mask in MASKS:
             for layout in LAYOUTS:
@@ -70,6 +71,16 @@ def sweep():
             yield problem_of("zigzag", strategy, world, mask, rows)
 
 
+# Batches of one row are tried on every second problem, of two rows on the others; both on all as slow tests.
+SWEPT = [pytest.param(0, 1, id="1"), pytest.param(1, 2, id="2")]
+SWEPT += [pytest.param(None, batch, id=f"{batch} every", marks=pytest.mark.slow) for batch in (1, 2)]
+
+
+def part_of_sweep(half: int | None) -> list[AttentionProblem]:
+    """All problems, or half of them."""
+    return list(sweep())[half or 0 :: 1 if half is None else 2]
+
+
 def shard(problem: AttentionProblem, rank: int, batch: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Keys whose elements tell rank, batch row and stored row."""
     rows = torch.arange(problem.k_local(rank), dtype=torch.float64)[None, :, None, None] + 1000 * rank
@@ -77,9 +88,9 @@ def shard(problem: AttentionProblem, rank: int, batch: int, dtype: torch.dtype =
     return whole.repeat(1, 1, 1, DIM).to(dtype)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-def test_a_step_gets_its_rows_in_order_and_the_plan_says_what_travels(batch):
-    for problem in sweep():
+@pytest.mark.parametrize(("half", "batch"), SWEPT)
+def test_a_step_gets_its_rows_in_order_and_the_plan_says_what_travels(half, batch):
+    for problem in part_of_sweep(half):
         shards = [shard(problem, rank, batch) for rank in range(problem.world)]
 
         def rank_body(transport, problem=problem, shards=shards):
@@ -110,9 +121,9 @@ def gradients(problem: AttentionProblem, rank: int, index: int, batch: int, dtyp
     ).to(dtype)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-def test_an_own_row_gets_the_sum_of_what_all_steps_found_for_it(batch):
-    for problem in sweep():
+@pytest.mark.parametrize(("half", "batch"), SWEPT)
+def test_an_own_row_gets_the_sum_of_what_all_steps_found_for_it(half, batch):
+    for problem in part_of_sweep(half):
         sums = [torch.zeros(batch, problem.k_local(rank), HEADS, DIM, dtype=torch.float64) for rank in range(problem.world)]
         for rank in range(problem.world):
             for index, step in enumerate(plan(problem, rank).steps):
@@ -135,8 +146,11 @@ def test_an_own_row_gets_the_sum_of_what_all_steps_found_for_it(batch):
         LoopbackTransport.run(problem.world, rank_body)
 
 
-def test_the_sweep_has_a_row_that_one_peer_needs_twice():
-    sends = [send for problem in sweep() for r in range(problem.world) for sent in plan(problem, r).sends for send in sent]
+@pytest.mark.parametrize("half", [0, 1])
+def test_the_sweep_has_a_row_that_one_peer_needs_twice(half):
+    sends = [
+        send for problem in part_of_sweep(half) for r in range(problem.world) for sent in plan(problem, r).sends for send in sent
+    ]
     assert any(a.start < b.stop and b.start < a.stop for send in sends for i, a in enumerate(send.ranges) for b in send.ranges[:i])
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import grid, line, make_case
+from helpers import grid, line, make_case, slow
 from models import SIZES
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, placement_types
@@ -131,7 +131,7 @@ def alibi_over_ranks_compiled(backend):
         torch.testing.assert_close(compiled, eager)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", [slow("eager"), "aot_eager"])
 def test_alibi_over_ranks_compiles_with_its_gradients(pools, backend):
     pools.run(2, alibi_over_ranks_compiled, backend)
 

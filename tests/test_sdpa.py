@@ -16,6 +16,7 @@ from helpers import (
     grid,
     line,
     make_case,
+    once,
     refused,
     share,
     single_device,
@@ -72,22 +73,30 @@ def one_axis(layout: str, every: bool):
     _assert_equal(*_both(mesh, [PLACEMENTS[layout]], *_leaves(16, (2, 2), dtype=torch.float64, dim=12)))
 
 
+# Each layout at two ranks or at four by default, at both as slow tests.
+CELLS = list(itertools.product(PLACEMENTS, (1, 2, 4)))
+BY_DEFAULT = [(layout, world) for i, layout in enumerate(PLACEMENTS) for world in (1, (2, 4)[i % 2])]
+
+
 @some_or_every
-@pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("layout", PLACEMENTS)
+@pytest.mark.parametrize(("layout", "world"), [cell if cell in BY_DEFAULT else slow(*cell) for cell in CELLS])
 def test_sdpa_over_a_sequence_axis_is_that_of_one_process(pools, world, layout, every):
     pools.run(world, one_axis, layout, every)
 
 
-def two_axes():
+def two_axes(every: bool):
+    """Each pair of placements in both orders; or in one, each placement in both."""
     mesh = grid("other")
-    for other, placement in itertools.product((Shard(0), Shard(1), Replicate()), (Zigzag(2), Stripe(2), Contiguous(2))):
-        for placements in ([other, placement], [placement, other]):
+    pairs = itertools.product((Shard(0), Shard(1), Replicate()), (Zigzag(2), Stripe(2), Contiguous(2)))
+    for i, (other, placement) in enumerate(pairs):
+        orders = [other, placement], [placement, other]
+        for placements in orders if every else (orders[i % 2],):
             _assert_equal(*_both(mesh, placements, *_leaves(13), is_causal=True, enable_gqa=True))
 
 
-def test_batch_and_head_sharding_pass_through_on_two_axes(pools):
-    pools.run(4, two_axes)
+@some_or_every
+def test_batch_and_head_sharding_pass_through_on_two_axes(pools, every):
+    pools.run(4, two_axes, every)
 
 
 def same_code(layout: str):
@@ -114,8 +123,8 @@ def test_sdpa_is_bit_equal_to_ring_attention_and_sends_the_same(pools, layout):
     pools.run(4, same_code, layout)
 
 
-def _attend_in_shares(case, layout: str, device: str):
-    """out, lse, dq, dk, dv put together as (B, S, H, D), made from local shares as a model has them."""
+def _attend_in_shares(case, layout: str, device: str, exact):
+    """out, lse, dq, dk, dv put together as (B, S, H, D), made from local shares as a model has them; lse is the exact one."""
     mesh, world, rank = line(device), dist.get_world_size(), dist.get_rank()
     shares = [share(x, layout, world, rank).contiguous().requires_grad_() for x in case.inputs]
     placed = [from_local(x.transpose(1, 2), mesh, [PLACEMENTS[layout]], length=case.q.shape[1]) for x in shares]
@@ -125,13 +134,14 @@ def _attend_in_shares(case, layout: str, device: str):
     local = out.to_local().transpose(1, 2)
     grads = torch.autograd.grad(local, shares, share(case.dout, layout, world, rank).contiguous())
     out, *grads = together((local, *grads), layout, dims=(1, 1, 1, 1))
-    return out, case.exact()[1], *grads  # SDPA returns no lse
+    return out, exact[1], *grads  # SDPA returns no lse
 
 
 def sixteen_bits(layout: str):
     for mask in ("causal", "full"):
         case = make_case(300, dim=32, dtype=torch.bfloat16, mask=mask)
-        assert_like_kernel(_attend_in_shares(case, layout, "cpu"), single_device(case, "torch_cpu"), case.exact())
+        single, exact = once(lambda case=case: (single_device(case, "torch_cpu"), case.exact()))
+        assert_like_kernel(_attend_in_shares(case, layout, "cpu", exact), single, exact)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "stripe"])
@@ -338,7 +348,8 @@ def on_two_gpus(test):
 def on_gpus(layout: str, mask: str, heads: tuple[int, int], length: int):
     case = make_case(length, heads=heads, dim=128, dtype=torch.bfloat16, mask=mask, device="cuda", batch=1)
     kernel = default_kernel(case, layout, dist.get_world_size())
-    assert_like_kernel(_attend_in_shares(case, layout, "cuda"), single_device(case, kernel), case.exact())
+    exact = case.exact()
+    assert_like_kernel(_attend_in_shares(case, layout, "cuda", exact), single_device(case, kernel), exact)
 
 
 @on_two_gpus

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import assert_exact, line, make_case, once
+from helpers import assert_exact, line, make_case, once, some_or_every
 
 from dtensor_ring import Contiguous, Documents, Stripe, Zigzag, distribute_tensor, full_tensor, ring_attention
 from dtensor_ring.debug import traffic
@@ -50,7 +50,7 @@ def test_a_window_of_100_sends_100_keys_at_each_border_however_long_the_sequence
         pools.run(WORLD, window_of_a_hundred, layout, length, torch.float64)
 
 
-def other_windows(placement, window, lengths):
+def other_windows(placement, window, lengths, strategies):
     """Longer than a chunk, ahead as well as back, with documents: exact."""
     mesh = line()
     documents = None if lengths is None else Documents.from_lengths(lengths)
@@ -60,7 +60,7 @@ def other_windows(placement, window, lengths):
     leaves = [x.clone().requires_grad_() for x in case.inputs]
     placed = [distribute_tensor(x, mesh, [placement], src_data_rank=None, **places) for x in leaves]
     exact = once(case.exact)
-    for strategy in ("ring", "gather"):
+    for strategy in strategies:
         out, lse = ring_attention(
             *placed, is_causal=case.is_causal, window=window, documents=documents, strategy=strategy, return_lse=True
         )
@@ -69,8 +69,18 @@ def other_windows(placement, window, lengths):
         assert_exact((whole.detach(), full_tensor(lse.detach(), **places), *grads), exact)
 
 
-@pytest.mark.parametrize("placement", [Contiguous(1), Zigzag(1), Stripe(1), Zigzag(1, per_document=True)], ids=repr)
-@pytest.mark.parametrize("window", [(40, 0), (0, 0), (7, 3), (-1, 5), (60, 30)])
-def test_any_window_is_exact(pools, placement, window):
-    for lengths in (None, [30, 1, 50, 9]) if not placement.layout.cut else ([30, 1, 50, 9],):
-        pools.run(3, other_windows, placement, window, lengths)
+PLACEMENTS = [Contiguous(1), Zigzag(1), Stripe(1), Zigzag(1, per_document=True)]
+WINDOWS = [(40, 0), (0, 0), (7, 3), (-1, 5), (60, 30)]
+STRATEGIES = ("ring", "gather")
+
+
+@some_or_every
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=repr)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_any_window_is_exact(pools, placement, window, every):
+    """With documents and without, by both strategies; or by one, and with or without: each pair of values in some case."""
+    i, j = PLACEMENTS.index(placement), WINDOWS.index(window)
+    packed, strategies = (i + j) % 2 == 1, STRATEGIES if every else (STRATEGIES[(i // 2 + j // 2) % 2],)
+    for lengths in (None, [30, 1, 50, 9]):
+        if (lengths or not placement.layout.cut) and (every or placement.layout.cut or packed == bool(lengths)):
+            pools.run(3, other_windows, placement, window, lengths, strategies)
