@@ -108,7 +108,12 @@ def line(device: str = "cpu") -> DeviceMesh:
 
 
 def grid(first: str = "dp", last: str = "cp", rows: int = 2) -> DeviceMesh:
-    """All ranks on two mesh axes, `rows` of them along the first."""
+    """All ranks on two mesh axes, `rows` of them along the first; one mesh for all tests, as each group has threads of its own."""
+    return _grid(dist.group.WORLD, first, last, rows)
+
+
+@lru_cache(8)
+def _grid(_world: dist.ProcessGroup, first: str, last: str, rows: int) -> DeviceMesh:
     return init_device_mesh("cpu", (rows, dist.get_world_size() // rows), mesh_dim_names=(first, last))
 
 
