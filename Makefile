@@ -5,7 +5,7 @@
 #   make curves   the same training in one process and in every set-up: a picture and a table in docs/, half an hour
 #   make curves-short  with two layers and few steps, in a minute or two
 #   make examples the scripts of docs/, each on two ranks
-#   make test     the tests, in five to nine minutes on two cores
+#   make test     the tests, in three to five minutes on two cores
 #   make test-all with the slow ones, under forty
 #   make check    format, lint, layer contracts, types, tests
 #   make mutants  can the tests fail? COUNT=20 small faults drawn by SEED=1, one at a time (half an hour)
