@@ -14,17 +14,14 @@ the rank s places before it and sends to the rank s places after it, exactly the
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, starmap
+from itertools import starmap
 from threading import Lock
 from typing import NamedTuple
 
 from dtensor_ring.cache import cached
-from dtensor_ring.planning.kernel_calls import Segment, Step, TokenRange, deepest
+from dtensor_ring.planning.kernel_calls import Step, TokenRange, deepest
 from dtensor_ring.planning.problem import AttentionProblem
-from dtensor_ring.planning.runs import unions
 from dtensor_ring.planning.steps import Steps
 
 
@@ -63,7 +60,6 @@ class Plan:
         steps: what is fetched and computed, in the order of the forward pass.
         sends: what each step sends to whom.
         q_parts: the most contributions that any query's output is summed from.
-        k_parts: the most that the gradient of any key of this rank is summed from.
         relays: whether some rank passes keys on that are not its own; the same on every rank.
     """
 
@@ -72,7 +68,6 @@ class Plan:
     steps: tuple[Step, ...]
     sends: tuple[tuple[KeySend, ...], ...]
     q_parts: int
-    k_parts: int
     relays: bool = False
 
     @property
@@ -212,14 +207,10 @@ def _plan(book: _Book, rank: int) -> Plan:
     steps = tuple(of_all.make(rank, i) for i in range(of_all.count))
     sends = tuple(tuple(starmap(KeySend, of_all.sends(rank, i, book.need))) for i in range(len(steps)))
     segments = [segment for step in steps for call in step.calls for segment in call.segments]
-    # How many gradients are summed for a key is known before any is computed: one by each own call that reads it, and one that
-    # comes back of each send. Up to two are summed in the dtype they have, more in float32.
-    returned = [(keys.start, keys.stop) for sent in sends for send in sent for keys in send.ranges]
-    own = [(k0, k1) for step in steps for k0, k1 in _own_key_ranges(step, rank)]
     # A query's outputs are merged once for each call it is in. Segments of other batch rows have other queries.
     rows = {segment.row for segment in segments}
     q_parts = max((deepest([(s.q0, s.q1) for s in segments if s.row == row]) for row in rows), default=0)
-    return Plan(problem, rank, steps, sends, q_parts, deepest(returned + own))
+    return Plan(problem, rank, steps, sends, q_parts)
 
 
 def ends_together(problem: AttentionProblem) -> bool:
@@ -229,26 +220,3 @@ def ends_together(problem: AttentionProblem) -> bool:
     if book.ends_together is None:
         book.ends_together = all(plan(problem, rank).ends_together for rank in range(problem.world))
     return book.ends_together
-
-
-def _own_key_ranges(step: Step, rank: int) -> Iterable[tuple[int, int]]:
-    """Ranges of this rank's keys, as it stores them, that a step's calls read: a key as often as calls read it."""
-    offsets = list(accumulate((held.size for held in step.keys), initial=0))
-    own = [(low, held) for low, held in zip(offsets, step.keys, strict=False) if held.owner == rank]
-    ends = [low + held.size for low, held in own]
-    for k0, k1 in (key_range for call in step.calls for key_range in _keys_read(call.segments)):
-        at = bisect_right(ends, k0)
-        while at < len(own) and own[at][0] < k1:
-            low, held = own[at]
-            yield held.start + max(k0 - low, 0), held.start + min(k1 - low, held.size)
-            at += 1
-
-
-def _keys_read(segments: Sequence[Segment]) -> Iterable[tuple[int, int]]:
-    """Ranges of a step's key buffer that a call reads, none twice.
-
-    Segments of one batch row are disjoint. Those of several may overlap, but are other tokens of the batch: a call gives each of
-    them one gradient, so a key counts once.
-    """
-    ranges = [(s.k0, s.k1) for s in segments]
-    return ranges if len({segment.row for segment in segments}) == 1 else unions(ranges)
