@@ -29,6 +29,9 @@ import quiet_imports
 import torch
 import torch.distributed as dist
 
+# Groups that tests have made in a pool's ranks before new ranks take their place. Each has a thread that wakes up a hundred times a
+# second, and groups cannot be ended: DTensor keeps meshes, and takes an equal one for the one that it knows.
+_MOST_LOOPS = 16
 _context = mp.get_context("forkserver")
 # Else each rank that compiles starts processes of its own, which import PyTorch again.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -68,16 +71,19 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-def _calm_gloo() -> None:
-    """Let gloo's threads that send and receive run after those that they wait for, on Linux.
+def _calm_gloo() -> int:
+    """Let gloo's threads that send and receive run after those that they wait for, on Linux; says how many there are.
 
     Woken up by every message, such a thread interrupts the one that holds its lock, and asks for its sockets again and again until
     that goes on: a third of the CPU time of tests over ranks. `conftest` takes the interrupting away; this is for what is left.
     """
+    count = 0
     for task in Path("/proc/self/task").glob("*"):
         with suppress(OSError):
             if (task / "comm").read_text() == "gloo_tcp_loop\n":
                 os.setpriority(os.PRIO_PROCESS, int(task.name), 10)
+                count += 1
+    return count
 
 
 def _work(rank: int, world: int, port: int, device: str, paths: list[str], line: Connection) -> None:
@@ -104,22 +110,22 @@ def _work(rank: int, world: int, port: int, device: str, paths: list[str], line:
         dist.init_process_group("gloo")
     elif device:
         dist.init_process_group("gloo")
-    line.send(("ok", None))
+    line.send(("ok", None, 0))
     while True:
         module, name, args = line.recv()
         torch.manual_seed(0)
-        _calm_gloo()
+        loops = _calm_gloo()
         try:
-            line.send(("ok", getattr(importlib.import_module(module), name)(*args)))
+            line.send(("ok", getattr(importlib.import_module(module), name)(*args), loops))
         except BaseException as failure:
-            line.send((f"{type(failure).__name__}: {failure}", traceback.format_exc()))
+            line.send((f"{type(failure).__name__}: {failure}", traceback.format_exc(), loops))
 
 
 class Pool:
     """Ranks of one world size; on `device` "" they have no process group, as a program that torchrun has just started."""
 
     def __init__(self, world: int, device: str = "cpu") -> None:
-        self.world = world
+        self.world, self.is_worn = world, False
         port = free_port()
         self._lines, self._processes = [], []
         _start_server()
@@ -143,7 +149,7 @@ class Pool:
             ready = wait([line for rank, line in enumerate(self._lines) if rank not in answers], max(0.0, until - time.monotonic()))
             if not ready:
                 silent = [rank for rank in range(self.world) if rank not in answers]
-                failed = {rank: f"{text}\n{trace}" for rank, (text, trace) in answers.items() if text != "ok"}
+                failed = {rank: f"{text}\n{trace}" for rank, (text, trace, _) in answers.items() if text != "ok"}
                 self.close()
                 if failed:
                     rank, text = next(iter(failed.items()))
@@ -155,15 +161,16 @@ class Pool:
                     answers[rank] = line.recv()
                 except EOFError:
                     if rank in lost:
-                        answers[rank] = ("ok", None)
+                        answers[rank] = ("ok", None, 0)
                         continue
                     self.close()
                     raise RuntimeError(f"rank {rank} of {self.world} died") from None
                 if answers[rank][0] != "ok":
                     until = min(until, time.monotonic() + 5)
+        self.is_worn = max(loops for *_, loops in answers.values()) > _MOST_LOOPS
         failures = {rank: answer for rank, answer in sorted(answers.items()) if answer[0] != "ok"}
         if failures:
-            rank, (text, trace) = next(iter(failures.items()))
+            rank, (text, trace, _) = next(iter(failures.items()))
             raise AssertionError(f"ranks {list(failures)} of {self.world} failed, rank {rank} with {text}\n{trace}")
         return [answers[rank][1] for rank in range(self.world)]
 
@@ -184,7 +191,9 @@ class Pools:
 
     def run(self, world: int, check, *args, device: str = "cpu", timeout: float = 120, lost: frozenset[int] = frozenset()):
         pool = self._pools.get((world, device))
-        if pool is None or not pool.alive:
+        if pool is not None and pool.is_worn:
+            pool.close()
+        if pool is None or pool.is_worn or not pool.alive:
             pool = self._pools[world, device] = Pool(world, device)
         return pool.run(check, *args, timeout=timeout, lost=lost)
 

@@ -28,9 +28,11 @@ LENGTH, ATTENTION = 24, "model.layers.1.self_attn"
 
 def make_model(family: str = "llama", dtype: torch.dtype = torch.float32):
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(FAMILIES[family](), attn_implementation="eager" if family in ONLY_EAGER else "sdpa").to(
-        dtype
-    )
+    attention = "eager" if family in ONLY_EAGER else "sdpa"
+    model = AutoModelForCausalLM.from_config(FAMILIES[family](), attn_implementation=attention).to(dtype)
+    if family in EXPERT_FAMILIES:
+        model.set_experts_implementation("eager")  # grouped_mm has no float64
+    return model
 
 
 def make_batch(*, packed: bool, rows: int = 2):
