@@ -6,7 +6,7 @@
 #   make curves-short  with two layers and few steps, in a minute or two
 #   make examples the scripts of docs/, each on two ranks
 #   make test     the tests, in three to five minutes on two cores
-#   make test-all with the slow ones, under forty
+#   make test-all with the slow ones, in fifteen to thirty
 #   make check    format, lint, layer contracts, types, tests
 #   make mutants  can the tests fail? COUNT=20 small faults drawn by SEED=1, one at a time (half an hour)
 #   make mutants-again  the faults that tests found before, one at a time: each must be found again

@@ -130,7 +130,7 @@ def relayed(hops: Callable[[int, int], Hop], steps: int) -> Callable[[AttentionP
                     sent.append(KeySend(other, theirs.keys, theirs.sums, None if owner == rank else mine.index(owner)))
             sends.append(tuple(sent))
         every = tuple(step(problem, rank, i) for i in range(steps))
-        return Plan(problem, rank, every, tuple(sends), 2 * steps, 2 * steps, relays=True)
+        return Plan(problem, rank, every, tuple(sends), 2 * steps, relays=True)
 
     return make
 
