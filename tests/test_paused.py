@@ -74,7 +74,9 @@ def misuse():
         refused(fresh.paused, RuntimeError, "the plan is not applied")
         fresh._was_applied = True
     before, copied = model(**batch), copy.deepcopy(model)
+    second = plan.paused()
     with plan.paused():
+        refused(second.__enter__, RuntimeError, "the plan is paused")
         assert torch.equal(copied(**batch).loss, before.loss), "a copy has a plan of its own, which is not paused"
         for act in (plan.paused, plan.undo, lambda: plan.gather(before.logits), lambda: plan.sum_over_tokens(before.logits)):
             refused(act, RuntimeError, "the plan is paused, and its model gives whole outputs")
