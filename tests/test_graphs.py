@@ -93,7 +93,7 @@ def comparisons() -> None:
         refused(lambda: ring_attention(placed, placed, placed, window=(3, 1)), ValueError, "window")
     assert time.monotonic() - start < 4
     transport = transport_along(line())
-    assert "window" in transport.note_of(transport.rank, transport.notes)
+    assert "window" in transport.note_of(transport.rank, transport.note)
     dist.barrier()
     ring_attention(placed, placed, placed)
 

@@ -179,12 +179,11 @@ def _send(transport: Transport, failure: Exception) -> None:
         return
     kind = next((i for i, kind in enumerate(_KINDS) if isinstance(failure, kind)), len(_KINDS) - 1)
     # Before the meeting: who comes too late for this rank finds it too, also when the rank has refused another call since.
-    transport.notes += 1
-    number = transport.notes % _NOTES
-    transport.leave_note(number, str(failure)[:_TEXT])
+    transport.note = (transport.note + 1) % _NOTES
+    transport.leave_note(transport.note, str(failure)[:_TEXT])
     if is_capturing():  # the record would be sent by the graph; and the others capture as well, and wait in no meeting
         return
-    transport.offer_values([1 + kind, number, *[0] * _VALUES], _PATIENCE)
+    transport.offer_values([1 + kind, transport.note, *[0] * _VALUES], _PATIENCE)
 
 
 def _explained(transport: Transport, call: str, records: list[list[int]]) -> Exception:

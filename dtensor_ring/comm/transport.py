@@ -187,7 +187,7 @@ class Transport(ABC):
         self.activity: object = "a transfer"
         # A dict for a set in order of entry: the oldest agreement is the first to be forgotten, on all ranks alike.
         self.agreements: dict[Hashable, None] = {}
-        self.notes = 0  # that this rank has left
+        self.note = 0  # the number of the last one that this rank has left
         self.batches = 0
 
     @override
