@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from itertools import accumulate, pairwise
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from dtensor_ring.planning.blocks import BLOCK, half_blocks
 from dtensor_ring.planning.deck import Deck, Part
-from dtensor_ring.planning.document_sharding import Chunks, share_documents
+from dtensor_ring.planning.document_sharding import Chunks, _held, share_documents
 from dtensor_ring.planning.documents import Documents
 
 # Lengths at which blocks and pairs of pieces begin and end, and those between and far beyond.
@@ -213,3 +214,11 @@ def test_the_deck_is_looked_at_a_bounded_number_of_times_a_rank(monkeypatch, doc
     # where the bisection ended, from both ends.
     a_rank = 2 * (max(even(sum(lengths), world)).bit_length()) + 2 + 2 * (8 + 8 + 2)
     assert world <= looks <= 2 * world * a_rank
+
+
+def test_the_bytes_of_what_is_kept_of_a_dealing_are_estimated_honestly():
+    bounds, totals = tuple(range(1000, 3001)), (500,) * 4
+    shared = share_documents(bounds, totals)
+    integers = [number for chunks in shared for chunk in chunks for number in chunk] + list(bounds)
+    held = sum(map(sys.getsizeof, [bounds, *shared, *(chunk for chunks in shared for chunk in chunks), *integers]))
+    assert held / 2 < _held(shared, bounds, totals) < 2 * held

@@ -10,7 +10,7 @@ from pathlib import Path
 import programs
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import dtensor_ring
@@ -64,6 +64,7 @@ def test_encoding_equality_hash_pickle_and_repr_round_trip(documents):
 
 
 @given(rows_of_bounds())
+@example(Documents.from_lengths([1] * 126))  # 128 numbers
 def test_the_encoded_length_is_a_power_of_two_that_just_holds_the_bounds(documents):
     numbers = sum(1 + len(row) for row in documents.bounds)
     encoded = documents.encoded
