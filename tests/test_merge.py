@@ -235,7 +235,7 @@ def interpreted(name, part, tmp_path_factory):
     code = 'import runpy, sys; runpy.run_path(sys.argv[0], run_name="__main__")'
 
     def run(file):
-        programs.check(code, [script, str(file), part])
+        programs.check(code, [script, str(file), part], path=[str(Path(script).parent), str(programs.ROOT)])
 
     return torch.load(made_once(tmp_path_factory, f"interpreted_{name}_{part}.pt", run))
 

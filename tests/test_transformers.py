@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from helpers import backend_here, grid, line, once, one_or_all, refused, slow
 from models import CONFIGS, make_batch, make_model, packed_mask, worst
+from sweeps import swept
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.tensor.parallel import parallelize_module
 from transformers import BertConfig, BertModel
@@ -77,13 +78,8 @@ def test_loss_logits_and_gradients_are_those_of_one_process(pools, world, kind, 
     pools.run(world, train_step, kind, placement, 17, None, items, False, False)
 
 
-PACKED = list(itertools.product(("ring", "gather"), (Zigzag(1), Stripe(1)), ("llama", "qwen3")))
-
-
 @pytest.mark.parametrize(
-    ("strategy", "placement", "kind"),
-    [cell if (i + i // 2 + i // 4) % 2 == 0 else slow(*cell) for i, cell in enumerate(PACKED)],  # all pairs of values
-    ids=repr,
+    ("strategy", "placement", "kind"), swept(("ring", "gather"), (Zigzag(1), Stripe(1)), ("llama", "qwen3")), ids=repr
 )
 def test_packed_rows_are_attended_document_by_document(pools, kind, placement, strategy):
     pools.run(4, train_step, kind, placement, 23, strategy, False, True, False)
