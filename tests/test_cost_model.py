@@ -46,7 +46,7 @@ def is_as_measured(row: dict) -> bool:
     """Whether the plan of a row is the one that was measured: layouts may deal documents otherwise by now."""
     problem = problem_of(row)
     plans = [plan(problem, rank) for rank in ranks_of(problem)]
-    return row["blocks"] == max(sum(work_of(c, step.key_count).blocks for step in p.steps for c in step.calls) for p in plans)
+    return row["blocks"] == max(sum(work_of(c).blocks for step in p.steps for c in step.calls) for p in plans)
 
 
 def predicted(row: dict, model: CostModel | None = None) -> tuple[float, float]:

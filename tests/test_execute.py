@@ -20,6 +20,7 @@ from helpers import (
 )
 from sweeps import swept
 
+from dtensor_ring.ops.kernels.math import MathKernel
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.schedule import plan
 
@@ -44,6 +45,40 @@ def test_out_lse_and_gradients_are_exact_at_every_length(world, layout, strategy
 def test_a_thousand_tokens_are_exact(world, layout, strategy, mask):
     case, exact = solved(1000, heads=(3, 1) if mask == "full" else (4, 2), mask=mask, batch=1)
     assert_exact(run_loopback(case, layout, world, strategy, "torch_cpu")[0], exact)
+
+
+def test_a_packed_call_has_tokens_from_its_first_segment_to_its_last_alone(monkeypatch):
+    """In one batch row; in several, which are one after the other in memory, it has all of them."""
+    documents, got = Documents.from_lengths([1, 14, 1, 46, 49]), {"forward": set(), "backward": set()}
+    forward, backward = MathKernel.forward, MathKernel.backward
+
+    def seen_forward(kernel, q, k, v, block):
+        got["forward"].add((len(q), len(k)) if block.varlen else (q.shape[1], k.shape[1]))
+        return forward(kernel, q, k, v, block)
+
+    def seen_backward(kernel, saved, dout, block):
+        assert len(dout) == len(saved.q) == len(saved.out)
+        got["backward"].add((len(saved.q), len(saved.k)) if block.varlen else (saved.q.shape[1], saved.k.shape[1]))
+        return backward(kernel, saved, dout, block)
+
+    monkeypatch.setattr(MathKernel, "forward", seen_forward)
+    monkeypatch.setattr(MathKernel, "backward", seen_backward)
+    for batch in (1, 2):
+        case, exact = solved(documents.length, documents=documents, batch=batch)
+        for each in got.values():
+            each.clear()
+        assert_exact(run_loopback(case, "zigzag", 4, "ring", "math")[0], exact)
+        problem, wanted, packed = case.problem("zigzag", 4, "ring"), set(), 0
+        for rank in range(4):
+            for step in plan(problem, rank).steps:
+                for call in step.calls:
+                    (q0, q1), (k0, k1) = call.queries, call.keys
+                    whole = batch * problem.q_local(rank), batch * step.key_count
+                    is_packed = len(call.segments) > 1
+                    wanted.add((q1 - q0, k1 - k0) if batch == 1 or not is_packed else whole)
+                    packed += is_packed and (q1 - q0, k1 - k0) != (problem.q_local(rank), step.key_count)
+        assert packed >= 2  # the case has what this is about
+        assert got == {"forward": wanted, "backward": wanted}
 
 
 @pytest.mark.parametrize("world", [5, 8])

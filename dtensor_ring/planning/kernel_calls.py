@@ -57,6 +57,16 @@ class KernelCall:
     window: tuple[int, int]
     segments: tuple[Segment, ...]
 
+    @property
+    def queries(self) -> tuple[int, int]:
+        """The first query of the first segment, and the end of the last one, where all are in one batch row."""
+        return self.segments[0].q0, self.segments[-1].q1
+
+    @property
+    def keys(self) -> tuple[int, int]:
+        """The same of the keys."""
+        return self.segments[0].k0, self.segments[-1].k1
+
 
 @dataclass(frozen=True, slots=True)
 class Step:

@@ -115,11 +115,10 @@ class Predictor:
 
     def plan(self, each: Plan) -> Seconds:
         """What the rank of a plan takes."""
-        steps = range(len(each.steps))
-        forward, backward = ([leg(each, index) for index in steps] for leg in (self._forward, self._backward))
-        return self.with_host(
-            Seconds(*self.passes(forward, backward, on_two_streams=each.is_on_two_streams(self.kernel))), len(steps)
-        )
+        steps, is_two = range(len(each.steps)), each.is_on_two_streams(self.kernel)
+        forward = [self._forward(each, index, at_once=is_two) for index in steps]
+        backward = [self._backward(each, index) for index in steps]
+        return self.with_host(Seconds(*self.passes(forward, backward, on_two_streams=is_two)), len(steps))
 
     def passes(self, forward: Sequence[Leg], backward: Sequence[Leg], *, on_two_streams: bool) -> tuple[float, float]:
         """The times of both passes from their steps, this rank's own keys first."""
@@ -146,17 +145,13 @@ class Predictor:
         ]
         return Seconds(alone.forward + moved[0], alone.backward + moved[1])
 
-    def _forward(self, each: Plan, index: int) -> Leg:
+    def _forward(self, each: Plan, index: int, *, at_once: bool) -> Leg:
         step, many = each.steps[index], each.calls > 1
         seconds = self.model.step * 1e-9 + self._arrival(each, index)
         for number, call in enumerate(step.calls):
-            seconds += self.call(call, self.speed.forward, each, step)
+            seconds += self.call(call, self.speed.forward, each)
             if many and (index or number):
-                seconds += self.merging(_queries(call, each), each.q_parts > 2)
-        if each.q_parts > 2 and not index:  # the first block is widened, and the sum rounded at the end
-            seconds += self.copying(
-                12 * each.problem.q_local(each.rank) * self.shape.batch * self.shape.heads * self.shape.v_head_dim
-            )
+                seconds += self.merging(_queries(call, each, self.shape.batch), each.q_parts > 2 and not at_once)
         return Leg(self._transfer(each, index, self.shape.itemsize), seconds, longest=self._longest(step, self.speed.forward))
 
     def _backward(self, each: Plan, index: int) -> Leg:
@@ -164,11 +159,11 @@ class Predictor:
         seconds = self.model.step * 1e-9 + self._arrival(each, index)
         wide = shape.sum_itemsize + shape.itemsize
         for number, call in enumerate(step.calls):
-            seconds += self.call(call, self.speed.backward, each, step)
+            seconds += self.call(call, self.speed.backward, each)
             if each.calls > 1:
-                seconds += self.copying(_queries(call, each) * shape.batch * shape.heads * shape.head_dim * wide)
+                seconds += self.copying(_queries(call, each, shape.batch) * shape.batch * shape.heads * shape.head_dim * wide)
             if number or step.sums:
-                seconds += self.copying(_keys(call, step) * shape.kv_numbers * wide)
+                seconds += self.copying(_keys(call, step, shape.batch) * shape.kv_numbers * wide)
         itemsize = shape.sum_itemsize if step.sums or each.problem.collective else shape.grad_itemsize
         back = (
             each.key_tokens_sent
@@ -188,9 +183,9 @@ class Predictor:
         """How fast the kernel is."""
         return self.model.kernel(self.kernel)
 
-    def call(self, call: KernelCall, speed: Speed, each: Plan, step: Step) -> float:
+    def call(self, call: KernelCall, speed: Speed, each: Plan) -> float:
         """Seconds of one kernel call in one direction."""
-        shape, work = self.shape, work_of(call, step.key_count)
+        shape, work = self.shape, work_of(call)
         # Documents of single batch rows are segments of their own; those of all rows alike are repeated for each.
         rows = shape.batch if len(each.problem.bounds) == 1 else 1
         return self.timed(work, rows, speed)
@@ -205,7 +200,7 @@ class Predictor:
         return self.timed(Work(1, 0, 0, blocks, blocks), 1, replace(speed, call=0.0))
 
     def _longest(self, step: Step, speed: Speed) -> float:
-        return max((self.row(work_of(call, step.key_count).longest, speed) for call in step.calls), default=0.0)
+        return max((self.row(work_of(call).longest, speed) for call in step.calls), default=0.0)
 
     def merging(self, queries: int, is_wide: bool) -> float:
         """Seconds of merging a block's out into the running one."""
@@ -249,24 +244,25 @@ class Predictor:
         return self.link.seconds(near * numbers, far * numbers)
 
 
-def work_of(call: KernelCall, keys: int) -> Work:
-    """What one head of a call computes on a buffer of `keys`."""
+def work_of(call: KernelCall) -> Work:
+    """What one head of a call computes."""
     total = Work()
     for segment in call.segments:
         total = total.plus(Work.of_segment(segment.q1 - segment.q0, segment.k1 - segment.k0, call.window))
-    # A packed call gives every key of the buffer a gradient, also those in no segment.
-    return total if len(call.segments) == 1 else total._replace(columns=max(total.columns, -(-keys // BLOCK)))
+    # A packed call gives every key between its segments a gradient too.
+    first, last = call.keys
+    return total if len(call.segments) == 1 else total._replace(columns=max(total.columns, -(-(last - first) // BLOCK)))
 
 
-def _queries(call: KernelCall, each: Plan) -> int:
-    """Queries that a call gives an out: those of a packed call are all of the rank."""
-    (first, *more) = call.segments
-    return each.problem.q_local(each.rank) if more else first.q1 - first.q0
+def _queries(call: KernelCall, each: Plan, batch: int) -> int:
+    """Queries that a call gives an out: in several batch rows those of a packed call are all of the rank."""
+    first, last = call.queries
+    return each.problem.q_local(each.rank) if batch > 1 and len(call.segments) > 1 else last - first
 
 
-def _keys(call: KernelCall, step: Step) -> int:
-    (first, *more) = call.segments
-    return step.key_count if more else first.k1 - first.k0
+def _keys(call: KernelCall, step: Step, batch: int) -> int:
+    first, last = call.keys
+    return step.key_count if batch > 1 and len(call.segments) > 1 else last - first
 
 
 def _sent(sends: Sequence[KeySend]) -> list[tuple[int, int]]:

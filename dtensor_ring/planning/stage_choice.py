@@ -176,8 +176,7 @@ def staged_times(problem: AttentionProblem, share: Share, predictor: Predictor, 
     own = Work(rows, rows if is_masked else 0, rows, own_blocks, rows)
     batch, start = predictor.shape.batch, predictor.model.step * 1e-9
     longest = [predictor.row(rows, each) for each in (speed.forward, speed.backward)]
-    first = start + predictor.timed(own, batch, speed.forward) + _widening(share, predictor, stages)
-    forward = [Leg(0.0, first, longest=longest[0])]
+    forward = [Leg(0.0, start + predictor.timed(own, batch, speed.forward), longest=longest[0])]
     backward = [Leg(0.0, start + predictor.timed(own, batch, speed.backward), longest=longest[1])]
     # Most stages of many bring keys of as many ranks as others do.
     computed = {size: _computed(share, predictor, size, stages) for size in set(sizes)}
@@ -185,9 +184,13 @@ def staged_times(problem: AttentionProblem, share: Share, predictor: Predictor, 
         once, again, returned = computed[size]
         forward.append(Leg(fetch, once))
         backward.append(Leg(fetch, again, fetch, returned))
-    is_two = stages == 1 and share.calls < CALLS_OF_TWO_STREAMS and predictor.kernel in KERNELS_OF_TWO_STREAMS
+    is_two = _is_on_two_streams(share, predictor, stages)
     passes = predictor.passes(forward, backward, on_two_streams=is_two)
     return predictor.with_host(Seconds(*passes), 1 + stages)
+
+
+def _is_on_two_streams(share: Share, predictor: Predictor, stages: int) -> bool:
+    return stages == 1 and share.calls < CALLS_OF_TWO_STREAMS and predictor.kernel in KERNELS_OF_TWO_STREAMS
 
 
 def _computed(share: Share, predictor: Predictor, size: int, stages: int) -> tuple[float, float, float]:
@@ -199,20 +202,12 @@ def _computed(share: Share, predictor: Predictor, size: int, stages: int) -> tup
     work, batch, speed = Work(rows, 0, columns, blocks, columns), predictor.shape.batch, predictor.speed
     key_bytes = size * share.keys * _key_bytes(predictor)
     moved = predictor.copying(4 * key_bytes) if size > 1 else 0.0  # put in order, and taken out for others
-    merged = predictor.merging(int(touched), _is_wide(share, stages))
+    is_wide = (stages > 1 or share.calls > 1) and not _is_on_two_streams(share, predictor, stages)
+    merged = predictor.merging(int(touched), is_wide)
     summed = predictor.copying(3 * touched * _query_bytes(predictor))
     moved += predictor.model.step * 1e-9
     once, again = (calls * predictor.timed(work, batch, each) + moved for each in (speed.forward, speed.backward))
     return once + merged, again + summed, predictor.copying(4 * key_bytes)
-
-
-def _widening(share: Share, predictor: Predictor, stages: int) -> float:
-    """The first block is widened where several come after it, and their sum rounded at the end."""
-    return predictor.copying(6 * share.tokens * _query_bytes(predictor)) if _is_wide(share, stages) else 0.0
-
-
-def _is_wide(share: Share, stages: int) -> bool:
-    return stages > 1 or share.calls > 1
 
 
 def _query_bytes(predictor: Predictor) -> int:

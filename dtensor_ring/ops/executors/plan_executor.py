@@ -190,20 +190,21 @@ class Executor(AttentionExecutor):
     def _only_call(self, q_BSHD: Tensor, seed: int) -> tuple[KernelCall, Block] | None:
         """The call of a plan that has no other, if it covers all queries and all keys of its step; what it returns is the result.
 
-        A varlen call covers everything: it gives tokens in no segment out 0 and lse -inf, and keys in none gradients 0.
+        A varlen call covers also what lies between segments: it gives tokens in none out 0 and lse -inf, and keys in none
+        gradients 0.
         """
         steps = self.plan.steps
         if len(steps) != 1 or len(steps[0].calls) != 1:
             return None
-        call = steps[0].calls[0]
-        if is_varlen(call, self.plan.problem):
-            return call, self._blocks(q_BSHD, seed)(0, 0)
-        _, q0, q1, k0, k1 = call.segments[0]
-        if q1 - q0 != q_BSHD.shape[1] or k1 - k0 != steps[0].key_count:
+        call, (batch, tokens) = steps[0].calls[0], q_BSHD.shape[:2]
+        varlen, whole = is_varlen(call, self.plan.problem), ((0, tokens), (0, steps[0].key_count))
+        if _extent(call, batch, whole, varlen=varlen) != whole:
             return None
+        if varlen:
+            return call, self._blocks(q_BSHD, seed)(0, 0)
         # a dense block needs nothing that is looked up: the look-up would be most of what the executor costs the host here
         positions_of = self._positions(q_BSHD.device, seed)
-        return call, self._block(call, None, None if positions_of is None else positions_of(0, 0))
+        return call, self._block(call, batch, None, None if positions_of is None else positions_of(0, 0))
 
     def _only_keys(self, kv: Pair, direction: Direction, coming: Pending[Pair] | None) -> Pair:
         """The keys of the only step: `kv` itself where they are all of this rank's and no other rank takes part."""
@@ -222,15 +223,14 @@ class Executor(AttentionExecutor):
 
         def of_call(index: int, number: int) -> Block:
             positions = None if positions_of is None else positions_of(index, number)
-            return self._block(steps[index].calls[number], varlen[index][number], positions)
+            return self._block(steps[index].calls[number], q_BSHD.shape[0], varlen[index][number], positions)
 
         return of_call
 
-    def _block(self, call: KernelCall, varlen: VarlenMetadata | None, positions: PositionContext | None) -> Block:
+    def _block(self, call: KernelCall, batch: int, varlen: VarlenMetadata | None, positions: PositionContext | None) -> Block:
         """The block of a call, given the positions of all queries and of all keys of its step."""
-        if varlen is None and positions is not None:
-            _, q0, q1, k0, k1 = call.segments[0]
-            positions = positions.part(slice(q0, q1), slice(k0, k1))
+        if positions is not None and (varlen is None or batch == 1):
+            positions = positions.part(slice(*call.queries), slice(*call.keys))
         return Block(call.window, self.softmax, varlen, positions)
 
     def _positions(self, device: torch.device, seed: int) -> Callable[[int, int], PositionContext] | None:
@@ -254,27 +254,27 @@ class Executor(AttentionExecutor):
 
     def _forward_call(self, q: Tensor, k: Tensor, v: Tensor, call: KernelCall, block: Block) -> OutputPart:
         """Run one call forward; give its first query, and out and lse."""
+        (q0, q1), (k0, k1) = _extent(call, len(q), ((0, q.shape[1]), (0, k.shape[1])), varlen=block.varlen is not None)
+        # a slice costs the host more than the question whether one is needed
+        q = q if q1 - q0 == q.shape[1] else q[:, q0:q1]
+        if k1 - k0 != k.shape[1]:
+            k, v = k[:, k0:k1], v[:, k0:k1]
         if block.varlen is None:
-            _, q0, q1, k0, k1 = call.segments[0]
-            # a slice costs the host more than the question whether one is needed
-            q = q if q1 - q0 == q.shape[1] else q[:, q0:q1]
-            if k1 - k0 != k.shape[1]:
-                k, v = k[:, k0:k1], v[:, k0:k1]
             return OutputPart(q0, *self.kernel.forward(q, k, v, block))
         out, lse = self.kernel.forward(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), block)
-        return OutputPart(0, out.unflatten(0, q.shape[:2]), lse.unflatten(1, q.shape[:2]).transpose(0, 1))
+        return OutputPart(q0, out.unflatten(0, q.shape[:2]), lse.unflatten(1, q.shape[:2]).transpose(0, 1))
 
     def _backward_call(self, saved: Saved, dout: Tensor, call: KernelCall, block: Block) -> tuple[int, int, Gradients]:
         """Run one call backward; give its first query, its first key, and the gradients of its queries and keys."""
         q, k, v, out, lse = saved
+        (q0, q1), (k0, k1) = _extent(call, len(q), ((0, q.shape[1]), (0, k.shape[1])), varlen=block.varlen is not None)
+        if k1 - k0 != k.shape[1]:
+            k, v = k[:, k0:k1], v[:, k0:k1]
+            saved = Saved(q, k, v, out, lse)
+        if q1 - q0 != q.shape[1]:
+            q, out, lse, dout = q[:, q0:q1], out[:, q0:q1], lse[:, :, q0:q1], dout[:, q0:q1]
+            saved = Saved(q, k, v, out, lse)
         if block.varlen is None:
-            _, q0, q1, k0, k1 = call.segments[0]
-            if k1 - k0 != k.shape[1]:
-                k, v = k[:, k0:k1], v[:, k0:k1]
-                saved = Saved(q, k, v, out, lse)
-            if q1 - q0 != q.shape[1]:
-                saved = Saved(q[:, q0:q1], k, v, out[:, q0:q1], lse[:, :, q0:q1])
-                dout = dout[:, q0:q1]
             return q0, k0, self.kernel.backward(saved, dout, block)
         # A varlen call counts tokens through all batch rows. Its lse is (H, T), so here heads are moved ahead of the batch rows
         # first.
@@ -282,7 +282,18 @@ class Executor(AttentionExecutor):
         flat = Saved(flat_q, flat_k, flat_v, flat_out, lse.transpose(0, 1).flatten(1))
         grads = self.kernel.backward(flat, flat_dout, block)
         dq, dk, dv = (grad.unflatten(0, x.shape[:2]) for grad, x in zip(grads, (q, k, v), strict=True))
-        return 0, 0, (dq, dk, dv)
+        return q0, k0, (dq, dk, dv)
+
+
+_Extent = tuple[tuple[int, int], tuple[int, int]]
+
+
+def _extent(call: KernelCall, batch: int, whole: _Extent, *, varlen: bool) -> _Extent:
+    """From where to where a call reaches in the queries and keys of a step, `whole`: from its first segment to its last.
+
+    A varlen call on several batch rows counts through all of them, and a part of each would have to be copied.
+    """
+    return whole if varlen and batch > 1 else (call.queries, call.keys)
 
 
 _Varlen = tuple[tuple[VarlenMetadata | None, ...], ...]
@@ -307,17 +318,18 @@ def _position_bytes(positions: _Positions, problem: AttentionProblem, *_others: 
 def _varlen_metadata(problem: AttentionProblem, rank: int, batch: int, device: torch.device) -> _Varlen:
     """For each call of each step its segments in a whole batch; None for a dense block."""
     q_tokens, steps = problem.q_local(rank), plan(problem, rank).steps
-    return tuple(
-        tuple(
-            VarlenMetadata.of(
-                _segments(call, problem, batch, (q_tokens, step.key_count)), batch * q_tokens, batch * step.key_count, device
-            )
-            if is_varlen(call, problem)
-            else None
-            for call in step.calls
-        )
-        for step in steps
-    )
+
+    def of_call(call: KernelCall, keys: int) -> VarlenMetadata | None:
+        if not is_varlen(call, problem):
+            return None
+        if batch > 1:
+            return VarlenMetadata.of(_segments(call, problem, batch, (q_tokens, keys)), batch * q_tokens, batch * keys, device)
+        # What lies before the first segment and after the last is left out, so that nothing is merged and added up there.
+        (q0, q1), (k0, k1) = call.queries, call.keys
+        inside = [VarlenSegment(s.q0 - q0, s.q1 - q0, s.k0 - k0, s.k1 - k0) for s in call.segments]
+        return VarlenMetadata.of(inside, q1 - q0, k1 - k0, device)
+
+    return tuple(tuple(of_call(call, step.key_count) for call in step.calls) for step in steps)
 
 
 def _segments(call: KernelCall, problem: AttentionProblem, batch: int, tokens: tuple[int, int]) -> list[VarlenSegment]:
