@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import Lock
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -11,6 +12,9 @@ from typing_extensions import override
 from dtensor_ring.ops.kernels.base import KernelRequirements, has_no
 from dtensor_ring.ops.kernels.block import Block, Gradients, Result, Saved
 from dtensor_ring.ops.kernels.flash import FlashKernel, is_causal, lacks_gpu, lacks_tensors, load, varlen_keywords
+
+# A call compiles what no call before needed, and the compiler has one state for all threads: two that compile end the process.
+_ONE_THREAD = Lock()
 
 
 class FlashAttn4Kernel(FlashKernel):
@@ -38,7 +42,8 @@ class FlashAttn4Kernel(FlashKernel):
         module = _module()
         assert isinstance(module, ModuleType), "refused otherwise"
         softcap = block.softmax.softcap or None
-        out, lse, *_ = module._flash_attn_fwd(q, k, v, softcap=softcap, return_lse=True, **_keywords(block))
+        with _ONE_THREAD:
+            out, lse, *_ = module._flash_attn_fwd(q, k, v, softcap=softcap, return_lse=True, **_keywords(block))
         return Result(out, lse)
 
     @override
@@ -48,7 +53,8 @@ class FlashAttn4Kernel(FlashKernel):
         assert isinstance(module, ModuleType), "refused otherwise"
         q, k, v, out, lse = saved
         softmax = {"softcap": block.softmax.softcap, "deterministic": block.softmax.deterministic}
-        dq, dk, dv, *_ = module._flash_attn_bwd(q, k, v, out, dout, lse, **softmax, **_keywords(block))
+        with _ONE_THREAD:
+            dq, dk, dv, *_ = module._flash_attn_bwd(q, k, v, out, dout, lse, **softmax, **_keywords(block))
         return dq, dk, dv
 
 
