@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from unittest.mock import patch
 
@@ -103,7 +103,8 @@ class Soak:
     def __init__(self, device: str) -> None:
         self.device, self.size, self.mesh = device, SIZES[device], line(device)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.same, self.own = random.Random(7), torch.Generator(device).manual_seed(100 + self.rank)
+        here = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
+        self.same, self.own = random.Random(7), torch.Generator(here).manual_seed(100 + self.rank)
         self.worst = torch.zeros(
             3, device=device, dtype=torch.float64
         )  # of the laws of sums, and how far losses of ranks are apart
@@ -293,9 +294,8 @@ class Result:
     """What one rank reports.
 
     Attributes:
-        before: what it held after the warm-up.
-        after: what it held after all batches.
-        batches: how many there were between the two.
+        marks: what it held after the warm-up, and after each third of the batches that followed.
+        batches: how many a third has, or one more.
         sums: how far the two laws of sums were off at most, and how far ranks' losses were apart.
         one_process: the farthest distance from one process.
         compared: how many results were compared with one process.
@@ -303,14 +303,21 @@ class Result:
         milliseconds: a batch, on this rank.
     """
 
-    before: Held
-    after: Held
+    marks: tuple[Held, ...]
     batches: int
     sums: list[float]
     one_process: float
     compared: int
     kinds: dict[str, int]
     milliseconds: float
+
+    def growth(self, name: str) -> int:
+        """How much more of something there was after the third in which it grew least.
+
+        What batches leave behind is left in every third; what comes once, such as a kernel that is compiled late, in one.
+        """
+        held = [getattr(mark, name) for mark in self.marks]
+        return min(after - before for before, after in pairwise(held))
 
 
 def soak(device: str, warm_up: int, batches: int, most: int) -> Result:
@@ -319,17 +326,17 @@ def soak(device: str, warm_up: int, batches: int, most: int) -> Result:
     with short_memories(most):
         soaking.run(0, warm_up)
         check_caches()
-        before, start = soaking.held(), time.monotonic()
-        for first in range(warm_up, batches, EVERY):
-            soaking.run(first, min(first + EVERY, batches))
+        marks, start, thirds = [soaking.held()], time.monotonic(), [warm_up + i * (batches - warm_up) // 3 for i in range(4)]
+        for first, last in pairwise(thirds):
+            soaking.run(first, last)
             check_caches()
-        seconds, after = time.monotonic() - start, soaking.held()
+            marks.append(soaking.held())
+        seconds = time.monotonic() - start
     for model, _ in soaking.models.values():
         check_replicas(model, soaking.mesh)
     return Result(
-        before,
-        after,
-        batches - warm_up,
+        tuple(marks),
+        (batches - warm_up) // 3,
         soaking.worst.tolist(),
         torch.tensor(soaking.apart).max().item(),  # NaN where any is
         len(soaking.apart),
