@@ -8,17 +8,31 @@ from __future__ import annotations
 import copy
 import gc
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
+from captured import (
+    TOKENS,
+    Act,
+    Captured,
+    attention,
+    bitwise,
+    check_captured_layers,
+    doubled,
+    gradients,
+    make_inputs,
+    refused_in_a_graph,
+    small_llama,
+)
 from helpers import LAYOUTS, PLACEMENTS, line
 from pool import free_port
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import parallelize_module
 
-from dtensor_ring import Documents, Zigzag, debug, from_local, full_tensor, functional, redistribute, ring_attention
+from dtensor_ring import Documents, Zigzag, debug, from_local, full_tensor, functional, redistribute, ring_attention, ring_plan
 from dtensor_ring.cache import _CACHES, Cache
 from dtensor_ring.captures import _HELD, RingCaptureError
 from dtensor_ring.comm import Pending, Transport
@@ -32,8 +46,6 @@ from dtensor_ring.planning.schedule import plan
 pytestmark = pytest.mark.gpu
 DOCUMENTS, OTHERS = Documents.from_lengths([100, 7, 1, 200, 204]), Documents.from_lengths([300, 212])
 ROWS = Documents(((0, 90, 512), (0, 211, 512)))
-TOKENS = 512
-Act = Callable[..., Sequence[Tensor]]
 
 
 @pytest.fixture(scope="module")
@@ -47,57 +59,9 @@ def mesh():
 
 
 @pytest.fixture(autouse=True)
-def bitwise(monkeypatch):
-    """Gradients of flash kernels have the same bits in every run only so; and memory that nothing has written is NaN."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-    debug.forget_captured()
-
-
-class Captured:
-    """What `act` launches for some tensors, as a graph; called with others it copies them in, and gives copies of the results."""
-
-    def __init__(self, act: Act, inputs: Sequence[Tensor]) -> None:
-        self.inputs = [x.clone() for x in inputs]
-        # Not on the side stream first: what caches let go of would wait there for a later tensor of that stream, as it was.
-        act(*self.inputs)
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            act(*self.inputs)
-        torch.cuda.current_stream().wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        gc.collect()  # an older graph that were freed within the capture would end it
-        with torch.cuda.graph(self.graph):
-            self.results = act(*self.inputs)
-
-    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        for mine, given in zip(self.inputs, inputs, strict=True):
-            mine.copy_(given)
-        self.graph.replay()
-        return [x.clone() for x in self.results]
-
-
-def make_inputs(heads: tuple[int, int] = (4, 2), rows: int = 1, tokens: int = TOKENS, sinks: bool = False) -> list[Tensor]:
-    """q, k, v, the gradient of out, and with `sinks` also those."""
-    shapes = [(rows, tokens, count, 64) for count in (heads[0], heads[1], heads[1], heads[0])]
-    inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
-    return [*inputs, torch.randn(heads[0], device="cuda")] if sinks else inputs
-
-
-def attention(mesh, placement, length: int = TOKENS, **options) -> Act:
-    """Out, lse and every gradient of an attention on local tensors."""
-
-    def act(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, *sinks: Tensor) -> list[Tensor]:
-        leaves = [x.detach().requires_grad_() for x in (q, k, v, *sinks)]
-        placed = [from_local(x, mesh, [placement], length=length, run_check=False) for x in leaves[:3]]
-        out, lse = ring_attention(*placed, return_lse=True, **options, **dict(zip(("sinks",), leaves[3:], strict=False)))
-        grads = torch.autograd.grad(out.to_local(), leaves, dout)
-        return [out.detach().to_local(), lse.detach().to_local(), *grads]
-
-    return act
+def with_repeated_bits():
+    with bitwise():
+        yield
 
 
 def check_replays(act: Act, make: Callable[[], list[Tensor]], prepare: Callable[[], object] = lambda: None) -> None:
@@ -225,28 +189,6 @@ def test_replays_of_a_plan_with_transfers_read_what_left_the_caches(layout, stra
     check_replays(act, make_inputs, forget_everything)
 
 
-def doubled(documents: Documents) -> Documents:
-    (bounds,) = documents.bounds
-    return Documents.from_cu_seqlens([2 * bound for bound in bounds])
-
-
-def refused_in_a_graph(act: Callable[[], object], error: type[Exception], *texts: str) -> None:
-    """`act` raises while a graph is captured; the capture is over then, and the GPU goes on."""
-    x = torch.zeros(1, device="cuda")
-
-    def capture() -> None:
-        gc.collect()
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            x.add_(1)  # PyTorch warns of a graph without kernels
-            act()
-
-    with pytest.raises(error) as failure:
-        capture()
-    for text in texts:
-        assert text in str(failure.value)
-    torch.cuda.synchronize()
-
-
 def test_what_cannot_be_captured_is_refused_by_name_and_can_be_captured_after_a_call(mesh):
     q, k, v, dout = make_inputs()
     documents = Documents.from_lengths([11, 501])
@@ -288,12 +230,6 @@ class Projected(nn.Module):
         return ring_attention(q, k, v, documents=DOCUMENTS).to_local()
 
 
-def gradients(module: nn.Module, *inputs: Tensor, dout: Tensor) -> list[Tensor]:
-    leaf = inputs[0].clone().requires_grad_()
-    out = module(leaf, *inputs[1:])
-    return [out.detach().clone(), *(x.clone() for x in torch.autograd.grad(out, [leaf, *module.parameters()], dout))]
-
-
 # PyTorch keeps the autograd graph of its last warm-up, which ran on another stream, while it captures the backward pass.
 KEPT_BY_PYTORCH = pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match")
 
@@ -309,68 +245,11 @@ def test_a_module_of_make_graphed_callables_trains_as_without(mesh):
             assert torch.equal(a, b)
 
 
-class Layer(nn.Module):
-    """A decoder layer as a function of tensors alone, which is what can be captured; the rest is that of one batch."""
-
-    def __init__(self, layer: nn.Module, keywords: dict[str, object]) -> None:
-        super().__init__()
-        self.layer, self.keywords = layer, keywords
-
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return self.layer(hidden, position_embeddings=(cos, sin), **self.keywords)
-
-
-class Replaying(nn.Module):
-    """What stands in a model for a captured layer."""
-
-    def __init__(self, graphed: nn.Module) -> None:
-        super().__init__()
-        self.graphed = graphed
-
-    def forward(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], **_batch: object) -> Tensor:
-        return self.graphed(hidden, *position_embeddings)
-
-
 @KEPT_BY_PYTORCH
 def test_layers_of_a_parallelized_model_train_as_without_graphs_and_another_packing_is_found(mesh):
-    transformers = pytest.importorskip("transformers")
-    from torch.distributed.tensor.parallel import parallelize_module
-
-    from dtensor_ring import ring_plan
-
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=TOKENS,
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config).to("cuda", torch.bfloat16)
+    model = small_llama(TOKENS)
     parallelize_module(model, mesh, ring_plan(model, Zigzag(1)))
-    calls: list[tuple[tuple[Tensor, ...], dict]] = []
-    hook = model.model.layers[0].register_forward_pre_hook(lambda _, args, named: calls.append((args, named)), with_kwargs=True)
-
-    def train(ids: Tensor, documents: Documents) -> list[Tensor]:
-        loss = model(input_ids=ids, labels=ids, documents=documents).loss
-        return [loss.detach().clone(), *(x.clone() for x in torch.autograd.grad(loss, list(model.parameters())))]
-
-    batches = [torch.randint(0, 64, (1, TOKENS), device="cuda") for _ in range(3)]
-    wanted = [train(ids, DOCUMENTS) for ids in batches]
-    hook.remove()
-    refused_in_a_graph(lambda: train(batches[0], DOCUMENTS), RingCaptureError, "reads its batch on the host", "capture its layers")
-    hidden, named = calls[0][0][0], calls[0][1]
-    cos, sin = named.pop("position_embeddings")
-    samples = tuple((hidden.detach().clone().requires_grad_(), cos.clone(), sin.clone()) for _ in model.model.layers)
-    graphed = torch.cuda.make_graphed_callables(tuple(Layer(layer, named) for layer in model.model.layers), samples)
-    for i, layer in enumerate(graphed):
-        model.model.layers[i] = Replaying(layer)
-    for ids, expected in zip(batches, wanted, strict=True):
-        for a, b in zip(train(ids, DOCUMENTS), expected, strict=True):
-            assert torch.equal(a, b)
-    with pytest.raises(RingCaptureError, match="of layer 0 was replayed from a CUDA graph"):
-        train(batches[0], OTHERS)
+    check_captured_layers(model, TOKENS, DOCUMENTS, OTHERS)
 
 
 @pytest.mark.filterwarnings("ignore")  # compilers warn of much that is not ours
@@ -411,10 +290,7 @@ def moves(mesh, length: int) -> Act:
 
 def over_nccl(layout: str, options: str) -> None:
     """The law of one rank, with transfers that NCCL carries; traffic is counted at the capture alone."""
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    torch.use_deterministic_algorithms(True)
     mesh, length = line("cuda"), dist.get_world_size() * TOKENS
-    inputs = make_inputs()
     if options == "moves":
         act = moves(mesh, length)
     else:
@@ -422,17 +298,19 @@ def over_nccl(layout: str, options: str) -> None:
         if "documents" in chosen:
             chosen["documents"] = doubled(chosen["documents"])
         act = attention(mesh, PLACEMENTS[layout], length, **chosen)
-        refused_in_a_graph(lambda: act(*inputs), RingCaptureError, "ranks compare a call that is new")
-    graph = Captured(act, inputs)
-    for _ in range(3):
+    with bitwise():
         inputs = make_inputs()
-        before = debug.traffic(mesh)
-        found = graph(inputs)
-        assert debug.traffic(mesh).since(before).bytes == 0
-        for a, b in zip(found, act(*inputs), strict=True):
-            assert torch.equal(a, b)
-        assert debug.traffic(mesh).since(before).bytes > 0
-    torch.use_deterministic_algorithms(False)
+        if options != "moves":
+            refused_in_a_graph(lambda: act(*inputs), RingCaptureError, "ranks compare a call that is new")
+        graph = Captured(act, inputs)
+        for _ in range(3):
+            inputs = make_inputs()
+            before = debug.traffic(mesh)
+            found = graph(inputs)
+            assert debug.traffic(mesh).since(before).bytes == 0
+            for a, b in zip(found, act(*inputs), strict=True):
+                assert torch.equal(a, b)
+            assert debug.traffic(mesh).since(before).bytes > 0
 
 
 @pytest.mark.parametrize("options", OPTIONS)
