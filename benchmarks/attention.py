@@ -7,7 +7,8 @@
 Cases and ratios are those of `benchmarks.emulate`: 1.0 means that communication, merging and launches cost nothing. All ranks run
 the kernel alone in turns with the attention over ranks; blocks of calls start together, and the slowest rank counts. Every result
 is compared with float64 first, with fewer tokens: what is wrong prints its error in place of a time, and the exit status is 1 if it
-is ours. A package that cannot be imported is named with the reason. Its ratio is to the same ideal as ours.
+is ours. A package that cannot be imported is named with the reason. Its ratio is to the same ideal as ours. `--peers NAME` measures
+some of them, should one end the program.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import argparse
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -241,7 +242,7 @@ def run(options: argparse.Namespace, mesh: DeviceMesh, device: torch.device) -> 
         f"{mesh.size()} x {device_name(device)}, torch {torch.__version__}, {options.dtype}, head dim {options.head_dim}\n{HEADER}"
     )
     usable = []
-    for peer in PEERS if options.peers else ():
+    for peer in peers_asked_for(options.peers):
         reason = peer.missing(device)
         usable += [] if reason else [peer]
         if reason:
@@ -258,6 +259,18 @@ def run(options: argparse.Namespace, mesh: DeviceMesh, device: torch.device) -> 
                 report(row.line())
         peers_seen.add(alike)
     return rows
+
+
+def peers_asked_for(names: Sequence[str] | None) -> list[Peer]:
+    """Other packages by their names: all where the list is empty, none where there is no list.
+
+    Raises:
+        ValueError: no adapter has a name.
+    """
+    known = {peer.name: peer for peer in PEERS}
+    if unknown := set(names or ()) - known.keys():
+        raise ValueError(f"--peers: there is no {', '.join(sorted(unknown))} among {', '.join(known)}")
+    return [] if names is None else [known[name] for name in names or known]
 
 
 def cases_of(options: argparse.Namespace, world: int, need: KernelRequirements) -> list[Case]:
@@ -288,7 +301,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=("targets",))
     parser.add_argument("--cases", nargs="+", default=["batch"], choices=("batch", "full", "window", "lists", "tails"))
-    parser.add_argument("--peers", action="store_true", help="other packages too")
+    parser.add_argument("--peers", nargs="*", metavar="NAME", help="other packages too: these, or without names all")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", type=int, help="a rank; left out: 8192, with a window 32768")
     parser.add_argument("--window", type=int, default=4096, help="tokens that a token of the case window sees, itself among them")

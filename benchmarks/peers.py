@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.cases import Case
 
@@ -105,28 +105,37 @@ class RingFlashAttn(Peer):
 
 
 class TorchContextParallel(Peer):
-    """`torch.distributed.tensor.experimental.context_parallel`, which shares one sequence out as zigzag does."""
+    """`torch.distributed.tensor.experimental.context_parallel`: one sequence, shared out as zigzag does where it is causal."""
 
     name = "torch context_parallel"
-    modules = ("torch.distributed.tensor.experimental",)
+    modules = ("torch.distributed.tensor.experimental._attention",)
 
     def layouts(self, case: Case, device: torch.device) -> Sequence[str]:
-        """One sequence, causal or not, in chunks of one size."""
-        return ["zigzag"] if case.mask in ("causal", "full") and not case.lengths and case.length % (2 * case.world) == 0 else []
+        """One sequence in chunks of one size; with zigzag's shares it computes causal attention only."""
+        if case.mask not in ("causal", "full") or case.lengths or case.length % (2 * case.world):
+            return []
+        return ["zigzag" if case.mask == "causal" else "contiguous"]
 
     @contextmanager
     def session(self, case: Case, mesh: DeviceMesh) -> Iterator[Attend]:
         """Inside of the context PyTorch's own attention is its ring; the buffer tells it the length."""
-        from torch.distributed.tensor.experimental import context_parallel
-
-        buffer = torch.empty(case.length, device=mesh.device_type)
+        package: Any = importlib.import_module(self.modules[0])
+        buffer, plain = torch.empty(case.length, device=mesh.device_type), functional.scaled_dot_product_attention
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            return scaled_dot_product_attention(q, k, v, is_causal=case.mask == "causal", enable_gqa=True).transpose(1, 2)
+            # The context replaces the function in its module: a name imported from there would stay that of one rank.
+            attention = functional.scaled_dot_product_attention
+            return attention(q, k, v, is_causal=case.mask == "causal", enable_gqa=True).transpose(1, 2)
 
-        with context_parallel(mesh, buffers=[buffer], buffer_seq_dims=[0]), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            yield attend
+        balanced = package._cp_options.enable_load_balance
+        package._cp_options.enable_load_balance = case.layout == "zigzag"
+        try:
+            with package.context_parallel(mesh, buffers=[buffer], buffer_seq_dims=[0]), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                yield attend
+        finally:
+            package._cp_options.enable_load_balance = balanced
+            functional.scaled_dot_product_attention = plain  # after an error the context leaves its own there
 
 
 class Ringmaster(Peer):
@@ -135,6 +144,14 @@ class Ringmaster(Peer):
     name = "axolotl-ringmaster"
     modules = ("ringmaster.ring.p2p_attn", "ringmaster.ring.zigzag", "ringmaster.ring.distflash", "ringmaster.ring.loop")
     needs_gpu = False
+
+    def missing(self, device: torch.device) -> str:
+        """Where transformers finds no kernel it would compute whole scores on GPUs too, which is not what it is for."""
+        reason = super().missing(device)
+        if reason or device.type != "cuda":
+            return reason
+        ring: Any = importlib.import_module("ringmaster.ring.p2p_attn")
+        return "" if ring._flash_ops() else "transformers finds no flash-attn for it"
 
     def layouts(self, case: Case, device: torch.device) -> Sequence[str]:
         """Contiguous shares of one size; zigzag where there is a flash kernel."""

@@ -18,7 +18,16 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4", "ring-flash-attn", "ringmaster", "yunchang", "transformers", "triton")
+_PACKAGES = (
+    "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
+    "ring-flash-attn",
+    "axolotl-ringmaster",
+    "yunchang",
+    "transformers",
+    "triton",
+)
 
 
 def device_name(device: torch.device) -> str:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.against_ring_flash_attn import NAMES, OURS, THEIRS
 from benchmarks.estimate_cases import GIB, Compared, beside
 from benchmarks.links import Link
 from benchmarks.record import RESULTS, load
@@ -26,6 +27,7 @@ from benchmarks.targets import PLANNING, TARGETS, Target, family_of
 Run = dict[str, Any]  # as `record.save` writes it
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = (ROOT / "docs" / "performance.md", ROOT / "docs" / "estimate.md", ROOT / "README.md")
+DROP_IN, BOTH = "against_ring_flash_attn", (THEIRS, OURS)
 _BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -147,6 +149,34 @@ def _ranks_row(row: Run) -> Sequence[str]:
         return *start, f"wrong: {row['wrong']}", *[""] * 4
     pairs = _pair(row["ratio"], row["digits"]), _pair(row["ms"], 2), _pair(row["tflops"], 0)
     return *start, *pairs, _number(row["peak"]), _number(row["sent"])
+
+
+def _drop_in(runs: Sequence[Run]) -> str:
+    header = ("function", "key heads at a time", "tokens a rank", "heads", *(f"{who}: ms forward; both" for who in BOTH))
+    timed = [{**run, "rows": [row for row in run["rows"] if "ms" in row]} for run in runs if run["benchmark"] == DROP_IN]
+    return _per_run(DROP_IN, timed, (*header, "their time over ours"), _drop_in_row)
+
+
+def _drop_in_row(row: Run) -> Sequence[str]:
+    key_heads = "" if row["key_heads"] is None else str(row["key_heads"])
+    times = (f"wrong: {row['wrong'][who]}" if who in row["wrong"] else _pair(row["ms"].get(who), 2) for who in BOTH)
+    return f"`{row['function']}`", key_heads, str(row["tokens"]), row["heads"], *times, _pair(row["ratio"], row["digits"])
+
+
+def _drop_in_errors(runs: Sequence[Run]) -> str:
+    lines = [
+        {**run, "rows": [{"row": row, "who": who} for row in run["rows"] if "rms" in row for who in (*row["rms"], *row["wrong"])]}
+        for run in runs
+        if run["benchmark"] == DROP_IN
+    ]
+    return _per_run(DROP_IN, lines, ("function", "dtype", "heads", "", *NAMES), lambda each: _errors_row(each["row"], each["who"]))
+
+
+def _errors_row(row: Run, who: str) -> Sequence[str]:
+    start = f"`{row['function']}`", row["dtype"], row["heads"], who
+    if who in row["wrong"]:
+        return *start, f"wrong: {row['wrong'][who]}", *[""] * (len(NAMES) - 1)
+    return *start, *(f"{rms:.2e} ({most:.1e})" for rms, most in zip(row["rms"][who], row["most"][who], strict=True))
 
 
 _NVLINK = f"{Link().gigabytes:g} GB/s"  # what real ranks of one host are emulated by
@@ -330,6 +360,8 @@ TABLES: dict[str, Callable[[Sequence[Run]], str]] = {
     "targets": _targets,
     "emulated": _emulated,
     "ranks": _ranks,
+    "drop_in": _drop_in,
+    "drop_in_errors": _drop_in_errors,
     "beside": _beside,
     "planning": _planning,
     "layouts": _layouts,

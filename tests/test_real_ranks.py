@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -9,12 +10,14 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
 from helpers import line
 from pool import free_port
+from torch.nn import functional
 
 from benchmarks import attention
 from benchmarks import cases as suite
@@ -141,11 +144,59 @@ def test_a_layout_without_a_placement_is_refused():
         placement_of("zigzag/even")
 
 
+def test_other_packages_are_asked_for_by_name():
+    names = [peer.name for peer in PEERS]
+    for asked, found in ("", []), ("--peers", names), ("--peers yunchang ring-flash-attn", ["yunchang", "ring-flash-attn"]):
+        assert [peer.name for peer in attention.peers_asked_for(attention.parser().parse_args(asked.split()).peers)] == found
+    with pytest.raises(
+        ValueError, match="there is no ringmaster among ring-flash-attn, torch context_parallel, axolotl-ringmaster"
+    ):
+        attention.peers_asked_for(["ringmaster", "yunchang"])
+
+
 def test_packages_that_need_gpus_or_are_absent_say_so():
     reasons = {peer.name: peer.missing(CPU) for peer in PEERS}
     assert reasons["torch context_parallel"] == "runs on GPUs only"
     assert "flash_attn" in reasons["ring-flash-attn"] or reasons["ring-flash-attn"] == "runs on GPUs only"
     assert "flash_attn" in reasons["yunchang"] or reasons["yunchang"] == "runs on GPUs only"
+
+
+def test_without_a_flash_kernel_ringmaster_is_left_out_on_gpus():
+    ringmaster = next(peer for peer in PEERS if peer.name == "axolotl-ringmaster")
+    for found, reason in ((None, "transformers finds no flash-attn for it"), (("forward", "backward"), "")):
+        ring = SimpleNamespace(_flash_ops=lambda found=found: found)
+        with patch.dict(sys.modules, dict.fromkeys(ringmaster.modules, ring)):
+            assert ringmaster.missing(torch.device("cuda")) == reason
+            assert ringmaster.missing(CPU) == ""
+
+
+@pytest.mark.parametrize(("case", "layout"), [(suite.batch(2), "zigzag"), (suite.full(2), "contiguous")], ids=["causal", "full"])
+def test_what_context_parallel_puts_in_place_of_attention_is_called_and_taken_away(case, layout):
+    peer = next(peer for peer in PEERS if peer.name == "torch context_parallel")
+    package, original = importlib.import_module(peer.modules[0]), functional.scaled_dot_product_attention
+    seen = []
+
+    def attention(q, k, v, **options):
+        seen.append((tuple(q.shape), options["is_causal"], package._cp_options.enable_load_balance))
+        return q
+
+    @contextmanager
+    def context_parallel(mesh, buffers, buffer_seq_dims):
+        assert (buffers[0].shape[0], buffer_seq_dims) == (case.length, [0])
+        functional.scaled_dot_product_attention = attention  # and stays, where the block raises
+        yield
+
+    q, mesh, fail = torch.randn(1, 4, 3, 8), SimpleNamespace(device_type="cpu"), ValueError("in the block")
+    with (  # noqa: PT012
+        patch.object(package, "context_parallel", context_parallel),
+        pytest.raises(ValueError, match="in the block"),
+        peer.session(replace(case, layout=layout), mesh) as attend,
+    ):
+        assert torch.equal(attend(q, q, q), q)
+        raise fail
+    assert seen == [((1, 3, 4, 8), layout == "zigzag", layout == "zigzag")]
+    assert functional.scaled_dot_product_attention is original
+    assert package._cp_options.enable_load_balance
 
 
 def test_packages_have_layouts_for_what_they_can_compute():
@@ -156,7 +207,8 @@ def test_packages_have_layouts_for_what_they_can_compute():
 
     causal, full, window = suite.batch(8), suite.full(8), suite.window(8)
     assert layouts("ring-flash-attn", causal) == ["zigzag", "stripe:1", "contiguous"]
-    assert layouts("torch context_parallel", causal) == layouts("torch context_parallel", full) == ["zigzag"]
+    assert layouts("torch context_parallel", causal) == ["zigzag"]
+    assert layouts("torch context_parallel", full) == ["contiguous"]
     assert layouts("axolotl-ringmaster", causal) == ["contiguous", "zigzag"]
     assert layouts("yunchang", causal) == ["zigzag", "contiguous"]
     assert layouts("yunchang", replace(causal, kv_heads=4)) == ["zigzag"]
