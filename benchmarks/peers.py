@@ -20,11 +20,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.cases import Case
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # this rank's q_BSHD, k_BSHD, v_BSHD to its out_BSHD
+
+
+def import_failure(modules: Sequence[str]) -> str:
+    """Which of the modules cannot be imported, and why; empty if all can."""
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except (ImportError, OSError, RuntimeError, AttributeError) as failure:  # as beside a PyTorch too new for it
+            return f"{module} cannot be imported: {type(failure).__name__}: {failure}"
+    return ""
 
 
 class Peer(ABC):
@@ -42,16 +51,8 @@ class Peer(ABC):
 
     def missing(self, device: torch.device) -> str:
         """Why the package cannot be measured on a device; empty if it can."""
-        for module in self.modules:
-            try:
-                importlib.import_module(module)
-            except (
-                ImportError,
-                OSError,
-                RuntimeError,
-                AttributeError,
-            ) as failure:  # as beside a PyTorch too new for it
-                return f"{module} cannot be imported: {type(failure).__name__}: {failure}"
+        if reason := import_failure(self.modules):
+            return reason
         return "runs on GPUs only" if self.needs_gpu and device.type != "cuda" else ""
 
     @abstractmethod
@@ -123,7 +124,9 @@ class TorchContextParallel(Peer):
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            return scaled_dot_product_attention(q, k, v, is_causal=case.mask == "causal", enable_gqa=True).transpose(1, 2)
+            # By its full name: the context replaces the function in its module.
+            attention = torch.nn.functional.scaled_dot_product_attention
+            return attention(q, k, v, is_causal=case.mask == "causal", enable_gqa=True).transpose(1, 2)
 
         with context_parallel(mesh, buffers=[buffer], buffer_seq_dims=[0]), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             yield attend
