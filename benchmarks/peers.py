@@ -27,6 +27,16 @@ from benchmarks.cases import Case
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # this rank's q_BSHD, k_BSHD, v_BSHD to its out_BSHD
 
 
+def import_failure(modules: Sequence[str]) -> str:
+    """Which of the modules cannot be imported, and why; empty if all can."""
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except (ImportError, OSError, RuntimeError, AttributeError) as failure:  # as beside a PyTorch too new for it
+            return f"{module} cannot be imported: {type(failure).__name__}: {failure}"
+    return ""
+
+
 class Peer(ABC):
     """One package.
 
@@ -42,16 +52,8 @@ class Peer(ABC):
 
     def missing(self, device: torch.device) -> str:
         """Why the package cannot be measured on a device; empty if it can."""
-        for module in self.modules:
-            try:
-                importlib.import_module(module)
-            except (
-                ImportError,
-                OSError,
-                RuntimeError,
-                AttributeError,
-            ) as failure:  # as beside a PyTorch too new for it
-                return f"{module} cannot be imported: {type(failure).__name__}: {failure}"
+        if reason := import_failure(self.modules):
+            return reason
         return "runs on GPUs only" if self.needs_gpu and device.type != "cuda" else ""
 
     @abstractmethod

@@ -264,13 +264,22 @@ def _planned(row: Run, world: str) -> str:
 
 def _train(runs: Sequence[Run]) -> str:
     header = ("model", "attention", "layers", "W", "tokens a rank", "ms forward; step", "tokens/s a GPU", "MFU", "peak GiB")
-    return _per_run("train_step", runs, (*header, "plain SDPA's time over it: forward; step"), _train_row)
+    parts = []
+    for run in runs:
+        if run["benchmark"] == "train_step":
+            # Others share the sequence on real ranks, as ring_plan does; on one GPU plain attention does the same work.
+            is_shared = run.get("devices", 1) > 1
+            compared = "its time over ring_plan's: forward; step" if is_shared else "plain SDPA's time over it: forward; step"
+            parts.append(_per_run("train_step", [run], (*header, compared), _train_row))
+    return "\n\n".join(parts) or _NOTHING
 
 
 def _train_row(row: Run) -> Sequence[str]:
     emulated = " (emulated)" if row["emulated"] else ""
-    layers = f"{row['layers']}{', recomputed' if row['recomputed'] else ''}"
+    layers = f"{row['layers']}{', FSDP2' if row.get('sharded') else ''}{', recomputed' if row['recomputed'] else ''}"
     start = row["model"], f"{row['attention']}{emulated}", layers, str(row["world"]), str(row["tokens"])
+    if row.get("wrong"):
+        return *start, row["wrong"], *[""] * 4
     mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
     figures = (
         _pair(row["ms"], 1),

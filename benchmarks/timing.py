@@ -58,9 +58,10 @@ class Stopwatch:
         counts = [round(least / max(each, 1e-3)) for each in first]
         return [self.block(call, n) if n > 1 else each for call, n, each in zip(calls, counts, first, strict=True)]
 
-    def block(self, call: Call, count: int) -> float:
-        """Milliseconds a call over `count` calls, after one that is not counted."""
-        call()
+    def block(self, call: Call, count: int, *, warm_up: bool = True) -> float:
+        """Milliseconds a call over `count` calls, after one that is not counted, unless there is to be none."""
+        if warm_up:
+            call()
         if self.together:
             self.wait()  # NCCL's barrier is a collective on the GPU: what was queued before it must be over on all ranks
             dist.barrier()

@@ -22,7 +22,7 @@ from torch.nn import functional
 from benchmarks import attention
 from benchmarks import cases as suite
 from benchmarks.attention import attention_of, placement_of
-from benchmarks.peers import PEERS, Peer
+from benchmarks.peers import PEERS, Peer, TorchContextParallel
 from benchmarks.record import load
 from dtensor_ring.ops.kernels import KERNELS
 from dtensor_ring.planning.layout import Layout
@@ -112,6 +112,25 @@ def peers_and_reasons():
         assert printed.count("WRONG") == 4
     else:
         assert not printed
+
+
+class OnCpu(TorchContextParallel):
+    needs_gpu = False
+
+
+def torch_context_parallel():
+    from cpu_context_parallel import cpu_ring
+
+    calls: list[int] = []
+    options = attention.parser().parse_args([*SIZES.split(), "--dtype", "float32", "--peers"])
+    with redirect_stdout(StringIO()), patch.object(attention, "PEERS", (OnCpu(),)), cpu_ring(calls):
+        rows = attention.run(options, line(), CPU)
+    assert [(row.who, row.wrong) for row in rows] == [("dtensor_ring", ""), ("torch context_parallel", "")]
+    assert calls
+
+
+def test_pytorch_s_context_parallel_attends_over_the_ranks(pools):
+    pools.run(2, torch_context_parallel)
 
 
 def test_every_kind_of_case_is_checked_and_timed_on_real_ranks(pools):

@@ -107,6 +107,38 @@ def test_of_a_cost_the_largest_counts_and_must_not_exceed_the_target():
     assert not target.met(0.41, target.both)
 
 
+TRAINED = {
+    "model": "llama-3.1-8b", "attention": "ring_plan", "kernel": "default", "layers": 32, "recomputed": True, "world": 2,
+    "tokens": 65536, "emulated": False, "sharded": True, "target": "", "ms": [6100.04, 30200.0], "ratio": None,
+    "tokens_per_second": 2170.1, "mfu": 0.3214, "peak_gib": 58.04, "wrong": "",
+}  # fmt: skip
+
+
+def test_a_training_step_on_real_ranks_has_others_beside_it_and_what_did_not_fit():
+    other = {**TRAINED, "attention": "torch", "ratio": [1.2, 1.31]}
+    too_long = {**other, "tokens": 131072, "wrong": "out of memory", "ms": [0.0, 0.0], "ratio": None, "mfu": None, "peak_gib": 70.0}
+    run = {
+        **RUN,
+        "benchmark": "train_step",
+        "emulated": False,
+        "devices": 2,
+        "note": "Left out: x: y.",
+        "rows": [TRAINED, other, too_long],
+    }
+    lines = TABLES["train"]([run]).splitlines()
+    assert lines[0] == "2 x Some GPU, PyTorch 2.11.0, 2026-01-31. Left out: x: y."
+    assert lines[2].endswith("| peak GiB | its time over ring_plan's: forward; step |")
+    assert lines[4:] == [
+        "| llama-3.1-8b | ring_plan | 32, FSDP2, recomputed | 2 | 65536 | 6100.0; 30200.0 | 2170 | 32.1% | 58.0 |  |",
+        "| llama-3.1-8b | torch | 32, FSDP2, recomputed | 2 | 65536 | 6100.0; 30200.0 | 2170 | 32.1% | 58.0 | 1.200; 1.310 |",
+        "| llama-3.1-8b | torch | 32, FSDP2, recomputed | 2 | 131072 | out of memory |  |  |  |  |",
+    ]
+    alone = {key: value for key, value in TRAINED.items() if key not in ("sharded", "wrong")} | {"world": 1, "ratio": [0.99, 1.0]}
+    one_gpu = TABLES["train"]([{**run, "devices": 1, "rows": [alone]}]).splitlines()  # as earlier runs were saved
+    assert one_gpu[2].endswith("| plain SDPA's time over it: forward; step |")
+    assert one_gpu[4].startswith("| llama-3.1-8b | ring_plan | 32, recomputed | 1 | 65536 |")
+
+
 def test_a_run_is_read_as_it_was_saved_to_five_digits(tmp_path):
     path = tmp_path / "deeper" / "run.json"
     save(path, RUN, [ROW, {"ms": (1.234567, 2), "many": {"a": 123456.789}}])
