@@ -32,21 +32,23 @@ from benchmarks import cases as suite
 from benchmarks.cases import Case, ideal_of
 from benchmarks.checking import wrong_numbers
 from benchmarks.links import EmulatedTransport, Link, Model
-from benchmarks.problems import calls_of, flops_of, problem_of, ranks_to_measure, strategy_of
+from benchmarks.problems import calls_of, flops_of, kernels_of, problem_of, ranks_to_measure, strategy_of
 from benchmarks.record import device_name, facts, save
 from benchmarks.targets import available, extra, need_of, quick, targets
 from benchmarks.timing import Call, Effort, Stopwatch, ratio
-from dtensor_ring.ops.kernels import Kernel, KernelRequirements, choose_kernel
+from dtensor_ring.ops.kernels import KERNELS, Kernel, KernelRequirements, choose_kernel
 from dtensor_ring.planning.schedule import plan
 
 DTYPE = torch.bfloat16
+Pair = tuple[Call, Call]  # forward, and forward with backward
 
 
 @dataclass
 class Row:
     """One line of the table; times in milliseconds, memory in MiB.
 
-    Times, ratios and the host's are those of the slowest rank; memory is the most of all ranks measured.
+    Times, ratios and the host's are those of the slowest rank; memory is the most of all ranks measured. `kernels` is the ratio
+    that its kernel calls alone would have, without exchanging, merging and adding up, where that is measured: of strict rows.
     """
 
     case: str
@@ -62,6 +64,7 @@ class Row:
     ms: tuple[float, float] = (0.0, 0.0)
     ratio: tuple[float, float] = (0.0, 0.0)
     tflops: tuple[float, float] = (0.0, 0.0)
+    kernels: tuple[float, float] | None = None
     host: tuple[float, float] = (0.0, 0.0)
     peak: float = 0.0
     launches: int = 0
@@ -81,13 +84,15 @@ class Row:
         (fwd, both), (fwd_ms, both_ms), (host_fwd, host_both) = self.ratio, self.ms, self.host
         times = f"{fwd:>7.3f}{both:>7.3f}{fwd_ms:>9.3f}{both_ms:>9.3f}{self.tflops[0]:>5.0f}{self.tflops[1]:>5.0f}"
         ranks = f"{self.fully}/{len(self.shortly)}"
+        times += "".join(f"{each:>7.3f}" for each in self.kernels or ()) or 14 * " "
         rest = f"{host_fwd:>7.2f}{host_both:>7.2f}{self.calls:>6}{self.launches:>6}{self.peak:>7.0f}{ranks:>6}"
         return f"{start}{times}{rest}{' strict' if self.strict else ''}"
 
 
 HEADER = (
     f"{'case':<17}{'layout':<18}{'strategy':<8}{'W':>4}{'tokens':>7} {'heads':<6}{'kernel':<13}{'link':<22}{'fwd':>7}{'f+b':>7}"
-    f"{'fwd ms':>9}{'f+b ms':>9}{'TFLOP/s':>10}{'host f':>7}{'host b':>7}{'calls':>6}{'lnch':>6}{'peak':>7}{'ranks':>6}"
+    f"{'fwd ms':>9}{'f+b ms':>9}{'TFLOP/s':>10}"
+    f"{'kernels alone':>14}{'host f':>7}{'host b':>7}{'calls':>6}{'lnch':>6}{'peak':>7}{'ranks':>6}"
 )
 
 
@@ -139,7 +144,7 @@ class Emulation:
             row.peak = max(self.watch.peak_memory(self.calls(case, rank, kernel, allocate=True)[1]) for rank in row.shortly)
         return row
 
-    def time(self, case: Case, row: Row, ideal: tuple[tuple[Call, Call], float], ours: dict[int, tuple[Call, Call]]) -> int:
+    def time(self, case: Case, row: Row, ideal: tuple[Pair, float], ours: dict[int, Pair]) -> int:
         """Fill in times and ratios; give the slowest rank, forward and backward together."""
         ideal_calls, share = ideal
         with self.spending("short times"):
@@ -149,10 +154,14 @@ class Emulation:
         for direction, flops in enumerate(flops_of(case)):
             ranks = sorted(ours, key=lambda rank: -row.shortly[rank][direction])[: self.slowest]
             with self.spending("full times"):
-                best, *times = self.watch.in_turns([ideal_calls[direction], *(ours[rank][direction] for rank in ranks)])
+                alone = self.kernels(case, ranks[0], row.kernel)[direction : direction + 1] if case.strict else ()
+                every = ideal_calls[direction], *(ours[rank][direction] for rank in ranks), *alone
+                best, *times = self.watch.in_turns(every)
+            best, times, kernels = [share * x for x in best], times[: len(ranks)], times[len(ranks) :]
             ms = max(statistics.median(each) for each in times)
-            found.append((ms, ratio([share * x for x in best], times), flops / ms / 1e9))
-        (row.ms, row.ratio, row.tflops), row.fully = zip(*found, strict=True), len(ranks)
+            found.append((ms, ratio(best, times), flops / ms / 1e9, ratio(best, kernels) if kernels else 0.0))
+        (row.ms, row.ratio, row.tflops, of_kernels), row.fully = zip(*found, strict=True), len(ranks)
+        row.kernels = of_kernels if case.strict else None
         return ranks[0]
 
     @contextmanager
@@ -170,7 +179,12 @@ class Emulation:
             self.checked[key] = wrong_numbers(case, kernel, self.watch.device, DTYPE)
         return self.checked[key]
 
-    def calls(self, case: Case, rank: int, kernel: Kernel, *, allocate: bool = False) -> tuple[Call, Call]:
+    def kernels(self, case: Case, rank: int, kernel: str) -> Pair:
+        """The kernel calls of one rank alone, forward, and forward with backward."""
+        transport = EmulatedTransport(rank, case.world, case.link, self.watch.device)
+        return kernels_of(case, transport, KERNELS[kernel], self.watch.device, DTYPE)
+
+    def calls(self, case: Case, rank: int, kernel: Kernel, *, allocate: bool = False) -> Pair:
         """The forward pass of one rank, and forward with backward."""
         transport = EmulatedTransport(rank, case.world, case.link, self.watch.device, allocate=allocate)
         return calls_of(case, transport, kernel, self.watch.device, DTYPE)

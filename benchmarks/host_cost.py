@@ -3,11 +3,14 @@
     python -m benchmarks.host_cost                          # the CPU, 8 tokens
     python -m benchmarks.host_cost --device cuda            # one GPU, 512 tokens
     python -m benchmarks.host_cost --device cuda --json host_cost.json
+    python -m benchmarks.host_cost --device cuda --one-thread       # as under torch.autograd.set_multithreading_enabled(False)
 
 One process is a mesh axis of one rank, so that what is measured is checking, dispatch, wrapping and autograd, not transfers. The
 table goes from the kernel alone outwards; every row does what the row above does and something more:
 
     kernel              the kernel's own functions on (B, S, H, D) tensors
+    autograd.Function   the same kernel in a torch.autograd.Function of three lines: what any attention costs whose backward pass is
+                        Python, which autograd runs on a thread of its own
     executor            the plan of one rank walked on plain tensors
     plain               ring_attention on plain tensors
     DTensor             ring_attention on DTensors that were made before
@@ -15,7 +18,8 @@ table goes from the kernel alone outwards; every row does what the row above doe
     packed              DTensors of 2, 20 and 200 packed documents: the host should take as long (on GPUs; the CPU kernel works on
                         one document after the other)
     a layer             a decoder layer of a Hugging Face model with PyTorch's scaled_dot_product_attention forced to the same
-                        kernel, and under ring_plan: the difference of a deep and a shallow model, by layers
+                        kernel, with that autograd.Function, and under ring_plan: the difference of a deep and a shallow model,
+                        by layers
     a batch             what is left of the shallow model: the batch cut and compared, embeddings, the loss
 
 Every result is first compared with the kernel's. The least of some blocks of calls taken in turns, in microseconds: other programs
@@ -44,7 +48,7 @@ from benchmarks.targets import LAYER
 from dtensor_ring import Documents, Zigzag, from_local, ring_attention, ring_plan
 from dtensor_ring.comm import transport_along
 from dtensor_ring.ops.executors.plan_executor import Executor
-from dtensor_ring.ops.kernels import KERNELS, Block, Saved, SoftmaxParams
+from dtensor_ring.ops.kernels import KERNELS, Block, Kernel, Saved, SoftmaxParams
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
 from dtensor_ring.planning.problem import AttentionProblem
@@ -53,6 +57,7 @@ from dtensor_ring.planning.schedule import plan
 Calls = dict[str, Callable[[], object]]
 SHALLOW, DEEP = 2, 10  # layers
 HEADS, KV_HEADS = 4, 2
+_ONE_THREAD = "Backward on the thread that calls it."
 
 
 def main() -> None:
@@ -64,7 +69,9 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=9, help="blocks of each row")
     parser.add_argument("--no-model", action="store_true", help="leave the model's layers out (transformers is not needed then)")
     parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--one-thread", action="store_true", help="backward on the thread that calls it, not on autograd's own")
     options = parser.parse_args()
+    torch.autograd.set_multithreading_enabled(not options.one_thread)
     tokens = options.tokens or (8 if options.device == "cpu" else 512)
     torch.set_num_threads(1)
     mesh = one_rank(options.device)
@@ -76,7 +83,7 @@ def main() -> None:
         options.calls = max(1, options.calls // 10)
         for title, calls in model_calls(mesh, tokens, options.device).items():
             spent = timed(calls, options)
-            names = sorted({name.partition(" x ")[0] for name in spent}, reverse=True)
+            names = list(dict.fromkeys(name.partition(" x ")[0] for name in spent))
             layer = {name: (spent[f"{name} x {DEEP}"] - spent[f"{name} x {SHALLOW}"]) / (DEEP - SHALLOW) for name in names}
             rows[f"a layer, {title}"] = layer
             rows[f"a batch, {title}"] = {name: spent[f"{name} x {SHALLOW}"] - SHALLOW * layer[name] for name in names}
@@ -87,7 +94,11 @@ def main() -> None:
             print(f"  {name:<36}{value:>8.0f}   over the row above {value - before:>+8.0f}   over the first {value - first:>+8.0f}")
             before = value
     if options.json:
-        save(options.json, facts("host_cost", torch.device(options.device), tokens=tokens), listed(rows))
+        save(
+            options.json,
+            facts("host_cost", torch.device(options.device), tokens=tokens, note=_ONE_THREAD if options.one_thread else ""),
+            listed(rows),
+        )
     dist.destroy_process_group()
 
 
@@ -104,6 +115,11 @@ def listed(rows: dict[str, dict[str, float]]) -> Iterator[dict[str, object]]:
         yield {"target": LAYER, "kernel": "torch_flash", "over_ms": over}
 
 
+def kernel_of(device: str) -> str:
+    """The kernel that all rows compute with."""
+    return "torch_flash" if device == "cuda" else "torch_cpu"
+
+
 def one_rank(device: str) -> DeviceMesh:
     """A mesh axis of this process alone."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
@@ -113,7 +129,7 @@ def one_rank(device: str) -> DeviceMesh:
 
 def attention_calls(mesh: DeviceMesh, tokens: int, device: str) -> dict[str, Calls]:
     """The rows of one attention, forward without gradients and forward with backward; their results are compared first."""
-    kernel = KERNELS["torch_flash" if device == "cuda" else "torch_cpu"]
+    kernel = KERNELS[kernel_of(device)]
     dim, dtype = (128, torch.bfloat16) if device == "cuda" else (16, torch.float32)
     shapes = [(1, tokens, heads, dim) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
     q, k, v, dout = (torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
@@ -144,6 +160,7 @@ def attention_calls(mesh: DeviceMesh, tokens: int, device: str) -> dict[str, Cal
 
     forward: dict[str, Callable[[], Any]] = {
         "kernel": lambda: kernel.forward(q, k, v, block)[0],
+        "autograd.Function": without_gradients(lambda: _OfKernel.apply(q, k, v, kernel, block)),
         "executor": lambda: executor.forward(q, k, v)[0],
         "plain": without_gradients(lambda: ring_attention(q, k, v)),
         "DTensor": without_gradients(lambda: ring_attention(*ready)),
@@ -151,6 +168,7 @@ def attention_calls(mesh: DeviceMesh, tokens: int, device: str) -> dict[str, Cal
     }
     both: dict[str, Callable[[], Any]] = {
         "kernel": kernel_both,
+        "autograd.Function": lambda: torch.autograd.grad(_OfKernel.apply(*leaves, kernel, block), leaves, dout),
         "executor": executor_both,
         "plain": lambda: torch.autograd.grad(ring_attention(*leaves), leaves, dout),
         "DTensor": lambda: torch.autograd.grad(ring_attention(*ready_leaves), ready_leaves, local_dout),
@@ -159,6 +177,21 @@ def attention_calls(mesh: DeviceMesh, tokens: int, device: str) -> dict[str, Cal
     check(forward)
     check(both)
     return {"forward": forward, "forward and backward": both}
+
+
+class _OfKernel(torch.autograd.Function):
+    """A kernel's own functions as autograd calls them, and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, block: Block) -> Tensor:  # noqa: ANN401
+        out, lse = kernel.forward(q, k, v, block)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.kernel, ctx.block = kernel, block
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        return *ctx.kernel.backward(Saved(*ctx.saved_tensors), dout.contiguous(), ctx.block), None, None
 
 
 def packed_calls(mesh: DeviceMesh, tokens: int) -> Calls:
@@ -193,8 +226,10 @@ def model_calls(mesh: DeviceMesh, tokens: int, device: str) -> dict[str, Calls]:
     """A small Llama with PyTorch's attention by the same kernel, and under ring_plan: the losses are compared first."""
     from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
 
-    AttentionInterface.register("same_kernel", _same_kernel)
-    AttentionMaskInterface.register("same_kernel", lambda *_shapes, **_mask: None)
+    stocks = {"scaled_dot_product_attention": _same_kernel, "autograd.Function": partial(_in_function, KERNELS[kernel_of(device)])}
+    for name, attention in stocks.items():
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, lambda *_shapes, **_mask: None)
     dim, dtype = (128, torch.bfloat16) if device == "cuda" else (16, torch.float32)
     ids = torch.randint(0, 1000, (1, tokens), device=device)
     models: dict[str, Any] = {}
@@ -208,12 +243,16 @@ def model_calls(mesh: DeviceMesh, tokens: int, device: str) -> dict[str, Calls]:
             head_dim=dim,
             vocab_size=1000,
         )
-        stock, ours = (LlamaForCausalLM(copy.deepcopy(config)).to(device, dtype) for _ in range(2))
-        stock.set_attn_implementation("same_kernel")
-        ours.load_state_dict(stock.state_dict())
-        parallelize_module(ours, mesh["cp"], ring_plan(ours, Zigzag(1)))
-        torch.testing.assert_close(_loss(ours, ids), _loss(stock, ids), rtol=1e-2, atol=1e-2)
-        models |= {f"scaled_dot_product_attention x {layers}": stock, f"ring_plan x {layers}": ours}
+        alike = {name: LlamaForCausalLM(copy.deepcopy(config)).to(device, dtype) for name in (*stocks, "ring_plan")}
+        first, *others = alike.values()
+        for model in others:
+            model.load_state_dict(first.state_dict())
+        for name in stocks:
+            alike[name].set_attn_implementation(name)
+        parallelize_module(alike["ring_plan"], mesh["cp"], ring_plan(alike["ring_plan"], Zigzag(1)))
+        for model in others:
+            torch.testing.assert_close(_loss(model, ids), _loss(first, ids), rtol=1e-2, atol=1e-2)
+        models |= {f"{name} x {layers}": model for name, model in alike.items()}
     return {
         "forward": {name: torch.no_grad()(partial(_loss, model, ids)) for name, model in models.items()},
         "forward and backward": {name: partial(_step, model, ids) for name, model in models.items()},
@@ -236,6 +275,21 @@ def _same_kernel(
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _in_function(
+    kernel: Kernel,
+    _module: object,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _mask: object,
+    scaling: float | None = None,
+    **_rest: object,
+) -> tuple[Tensor, None]:
+    """The same in a torch.autograd.Function."""
+    block = Block((-1, 0), SoftmaxParams(scaling or query.shape[-1] ** -0.5))
+    return _OfKernel.apply(*(x.transpose(1, 2) for x in (query, key, value)), kernel, block), None
 
 
 def timed(calls: Calls, options: argparse.Namespace) -> dict[str, float]:

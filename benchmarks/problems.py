@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
+from torch import Tensor
 
 from benchmarks.cases import Case
 from benchmarks.timing import Call
 from dtensor_ring.comm import Transport
 from dtensor_ring.ops.executors.plan_executor import Executor
-from dtensor_ring.ops.kernels import Kernel, Saved, SoftmaxParams
+from dtensor_ring.ops.executors.step_streams import StepStreams
+from dtensor_ring.ops.kernels import Block, Kernel, Saved, SoftmaxParams
 from dtensor_ring.planning.costs import AttentionShape
 from dtensor_ring.planning.devices import KNOWN
 from dtensor_ring.planning.documents import Documents
@@ -49,6 +53,38 @@ def calls_of(case: Case, transport: Transport, kernel: Kernel, device: torch.dev
         executor.backward(Saved(q, k, v, out, lse), dout)
 
     return lambda: executor.forward(q, k, v), both
+
+
+def kernels_of(case: Case, transport: Transport, kernel: Kernel, device: torch.device, dtype: torch.dtype) -> tuple[Call, Call]:
+    """The kernel calls that `calls_of` makes, alone: nothing is exchanged, merged or added up, and all keys are there at once."""
+    todo = plan(problem_of(case, kernel.name), transport.rank)
+    executor = Executor(todo, transport, kernel, SoftmaxParams(case.head_dim**-0.5))
+
+    def pair(tokens: int, heads: int) -> tuple[Tensor, Tensor]:
+        x, y = torch.randn((2, 1, tokens, heads, case.head_dim), device=device, dtype=dtype)
+        return x, y
+
+    own = todo.problem.q_local(transport.rank)
+    q, dout = pair(own, case.heads)
+    out, lse = executor.forward(q, *pair(own, case.kv_heads))
+    keys, block_of = [pair(step.key_count, case.kv_heads) for step in todo.steps], executor._blocks(q, 0)
+
+    def walk(order: Sequence[int], act: Callable[[int, KernelCall, Block], object]) -> None:
+        with StepStreams(todo, q, kernel.name, begun=False) as streams:
+            for index in order:
+                with streams.of_step(index):
+                    for number, call in enumerate(todo.steps[index].calls):
+                        act(index, call, block_of(index, number))
+
+    def forward() -> None:
+        walk(executor.forward_order, lambda index, call, block: executor._forward_call(q, *keys[index], call, block))
+
+    def both() -> None:
+        forward()
+        saved = [Saved(q, *each, out, lse) for each in keys]
+        walk(executor.backward_order, lambda index, call, block: executor._backward_call(saved[index], dout, call, block))
+
+    return forward, both
 
 
 def flops_of(case: Case) -> tuple[float, float]:

@@ -124,7 +124,7 @@ def _verdict(judgement: tuple[Target, tuple[float, float] | None]) -> Sequence[s
 
 def _emulated(runs: Sequence[Run]) -> str:
     header = ("case", "layout", "strategy", "W", "tokens a rank", "heads", "kernel", "link", "ratio forward; both", "ms", "TFLOP/s")
-    header += ("host ms", "peak MiB", "ranks")
+    header += ("kernels alone", "host ms", "peak MiB", "ranks")
     return _per_run("emulate", runs, header, _emulated_row)
 
 
@@ -132,8 +132,9 @@ def _emulated_row(row: Run) -> Sequence[str]:
     name = f"{row['case']}{' (strict)' if row['strict'] else ''}"
     start = name, row["layout"], row["strategy"], str(row["world"]), str(row["tokens"]), row["heads"], row["kernel"], row["link"]
     if row["wrong"]:
-        return *start, f"wrong: {row['wrong']}", *[""] * 5
-    pairs = _pair(row["ratio"], row["digits"]), _pair(row["ms"], 2), _pair(row["tflops"], 0), _pair(row["host"], 2)
+        return *start, f"wrong: {row['wrong']}", *[""] * 6
+    kernels = _pair(row["kernels"], 3) if row.get("kernels") else ""
+    pairs = _pair(row["ratio"], row["digits"]), _pair(row["ms"], 2), _pair(row["tflops"], 0), kernels, _pair(row["host"], 2)
     return *start, *pairs, f"{row['peak']:.0f}", f"{row['fully']} of {len(row['shortly'])}"
 
 

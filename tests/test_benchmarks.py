@@ -12,7 +12,8 @@ from benchmarks import emulate, layouts, targets
 from benchmarks.cases import Case
 from benchmarks.checking import small, wrong_numbers
 from benchmarks.emulate import Emulation
-from benchmarks.problems import predicted_slowest, problem_of
+from benchmarks.links import EmulatedTransport
+from benchmarks.problems import calls_of, kernels_of, predicted_slowest, problem_of
 from benchmarks.record import load
 from benchmarks.timing import Effort, Stopwatch, ratio
 from dtensor_ring.ops.kernels import KERNELS, Result
@@ -43,6 +44,7 @@ def test_every_rank_is_timed_shortly_and_the_slowest_in_turns_with_the_ideal(mon
     """Calls give their own times here, in milliseconds: forward and both, of the ideal and of four ranks."""
     times = {(1, 0): (3.0, 9.0), (4, 0): (10.0, 44.0), (4, 1): (11.0, 30.0), (4, 2): (16.0, 40.0), (4, 3): (15.0, 48.0)}
     monkeypatch.setattr(Emulation, "calls", lambda _, case, rank, kernel, allocate=False: times_of(times[case.world, rank]))
+    monkeypatch.setattr(Emulation, "kernels", lambda _, case, rank, kernel: times_of({2: (8.0, 30.0), 3: (12.0, 40.0)}[rank]))
     monkeypatch.setattr(Stopwatch, "block", lambda _, call, count: call())
     row = Emulation(QUICK, slowest=2).measure(TINY, KERNELS["math"])
     assert row.wrong == ""
@@ -50,7 +52,9 @@ def test_every_rank_is_timed_shortly_and_the_slowest_in_turns_with_the_ideal(mon
     assert row.fully == 2
     assert row.ms == (16.0, 48.0)
     assert row.ratio == (4 * 3.0 / 16.0, 4 * 9.0 / 48.0)
+    assert row.kernels is None
     strict = Emulation(QUICK).measure(replace(TINY, strict=True), KERNELS["math"])
+    assert strict.kernels == (strict.ratio[0] * 16.0 / 8.0, strict.ratio[1] * 48.0 / 40.0)  # of the slowest: rank 2, then rank 3
     assert strict.ratio == (3.0 / 4 / 16.0, 9.0 / 4 / 48.0)
     scores = 64 * 65 / 2
     assert row.tflops == pytest.approx([4 * 8 * 2 * scores / 4 / 16.0 / 1e9, 3.5 * 4 * 8 * 2 * scores / 4 / 48.0 / 1e9])
@@ -65,6 +69,38 @@ def test_an_emulated_case_runs_on_a_cpu():
     assert row.wrong == ""
     assert min(*row.ms, *row.ratio, *row.host, *row.tflops) > 0
     assert row.calls >= 2
+
+
+class Noting(MathKernel):
+    """Takes note of the lengths, the window and the segments of every call, and of the pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted = []
+
+    def forward(self, q, k, v, block):
+        self.noted.append(("forward", q.shape, k.shape, block.window, block.varlen and block.varlen.segments))
+        return super().forward(q, k, v, block)
+
+    def backward(self, saved, dout, block):
+        self.noted.append(("backward", dout.shape, saved.k.shape, block.window, block.varlen and block.varlen.segments))
+        return super().backward(saved, dout, block)
+
+
+@pytest.mark.parametrize("lengths", [(), (40, 24), (7, 30, 27)])
+def test_kernels_alone_are_the_calls_that_an_attention_makes(lengths):
+    case = replace(TINY, layout="zigzag/documents" if lengths else "zigzag", lengths=lengths, strict=True)
+    for rank in range(case.world):
+        notes = []
+        for calls in (calls_of, kernels_of):
+            kernel = Noting()
+            made = calls(case, EmulatedTransport(rank, case.world, case.link, CPU), kernel, CPU, torch.float32)
+            for call in made:
+                kernel.noted.clear()
+                call()
+                notes.append(list(kernel.noted))
+        assert notes[:2] == notes[2:]
+        assert {name for name, *_ in notes[1]} == {"forward", "backward"}
 
 
 @pytest.mark.parametrize("kernel", [Doubling(), Forgetful()])
