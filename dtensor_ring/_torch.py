@@ -1,7 +1,7 @@
 """Every private PyTorch name this package uses, each with the reason, and what would let us drop it.
 
-Nothing else imports one, but for `_torch_symmetric`. Ran on torch 2.11 and 2.13. Features are asked for by name, once, here;
-versions are not compared.
+Nothing else imports one, but for `_torch_groups` and `_torch_symmetric`. Ran on torch 2.11 and 2.13. Features are asked for by
+name, once, here; versions are not compared.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from weakref import ref
 
 import torch
-import torch.distributed as dist
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._ops import OpOverload
@@ -22,7 +21,6 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd import forward_ad, profiler
 from torch.distributed._functional_collectives import _are_we_tracing
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import GroupName, _get_process_group_store, _resolve_process_group
 from torch.distributed.tensor import DTensor, Partial, Replicate, _dtensor_spec
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._op_schema import OpSchema, OutputSharding, RuntimeSchemaInfo
@@ -54,7 +52,6 @@ __all__ = [
     "register",
     "register_attention_rule",
     "replicated",
-    "resolve_group",
     "spec_of",
 ]
 
@@ -68,10 +65,6 @@ NotDecodableError: type[Exception] = getattr(_dtensor_spec, "_StridedShardNotDec
 
 # Inductor leaves an op with this tag out of the CUDA graphs that it captures; a PyTorch without it what has inputs on the CPU.
 OUTSIDE_OF_GRAPHS: tuple[torch.Tag, ...] = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
-
-# The collectives on flat tensors, under their names since 2.13 or, before, the ones that 2.13 deprecates.
-all_gather_flat: Callable[..., dist.Work | None] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter_flat: Callable[..., dist.Work | None] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class PlacementBase(_StridedShard):
@@ -347,16 +340,6 @@ def named_in_profiles(name: Callable[[], str]) -> AbstractContextManager[object]
     `record_function` asks it). Under `torch.autograd.profiler.emit_nvtx` the names are NVTX ranges.
     """
     return profiler.record_function(name()) if profiler._is_profiler_enabled else _UNNAMED
-
-
-def resolve_group(name: str) -> dist.ProcessGroup:
-    """The process group of a `ProcessGroup.group_name`: ops take strings, not groups."""
-    return _resolve_process_group(GroupName(name))
-
-
-def store_of(group: dist.ProcessGroup) -> dist.Store:
-    """The key-value store through which the ranks of a group met; it answers also where the group is broken."""
-    return _get_process_group_store(group)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from helpers import grid, line
 
 from dtensor_ring import Zigzag, distribute_tensor, full_tensor, redistribute, ring_attention
 from dtensor_ring.__main__ import main
-from dtensor_ring._torch import store_of
+from dtensor_ring._torch_groups import store_of
 from dtensor_ring.comm import (
     TRANSPORTS,
     AloneTransport,

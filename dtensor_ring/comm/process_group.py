@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import override
 
-from dtensor_ring._torch import all_gather_flat, reduce_scatter_flat, store_of
+from dtensor_ring._torch_groups import all_gather_flat, reduce_scatter_flat, store_of
 from dtensor_ring.comm.rank_checks import meet, number_of
 from dtensor_ring.comm.transport import Message, Pending, SilentRankError, Transport, TransportRequirements
 from dtensor_ring.planning.cost_model import Link

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
-from dtensor_ring._torch import is_capturing, named_in_profiles, store_of
+from dtensor_ring._torch import is_capturing, named_in_profiles
+from dtensor_ring._torch_groups import store_of
 from dtensor_ring.captures import check_not_capturing
 from dtensor_ring.planning.cost_model import Link
 

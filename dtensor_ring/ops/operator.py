@@ -26,7 +26,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor
 
-from dtensor_ring._torch import OUTSIDE_OF_GRAPHS, is_capturing, lasting, local_of, named_in_profiles, resolve_group
+from dtensor_ring._torch import OUTSIDE_OF_GRAPHS, is_capturing, lasting, local_of, named_in_profiles
+from dtensor_ring._torch_groups import resolve_group
 from dtensor_ring.cache import cached
 from dtensor_ring.captures import check_not_capturing
 from dtensor_ring.comm import Transport, transport_of
