@@ -11,7 +11,9 @@ import torch
 from helpers import LAYOUTS, SEED, make_case, share
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dtensor_ring.comm import LoopbackTransport
+from dtensor_ring._torch_groups import exchange_in_one
+from dtensor_ring.comm import LoopbackTransport, Pending
+from dtensor_ring.ops.executors.collective import gather, scatter
 from dtensor_ring.ops.executors.exchange import Exchange
 from dtensor_ring.ops.executors.gradients import GradSum
 from dtensor_ring.ops.executors.plan_executor import Executor
@@ -276,3 +278,72 @@ def test_packed_results_are_bitwise_the_same_in_twenty_runs(layout, strategy):
 
     for first, *others in LoopbackTransport.run(3, rank_body):
         assert all(torch.equal(a, b) for run in others for a, b in zip(first, run, strict=True))
+
+
+@pytest.mark.parametrize("length", [24, 22])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_keys_and_values_of_all_ranks_travel_together_and_are_copied_only_where_they_lie_apart(layout, batch, length):
+    """Values of another head dim, shares of other lengths: the keys in order, and gradients summed for the rank that has them."""
+    world, problem = 3, problem_of(layout, "gather", 3, "full", None, length)
+    whole = torch.randn(batch, length, HEADS, DIM), torch.randn(batch, length, HEADS, 5)
+
+    def of_rank(transport: LoopbackTransport):
+        todo, kv = plan(problem, transport.rank), tuple(share(x, layout, world, transport.rank) for x in whole)
+        gathered: list[torch.Tensor] = []
+        all_gather = transport.all_gather
+        transport.all_gather = lambda rows: Pending(lambda: gathered.append(got := all_gather(rows).wait()) or got)
+        k, v = gather(todo, transport, kv).wait()
+        own = GradSum(kv)
+        scatter(todo, transport, (transport.rank * k, -v), own).wait()
+        return k, v, gathered[0].untyped_storage().data_ptr() == k.untyped_storage().data_ptr(), own.result(k.dtype)
+
+    found = LoopbackTransport.run(world, of_rank)
+    for rank, (k, v, is_view, grads) in enumerate(found):
+        assert k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
+        order = torch.cat([torch.arange(rows.start, rows.stop) + 100 * rows.owner for rows in plan(problem, rank).steps[0].keys])
+        tokens = torch.tensor([problem.k_tokens(place // 100)[place % 100] for place in order.tolist()])
+        assert all(torch.equal(mine, x[:, tokens]) for mine, x in zip((k, v), whole, strict=True))
+        assert is_view == (layout == "contiguous" and batch == 1 and length % world == 0)
+        kv = [share(x, layout, world, rank) for x in whole]
+        torch.testing.assert_close(grads[0], sum(range(world)) * kv[0])
+        torch.testing.assert_close(grads[1], -world * kv[1])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ranks_start_a_transfer_in_steps_in_which_something_travels_alone(layout, monkeypatch):
+    """Own keys come first, and no rank takes part in an exchange for them: a plan has as many as it has stages, three times."""
+    world, started = 3, []
+    exchange = LoopbackTransport.exchange
+    monkeypatch.setattr(
+        LoopbackTransport, "exchange", lambda self, *messages: started.append(self.rank) or exchange(self, *messages)
+    )
+    for stages in (1, 2):
+        problem = problem_of(layout, "ring", world, "causal", None).staged(stages)
+        started.clear()
+        case = make_case(64, heads=(HEADS, HEADS), dim=DIM)
+
+        def of_rank(transport: LoopbackTransport, problem=problem, case=case):
+            q, k, v, dout = (share(x, layout, world, transport.rank).contiguous() for x in (*case.inputs, case.dout))
+            executor = Executor(plan(problem, transport.rank), transport, KERNELS["math"], SoftmaxParams(1.0))
+            out, lse = executor.forward(q, k, v, seed=SEED)
+            executor.backward(Saved(q, k, v, out, lse), dout, seed=SEED)
+
+        LoopbackTransport.run(world, of_rank)
+        # Keys in both passes, and gradients.
+        assert sorted(started) == [rank for rank in range(world) for _ in range(3 * stages)]
+
+
+def test_messages_of_a_group_that_takes_them_in_one_are_issued_in_the_order_of_both_sides():
+    class Group:
+        def __init__(self) -> None:
+            self.calls: list[tuple] = []
+
+        def __getattr__(self, name: str):
+            return lambda *given: self.calls.append((name, *given)) or name
+
+    group, (a, b, c), device = Group(), torch.zeros(3, 1), torch.device("cpu")
+    assert exchange_in_one(group, device, [(a, 2), (b, 1)], iter([(c, 2)])) == "_end_coalescing"
+    assert [(name, *given[1:]) for name, *given in group.calls[1:-1]] == [("send", 2, 0), ("send", 1, 0), ("recv", 2, 0)]
+    assert [given[0][0].data_ptr() for _, *given in group.calls[1:-1]] == [x.data_ptr() for x in (a, b, c)]
+    assert [group.calls[0], group.calls[-1]] == [("_start_coalescing", device), ("_end_coalescing", device)]

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import override
 
-from dtensor_ring._torch_groups import all_gather_flat, reduce_scatter_flat, store_of
+from dtensor_ring._torch_groups import all_gather_flat, coalesces, exchange_in_one, reduce_scatter_flat, store_of
 from dtensor_ring.comm.rank_checks import meet, number_of
 from dtensor_ring.comm.transport import Message, Pending, SilentRankError, Transport, TransportRequirements
 from dtensor_ring.planning.cost_model import Link
@@ -106,7 +106,8 @@ class ProcessGroupTransport(Transport):
         self._reference = ref(group)
         self._has_met = False
         self._link: tuple[Link | None] | None = None  # in a tuple once it was asked for
-        if not self._is_nccl():
+        self._over_nccl = "nccl" in dist.get_backend(group) and torch.cuda.is_available()
+        if not self._over_nccl:
             _end_groups_at_exit()
 
     @property
@@ -133,7 +134,7 @@ class ProcessGroupTransport(Transport):
         return link_of_hosts([host for host, _ in answers], [devices[number] for _, number in answers])
 
     def _is_nccl(self) -> bool:
-        return "nccl" in dist.get_backend(self._group) and torch.cuda.is_available()
+        return self._over_nccl  # asked several times a transfer, and the answer takes as long as a launch
 
     @override
     def refuses_capture(self) -> str | None:
@@ -200,23 +201,30 @@ class ProcessGroupTransport(Transport):
     @override
     def _exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending[None]:
         self._meet_once()
-        # A message of an unexpected size ends a gloo process. With the size as its tag it meets no receive, and waits.
-        sized = not self._is_nccl()
-        ops = [
-            dist.P2POp(act, m.tensor, group=self._group, group_peer=m.rank, tag=m.tensor.nbytes % _LARGEST_TAG if sized else 0)
-            for act, messages in ((dist.isend, sends), (dist.irecv, receives))
-            for m in messages
-        ]
-        if not ops:
+        if not sends and not receives:
             return Pending.ready(None)
-        # The works hold the tensors until they are waited for: dropped earlier, the memory of a message under way would be reused.
-        works, peers, activity = dist.batch_isend_irecv(ops), [m.rank for m in (*sends, *receives)], self.activity
-        if len(works) < len(peers):  # NCCL: one work for all
-            peers = [peers[0] if len(set(peers)) == 1 else None] * len(works)
+        device, group, activity = (*sends, *receives)[0].tensor.device, self._group, self.activity
+        peers: list[int | None] = [m.rank for m in (*sends, *receives)]
+        if coalesces(group, device):
+            messages = ([(m.tensor, m.rank) for m in each] for each in (sends, receives))
+            works = [exchange_in_one(group, device, *messages)]
+            peers = [peers[0] if len(set(peers)) == 1 else None]
+        else:
+            # A message of an unexpected size ends a gloo process. With the size as its tag it meets no receive, and waits.
+            ops = [
+                dist.P2POp(act, m.tensor, group=group, group_peer=m.rank, tag=m.tensor.nbytes % _LARGEST_TAG)
+                for act, messages in ((dist.isend, sends), (dist.irecv, receives))
+                for m in messages
+            ]
+            works = dist.batch_isend_irecv(ops)
+        # What is sent must stay as it is until it has been: dropped earlier, the memory of a message under way would be reused.
+        kept = [m.tensor for m in (*sends, *receives)]
 
         def finish() -> None:
             for work, peer in zip(works, peers, strict=True):
-                self._waited(work.wait, activity, peer)
+                if work is not None:
+                    self._waited(work.wait, activity, peer)
+            kept.clear()
 
         return Pending(finish)
 

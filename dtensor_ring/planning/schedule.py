@@ -71,6 +71,11 @@ class Plan:
     relays: bool = False
 
     @property
+    def begins_alone(self) -> bool:
+        """Whether step 0 has this rank's own keys alone, so that nothing travels in it; the same on every rank."""
+        return len(self.steps) > 1  # those of "ring" do; in one step the keys of all ranks come together
+
+    @property
     def cells(self) -> int:
         """How many scores this rank computes for one head: its work."""
         return sum(step.cells for step in self.steps)

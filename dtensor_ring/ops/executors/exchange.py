@@ -8,7 +8,6 @@ give back  dK and dV of the step's keys, to the peers they came from: in the dty
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,11 +20,11 @@ from typing_extensions import override
 
 from dtensor_ring.comm import Message, Pending, Transfers, Transport
 from dtensor_ring.ops.dtypes import accumulate_dtype
+from dtensor_ring.ops.executors.collective import gather, scatter
 from dtensor_ring.ops.executors.gradients import GradSum
 from dtensor_ring.ops.executors.parts import Indexed
 from dtensor_ring.ops.executors.relays import add_returned, own_sends, with_passed_on, with_return_buffers
 from dtensor_ring.ops.executors.routes import Own, Route, Slot, Sums, routes
-from dtensor_ring.planning.kernel_calls import Step, TokenRange
 from dtensor_ring.planning.problem import AttentionProblem
 from dtensor_ring.planning.schedule import KeySend, Plan
 
@@ -72,6 +71,8 @@ class Exchange:
 
         `arrived` has the keys of earlier steps, as far as this step passes them on.
         """
+        if self._is_own(index):
+            return Pending.ready(kv)
         with self.transport.during(Activity(self.plan.problem, direction, "keys", index, len(self.plan.steps))):
             return self._fetch(index, kv, arrived)
 
@@ -81,9 +82,12 @@ class Exchange:
         Once it is over, `own` holds what this rank's keys got in the step. What the keys got that this rank passed on is added, in
         place, to the gradients of the steps in which they came: `waiting` has them, and they must not have been given back yet.
         """
+        if self._is_own(index):
+            own.add(0, grads)
+            return Pending.ready(None)
         with self.transport.during(Activity(self.plan.problem, "backward", "gradients", index, len(self.plan.steps))):
             if self.plan.problem.collective:
-                return self._reduce(index, grads, own)
+                return scatter(self.plan, self.transport, grads, own)
             return self._give_back(index, grads, own, waiting)
 
     def has_peers(self, index: int) -> bool:
@@ -91,14 +95,22 @@ class Exchange:
         todo = self.plan
         return todo.problem.collective or bool(todo.sends[index]) or any(keys.owner != todo.rank for keys in todo.steps[index].keys)
 
+    def _is_still(self, index: int) -> bool:
+        """Whether nothing travels in a step on any rank, and so no rank takes part in an exchange."""
+        return index == 0 and self.plan.begins_alone
+
+    def _is_own(self, index: int) -> bool:
+        """Whether besides a step has just this rank's keys as they lie: their way is short, since every pass has such a step."""
+        todo = self.plan
+        if not self._is_still(index) or len(todo.steps[0].keys) != 1 or todo.relays:
+            return False
+        _, start, stop, _ = todo.steps[0].keys[0]
+        return start == 0 and stop == todo.problem.k_local(todo.rank)
+
     def _fetch(self, index: int, kv: Pair, arrived: Arrived) -> Pending[Pair]:
-        step, sends, rank, transport = self.plan.steps[index], self.plan.sends[index], self.plan.rank, self.transport
+        sends, rank, transport = self.plan.sends[index], self.plan.rank, self.transport
         if self.plan.problem.collective:
-            # An all-gather takes tensors of one shape from all ranks, and shares may differ by a token: hence the padding. Keys and
-            # values travel in one buffer, so that a collective is waited for once.
-            shards = [_padded(self.plan, x) for x in kv]
-            gathered = transport.all_gather(torch.cat([shard.flatten() for shard in shards]))
-            return Pending(lambda: _pair(_assemble(step, x, y) for x, y in zip(kv, _apart(gathered, shards), strict=True)))
+            return gather(self.plan, transport, kv)
         route = self._route(index, kv[0])
         # Buffers are made before the transfer starts and belong to it until `finish`, on both sides: a backend reads and writes
         # them at any time in between, so that memory given back or changed earlier would end up in another tensor.
@@ -111,9 +123,13 @@ class Exchange:
         (k_slots, k_keys), (v_slots, v_keys) = (_landing(transport, rank, route, x) for x in kv)
         # Own keys never pass through the transport: they are copied into the key buffer, or are it.
         foreign = [slot for slot in route.slots if slot.owner != rank]
-        pending = transport.exchange(
-            _in_turn([send.rank for send in sends], k_taken, v_taken),
-            _in_turn([slot.peer for slot in foreign], [k_slots[slot] for slot in foreign], [v_slots[slot] for slot in foreign]),
+        pending = (
+            Pending.ready(None)
+            if self._is_still(index)
+            else transport.exchange(
+                _in_turn([send.rank for send in sends], k_taken, v_taken),
+                _in_turn([slot.peer for slot in foreign], [k_slots[slot] for slot in foreign], [v_slots[slot] for slot in foreign]),
+            )
         )
 
         # Keys are put in order after the wait, which on a GPU makes the current stream wait and not the host.
@@ -139,9 +155,13 @@ class Exchange:
                 for buffers, like in zip((k_buffers, v_buffers), own.likes, strict=True)
             )
         # The exchange of `_fetch` the other way round: what arrived there from a slot leaves for it, and what was sent comes back.
-        pending = self.transport.exchange(
-            _in_turn([slot.peer for slot in foreign], k_leaving, v_leaving),
-            _in_turn([send.rank for send in sends], k_buffers, v_buffers),
+        pending = (
+            Pending.ready(None)
+            if self._is_still(index)
+            else self.transport.exchange(
+                _in_turn([slot.peer for slot in foreign], k_leaving, v_leaving),
+                _in_turn([send.rank for send in sends], k_buffers, v_buffers),
+            )
         )
 
         def finish() -> None:
@@ -214,26 +234,6 @@ class Exchange:
             buffers.append(holder[start : start + batch * size].view(batch, size, *dims))
         return buffers, first, rest
 
-    def _reduce(self, index: int, grads: Pair, own: GradSum) -> Pending[None]:
-        """Sum the gradients of gathered keys over the ranks in float32, each rank keeping its shard."""
-        problem, step = self.plan.problem, self.plan.steps[index]
-        largest = max(problem.k_local(rank) for rank in range(problem.world))
-        shapes = [(grad.shape[0], largest, *grad.shape[2:]) for grad in grads]
-        sizes = [math.prod(shape) for shape in shapes]
-        # A reduce-scatter takes slices of one size. What a shard lacks of the largest is summed as zeros, and cut off by its owner.
-        shards = grads[0].new_zeros((problem.world, sum(sizes)), dtype=accumulate_dtype(grads[0].dtype))
-        for grad, shape, part in zip(grads, shapes, shards.split(sizes, 1), strict=True):
-            whole = part.view(problem.world, *shape)
-            for start, keys in _offsets(step):
-                whole[keys.peer, :, keys.start : keys.stop] = grad[:, start : start + keys.size]
-        summed = self.transport.reduce_scatter(shards)
-
-        def finish() -> None:
-            parts = zip(own.likes, shapes, summed.wait().split(sizes), strict=True)
-            own.add(0, tuple(part.view(shape)[:, : like.shape[1]] for like, shape, part in parts), owned=False)
-
-        return Pending(finish)
-
 
 class Returns:
     """The return of gradients over a backward pass: at once where they go to the owners, at the end where others pass them on.
@@ -284,29 +284,6 @@ def _pair(tensors: Iterator[Tensor]) -> Pair:
 
 def _cut(tensors: Pair, start: int, count: int) -> Pair:
     return _pair(x[:, start : start + count] for x in tensors)
-
-
-def _apart(gathered: Pending[Tensor], shards: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Give every rank's shard of the keys, and then of the values, from the buffers in which both travelled together."""
-    parts = gathered.wait().split([shard.numel() for shard in shards], 1)
-    for part, shard in zip(parts, shards, strict=True):
-        yield [mine.view(shard.shape) for mine in part]
-
-
-def _padded(todo: Plan, x: Tensor) -> Tensor:
-    """Fill the shard up with zeros to the size of the largest rank's, since a collective takes tensors of one shape."""
-    largest = max(todo.problem.k_local(rank) for rank in range(todo.problem.world))
-    if x.shape[1] == largest:
-        return x
-    return torch.cat([x, x.new_zeros((x.shape[0], largest - x.shape[1], *x.shape[2:]))], 1)
-
-
-def _assemble(step: Step, own: Tensor, gathered: list[Tensor]) -> Tensor:
-    """Put the step's key buffer together from the shards of all ranks."""
-    parts = [gathered[keys.peer][:, keys.start : keys.stop] for keys in step.keys]
-    if not parts:
-        return own[:, :0]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _in_turn(peers: Sequence[int], keys: Sequence[Tensor], values: Sequence[Tensor]) -> list[Message]:
@@ -388,10 +365,3 @@ def _own_part(start: int, count: int, index: Tensor | None, x_BSHD: Tensor, targ
     else:
         part = x_BSHD[:, start : start + count]
     return part if target is None else target.view(batch, count, *dims).copy_(part)
-
-
-def _offsets(step: Step) -> Iterator[tuple[int, TokenRange]]:
-    start = 0
-    for keys in step.keys:
-        yield start, keys
-        start += keys.size
