@@ -1,7 +1,7 @@
 """From tiles to kernel calls: what one step computes on the keys it has.
 
 tiles       bands of scores of one rank's queries against a buffer of keys, one document at a time
-keys        keys that no tile reads are dropped from the buffer, so they are not fetched either
+keys        keys that no tile reads are dropped from the buffer, so they are not fetched either, but by an all-gather
 calls       tiles that fit one window, with queries and keys both increasing, are one varlen call
 """
 

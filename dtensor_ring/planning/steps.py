@@ -113,6 +113,4 @@ def _step_on(problem: AttentionProblem, rank: int, keys: list[TokenRange], *shar
             on_shard = document_tiles(queries, problem.k_pieces(shard, row), problem.position_band)
             tiles += [(row, tile.moved(0, offset)) for tile in on_shard]
             offset += sum(run.count for run in shard)
-    if problem.collective:
-        return step_of(tuple(keys), tiles)
     return step_of(*keep_needed(keys, tiles))

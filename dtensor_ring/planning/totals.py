@@ -54,7 +54,9 @@ class Totals:
 
 
 def fetched_by(each: Plan) -> int:
-    """Key tokens that the rank of a plan fetches from other ranks."""
+    """The key tokens that come to a plan's rank from others; an all-gather brings every key, needed or not."""
+    if each.problem.collective:
+        return each.problem.k_length - each.problem.k_local(each.rank)
     return sum(keys.size for step in each.steps for keys in step.keys if keys.owner != each.rank)
 
 
