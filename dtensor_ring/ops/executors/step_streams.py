@@ -59,7 +59,7 @@ class StepStreams(AbstractContextManager["StepStreams"]):
         self._second: torch.cuda.Stream | None = None
         if begun or not like.is_cuda or like.shape[0] * like.shape[1] < _FEWEST or not todo.is_on_two_streams(kernel):
             return
-        self._first = torch.cuda.current_stream(like.device)
+        self._first = torch.cuda.current_stream(like.get_device())  # by its number: the lookup of a device takes longer
         # A second stream of each first one: two passes on streams of their own must not wait for each other.
         self._second = _second_stream(self._first)
         self._second.wait_stream(self._first)
