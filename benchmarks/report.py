@@ -101,8 +101,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _targets(runs: Sequence[Run]) -> str:
     parts = []
+    everywhere = {target for run in runs for target, pair in judged(run) if pair}
     for run in runs:
-        found = list(judged(run))
+        # What another run has is not missing here.
+        found = [(target, pair) for target, pair in judged(run) if pair or target not in everywhere]
         if not any(pair for _, pair in found):
             continue
         parts += [headline(run), table(("target", "kernel", "forward", "", "forward + backward", ""), map(_verdict, found))]
@@ -311,7 +313,8 @@ def _host(runs: Sequence[Run]) -> str:
 
 
 def _attention_host(runs: Sequence[Run]) -> str:
-    return _host_table(runs, lambda row: row.get("table", "").startswith("attention"))
+    usual = [run for run in runs if not run.get("note")]
+    return _host_table(usual, lambda row: row.get("table", "").startswith("attention"))
 
 
 def _host_table(runs: Sequence[Run], wanted: Callable[[Run], bool]) -> str:
@@ -343,15 +346,20 @@ def _number(value: float | None) -> str:
 
 
 def _short(runs: Sequence[Run]) -> str:
-    """What README shows: ratios on real ranks, and of the emulated rows those of one sequence over eight ranks."""
+    """What README shows: ours on real ranks beside the fastest other package, and one emulated sequence over eight ranks."""
     parts = []
     for run in runs:
         if run["benchmark"] not in ("attention", "emulate"):
             continue
-        rows = [row for row in run["rows"] if not row["wrong"] and (run["benchmark"] == "attention" or _is_plain(row))]
-        lines = [_short_row(row) for row in rows]
+        every = [row for row in run["rows"] if not row["wrong"] and (run["benchmark"] == "attention" or _is_plain(row))]
+        rows = [row for row in every if row.get("who", OURS) == OURS]
+        others = [_fastest_other(row, every) for row in rows]
+        header, lines = ("", "ranks", "kernel", "link", "forward", "forward + backward"), [_short_row(row) for row in rows]
+        if any(others):
+            header = (*header, "fastest other package", "forward", "forward + backward")
+            lines = [(*line, *other) for line, other in zip(lines, others, strict=True)]
         if lines:
-            parts += [headline(run), table(("", "ranks", "kernel", "link", "forward", "forward + backward"), lines)]
+            parts += [headline(run), table(header, lines)]
     return "\n\n".join(parts) or _NOTHING
 
 
@@ -359,9 +367,17 @@ def _is_plain(row: Run) -> bool:
     return row["world"] == 8 and row["heads"] == "32:8" and row["case"] in ("causal", "not causal")
 
 
+def _fastest_other(row: Run, every: Sequence[Run]) -> Sequence[str]:
+    """Of the other packages in a run the one that takes least for both passes, and its ratios; nothing where there is none."""
+    alike = [other for other in every if other.get("who", OURS) != OURS and other["case"] == row["case"]]
+    if not alike:
+        return ()
+    best = min(alike, key=lambda other: other["ms"][1])
+    return f"{best['who']}, {best['layout']}", *(f"{ratio:.2f}" for ratio in best["ratio"])
+
+
 def _short_row(row: Run) -> Sequence[str]:
-    who = row.get("who", "dtensor_ring")
-    name = f"{'' if who == 'dtensor_ring' else who + ', '}{row['case']}, {row['layout']}, {row['strategy']}"
+    name = f"{row['case']}, {row['layout']}, {row['strategy']}"
     return name, str(row["world"]), row["kernel"], row["link"], *(f"{ratio:.2f}" for ratio in row["ratio"])
 
 

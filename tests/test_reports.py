@@ -79,6 +79,26 @@ def test_a_target_is_met_within_a_hundredth_by_the_worst_of_its_cases():
     assert "| zigzag, W=8, 200 GB/s | FA2 | at least 1.05 | 1.041, met | at least 1.04 | 1.029, **missed** |" in lines
 
 
+def test_a_target_that_one_run_has_is_not_missing_in_another():
+    other = {**ROW, "kernel": "flash_attn_4"}
+    runs = [{**RUN, "rows": [ROW]}, {**RUN, "rows": [other]}]
+    of_runs = [part for part in TABLES["targets"](runs).split("\n\n") if part.startswith("|")]
+    assert [part.count("| zigzag, W=8, 200 GB/s | FA2 |") for part in of_runs] == [1, 0]
+    assert [part.count("| zigzag, W=8, 200 GB/s | FA4 |") for part in of_runs] == [0, 1]
+    assert all("| zigzag, W=8, 200 GB/s | cuDNN | at least 0.93 | not measured |" in part for part in of_runs)
+
+
+def test_the_readme_has_ours_beside_the_fastest_other_package():
+    ours = {**ROW, "who": "dtensor_ring", "link": "nccl", "ms": [3.0, 9.0]}
+    others = [{**ours, "who": who, "layout": "contiguous", "ms": [4.0, ms], "ratio": [0.5, ms / 20], "wrong": wrong}
+              for who, ms, wrong in (("a", 13.0, ""), ("b", 12.0, ""), ("c", 1.0, "out is off"))]  # fmt: skip
+    text = TABLES["short"](
+        [{**RUN, "benchmark": "attention", "rows": [ours, *others, {**others[0], "case": "list 1", "ms": [1, 1]}]}]
+    )
+    assert text.splitlines()[-1].endswith("| nccl | 1.04 | 1.03 | b, contiguous | 0.50 | 0.60 |")
+    assert len(text.splitlines()) == 5
+
+
 def test_the_best_kernel_counts_where_any_may_be_taken():
     name = "zigzag, W=8, 64:8 heads"
     rows = [
