@@ -104,6 +104,7 @@ TESTS = {
     "planning/head_sharing.py": ["test_costs -k heads", "test_ulysses"],
     "planning/segmentation.py": ["test_layout", "test_schedule", "test_totals"],
     "planning/schedule.py": [*PLANNER[:3], "test_execute -k 'bytes or packed'", "test_extras -k 'blocks or alibi'", "test_windows"],
+    "ops/executors/collective.py": ["test_exchange -k together", "test_execute -k gather", "test_heads"],
     "ops/executors/plan_executor.py": [
         "test_one_call",
         "test_execute -k 'packed or bytes or unwidened or two_lengths'",
@@ -115,6 +116,7 @@ TESTS = {
         "test_exchange",
         "test_execute -k 'packed or bytes or unwidened or two_lengths'",
         "test_functional -k heads_k",
+        "test_relays",
     ],
     "ops/executors/routes.py": ["test_exchange", "test_relays"],
     "ops/executors/relays.py": ["test_relays"],
@@ -168,6 +170,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "return [(rank + i) % problem.world for i in range(problem.world)]",
         "return [(rank - i) % problem.world for i in range(problem.world)]",
     ): "which rank is served first: every pair exchanges the same rows, and sums of gradients keep an order of their own",
+    (
+        "ops/executors/exchange.py",
+        "route = self._route(index, own.likes[0])",
+        "route = self._route(index, own.likes[1])",
+    ): "a route depends on batch and device, which keys and values share",
     (
         "comm/collectives.py",
         "return 500 + documents + sum((part.nbytes if isinstance(part, Tensor) else 40 * len(part) for part in parts))",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from threading import get_ident
 
 import pytest
 import torch
@@ -347,3 +349,25 @@ def test_messages_of_a_group_that_takes_them_in_one_are_issued_in_the_order_of_b
     assert [(name, *given[1:]) for name, *given in group.calls[1:-1]] == [("send", 2, 0), ("send", 1, 0), ("recv", 2, 0)]
     assert [given[0][0].data_ptr() for _, *given in group.calls[1:-1]] == [x.data_ptr() for x in (a, b, c)]
     assert [group.calls[0], group.calls[-1]] == [("_start_coalescing", device), ("_end_coalescing", device)]
+
+
+@pytest.mark.parametrize(("stages", "sums"), [(1, 0), (2, 2), (3, 3)])
+def test_gradients_of_queries_do_not_pile_up_over_the_steps(stages, sums, monkeypatch):
+    """With one stage they wait for the own keys'; with more each step's are added to one sum before the next."""
+    flushed, flush = Counter(), GradSum.flush
+
+    def counted(total: GradSum) -> None:
+        flushed[get_ident()] += len(total.likes) == 1  # dq alone; dk and dv have another sum
+        flush(total)
+
+    monkeypatch.setattr(GradSum, "flush", counted)
+    problem, case = problem_of("zigzag", "ring", 4, "causal", None).staged(stages), make_case(64, heads=(HEADS, HEADS), dim=DIM)
+
+    def of_rank(transport: LoopbackTransport) -> int:
+        q, k, v, dout = (share(x, "zigzag", 4, transport.rank).contiguous() for x in (*case.inputs, case.dout))
+        executor = Executor(plan(problem, transport.rank), transport, KERNELS["math"], SoftmaxParams(1.0))
+        out, lse = executor.forward(q, k, v)
+        executor.backward(Saved(q, k, v, out, lse), dout)
+        return flushed[get_ident()]
+
+    assert LoopbackTransport.run(4, of_rank) == [sums] * 4

@@ -219,7 +219,7 @@ def _documents(problem: AttentionProblem) -> tuple[float, float, float]:
     scores = inside = reach = 0.0
     for length in lengths:
         seen = min(window, length)
-        of_document = length * seen * (halves * (2 - seen / length) if seen < length else halves)
+        of_document = halves * length * seen * (2 - seen / length)
         # Two tokens a distance apart lie in one chunk as often as the distance leaves of the chunk.
         together = 1 - seen / (3 * chunk) if seen <= chunk else chunk / seen - chunk**2 / (3 * seen**2)
         scores += of_document
