@@ -48,7 +48,8 @@ class Row:
     """One line of the table; times in milliseconds, memory in MiB.
 
     Times, ratios and the host's are those of the slowest rank; memory is the most of all ranks measured. `kernels` is the ratio
-    that its kernel calls alone would have, without exchanging, merging and adding up, where that is measured: of strict rows.
+    that the kernel calls alone of the rank that was slowest shortly would have, of strict rows: without exchanging, waiting,
+    merging and adding up.
     """
 
     case: str

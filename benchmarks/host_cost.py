@@ -6,13 +6,13 @@
     python -m benchmarks.host_cost --device cuda --one-thread       # as under torch.autograd.set_multithreading_enabled(False)
 
 One process is a mesh axis of one rank, so that what is measured is checking, dispatch, wrapping and autograd, not transfers. The
-table goes from the kernel alone outwards; every row does what the row above does and something more:
+table goes from the kernel alone outwards, all rows by the same kernel:
 
     kernel              the kernel's own functions on (B, S, H, D) tensors
-    autograd.Function   the same kernel in a torch.autograd.Function of three lines: what any attention costs whose backward pass is
-                        Python, which autograd runs on a thread of its own
     executor            the plan of one rank walked on plain tensors
-    plain               ring_attention on plain tensors
+    autograd.Function   not that, but the kernel in a torch.autograd.Function of three lines: what any attention costs whose
+                        backward pass is Python, which autograd runs on a thread of its own
+    plain               ring_attention on plain tensors, which needs both
     DTensor             ring_attention on DTensors that were made before
     from_local          DTensors made of local tensors, ring_attention, to_local
     packed              DTensors of 2, 20 and 200 packed documents: the host should take as long (on GPUs; the CPU kernel works on
@@ -156,22 +156,22 @@ def attention_calls(mesh: DeviceMesh, tokens: int, device: str) -> dict[str, Cal
         return torch.no_grad()(act)
 
     def attended(tensors: list[Tensor]) -> Tensor:
-        return ring_attention(*placed(tensors)).to_local()
+        return ring_attention(*placed(tensors), kernel=kernel.name).to_local()
 
     forward: dict[str, Callable[[], Any]] = {
         "kernel": lambda: kernel.forward(q, k, v, block)[0],
-        "autograd.Function": without_gradients(lambda: _OfKernel.apply(q, k, v, kernel, block)),
         "executor": lambda: executor.forward(q, k, v)[0],
-        "plain": without_gradients(lambda: ring_attention(q, k, v)),
-        "DTensor": without_gradients(lambda: ring_attention(*ready)),
+        "autograd.Function": without_gradients(lambda: _OfKernel.apply(q, k, v, kernel, block)),
+        "plain": without_gradients(lambda: ring_attention(q, k, v, kernel=kernel.name)),
+        "DTensor": without_gradients(lambda: ring_attention(*ready, kernel=kernel.name)),
         "from_local": without_gradients(lambda: attended([q, k, v])),
     }
     both: dict[str, Callable[[], Any]] = {
         "kernel": kernel_both,
-        "autograd.Function": lambda: torch.autograd.grad(_OfKernel.apply(*leaves, kernel, block), leaves, dout),
         "executor": executor_both,
-        "plain": lambda: torch.autograd.grad(ring_attention(*leaves), leaves, dout),
-        "DTensor": lambda: torch.autograd.grad(ring_attention(*ready_leaves), ready_leaves, local_dout),
+        "autograd.Function": lambda: torch.autograd.grad(_OfKernel.apply(*leaves, kernel, block), leaves, dout),
+        "plain": lambda: torch.autograd.grad(ring_attention(*leaves, kernel=kernel.name), leaves, dout),
+        "DTensor": lambda: torch.autograd.grad(ring_attention(*ready_leaves, kernel=kernel.name), ready_leaves, local_dout),
         "from_local": lambda: torch.autograd.grad(attended(leaves), leaves, dout),
     }
     check(forward)
@@ -203,7 +203,9 @@ def packed_calls(mesh: DeviceMesh, tokens: int) -> Calls:
 
     def attended(documents: Documents) -> object:
         placed = [from_local(x, mesh, [Zigzag(1)], length=tokens, run_check=False) for x in (q, k, v)]
-        return torch.autograd.grad(ring_attention(*placed, documents=documents).to_local(), (q, k, v), dout)
+        return torch.autograd.grad(
+            ring_attention(*placed, documents=documents, kernel=kernel_of("cuda")).to_local(), (q, k, v), dout
+        )
 
     lengths = {count: [tokens // count] * (count - 1) + [tokens - tokens // count * (count - 1)] for count in (2, 20, 200)}
     return {f"{count} documents": partial(attended, Documents.from_lengths(each)) for count, each in lengths.items()}
@@ -249,7 +251,7 @@ def model_calls(mesh: DeviceMesh, tokens: int, device: str) -> dict[str, Calls]:
             model.load_state_dict(first.state_dict())
         for name in stocks:
             alike[name].set_attn_implementation(name)
-        parallelize_module(alike["ring_plan"], mesh["cp"], ring_plan(alike["ring_plan"], Zigzag(1)))
+        parallelize_module(alike["ring_plan"], mesh["cp"], ring_plan(alike["ring_plan"], Zigzag(1), kernel=kernel_of(device)))
         for model in others:
             torch.testing.assert_close(_loss(model, ids), _loss(first, ids), rtol=1e-2, atol=1e-2)
         models |= {f"{name} x {layers}": model for name, model in alike.items()}

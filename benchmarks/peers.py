@@ -106,6 +106,16 @@ class RingFlashAttn(Peer):
         yield lambda q, k, v: func(q[0], k[0], v[0], *extra)[None]
 
 
+@contextmanager
+def attention_restored() -> Iterator[None]:
+    """After the block PyTorch's attention is what it was: `context_parallel` leaves its own in place when an error ends it."""
+    plain = functional.scaled_dot_product_attention
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = plain
+
+
 class TorchContextParallel(Peer):
     """`torch.distributed.tensor.experimental.context_parallel`: one sequence, shared out as zigzag does where it is causal."""
 
@@ -122,7 +132,7 @@ class TorchContextParallel(Peer):
     def session(self, case: Case, mesh: DeviceMesh) -> Iterator[Attend]:
         """Inside of the context PyTorch's own attention is its ring; the buffer tells it the length."""
         package: Any = importlib.import_module(self.modules[0])
-        buffer, plain = torch.empty(case.length, device=mesh.device_type), functional.scaled_dot_product_attention
+        buffer = torch.empty(case.length, device=mesh.device_type)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -132,12 +142,12 @@ class TorchContextParallel(Peer):
 
         balanced = package._cp_options.enable_load_balance
         package._cp_options.enable_load_balance = case.layout == "zigzag"
+        context = package.context_parallel(mesh, buffers=[buffer], buffer_seq_dims=[0])
         try:
-            with package.context_parallel(mesh, buffers=[buffer], buffer_seq_dims=[0]), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            with attention_restored(), context, sdpa_kernel(SDPBackend.FLASH_ATTENTION):
                 yield attend
         finally:
             package._cp_options.enable_load_balance = balanced
-            functional.scaled_dot_product_attention = plain  # after an error the context leaves its own there
 
 
 class Ringmaster(Peer):

@@ -17,11 +17,10 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from benchmarks.peers import import_failure
+from benchmarks.peers import attention_restored, import_failure
 from benchmarks.train_models import Models, Recomputed
 
 Loss = Callable[[], Tensor]  # the sum of the losses of this rank's tokens
@@ -97,7 +96,7 @@ class RingSaved(Ring):
 class TorchContextParallel(Contender):
     """PyTorch's `context_parallel` with what it does by default: zigzag shares, keys of all ranks gathered."""
 
-    key, name, kernel = "torch", "torch context_parallel", "sdpa flash"
+    key, name, kernel = "torch", "torch context_parallel", "sdpa"
     modules = ("torch.distributed.tensor.experimental",)
 
     def missing(self, device: torch.device) -> str:
@@ -116,7 +115,7 @@ class TorchContextParallel(Contender):
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         buffers = [ids.clone(), labels.clone(), positions]
         cut = context_parallel(models.mesh, buffers=buffers, buffer_seq_dims=[1, 1, 1], no_restore_buffers=set(buffers))
-        with models.without_plan(), models.attention(_without_mask()), cut, sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        with models.without_plan(), models.attention(_without_mask()), attention_restored(), cut:
             yield partial(models.plain, *buffers)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dtensor_ring import Contiguous, Stripe, Zigzag, from_local, ring_attention
+from dtensor_ring.cache import _CACHES, CacheOfEach
 from dtensor_ring.comm import LoopbackTransport
 from dtensor_ring.ops.call import AttentionCall
 from dtensor_ring.ops.executors.plan_executor import Executor
@@ -334,3 +337,17 @@ def assert_like_kernel(
     lse_error = (found[1].double() - exact[1].double()).abs().nan_to_num(0.0).max().item()
     assert lse_error < 2e-2, f"lse is off by {lse_error}"
     return ratios
+
+
+@contextmanager
+def short_caches(most: int) -> Iterator[None]:
+    """No cache of the package keeps more than `most` values, so that few calls fill them. Those of objects are there already."""
+    each_of = [kept._of.values() if isinstance(kept, CacheOfEach) else [kept] for kept in _CACHES.values()]
+    limits = {each: each._most_entries for each in itertools.chain.from_iterable(each_of)}
+    for each, entries in limits.items():
+        each._most_entries = min(entries, most)
+    try:
+        yield
+    finally:
+        for each, entries in limits.items():
+            each._most_entries = entries

@@ -19,13 +19,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from helpers import PER_DOCUMENT, PLACEMENTS, line, refused, together
+from helpers import PER_DOCUMENT, PLACEMENTS, line, refused, short_caches, together
 from models import packed_mask
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import parallelize_module
@@ -273,14 +273,8 @@ class Soak:
 @contextmanager
 def short_memories(most: int) -> Iterator[None]:
     """No cache keeps more than `most` values, and no group more than so many agreements: they are full after few batches."""
-    each_of = [kept._of.values() if isinstance(kept, cache.CacheOfEach) else [kept] for kept in cache._CACHES.values()]
-    limits = {each: each._most_entries for each in chain.from_iterable(each_of)}
-    for each, entries in limits.items():
-        each._most_entries = min(entries, most)
-    with patch.object(rank_checks, "_AGREEMENTS", min(most, rank_checks._AGREEMENTS)):
+    with short_caches(most), patch.object(rank_checks, "_AGREEMENTS", min(most, rank_checks._AGREEMENTS)):
         yield
-    for each, entries in limits.items():
-        each._most_entries = entries
 
 
 def check_caches() -> None:

@@ -67,6 +67,7 @@ def test_predicted_times_are_within_15_percent_of_those_measured_that_no_figure_
     errors = [time / real - 1 for row in held_out for time, real in zip(predicted(row), row["ms"], strict=True)]
     assert max(map(abs, errors)) <= 0.15, errors
     assert abs(sum(errors) / len(errors)) <= 0.03  # neither too fast nor too slow on the whole
+    assert sum("waits" in row for row in every) == 1
     for row in every:
         if "waits" in row:  # in the forward pass; what the GPU takes is predicted, and shows with backward
             forward, both = predicted(row)

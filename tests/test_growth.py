@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import chain
 
 import pytest
 import torch
-from helpers import line, slow
+from helpers import line, short_caches, slow
 from models import SIZES
 from torch.distributed.tensor.parallel import parallelize_module
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dtensor_ring import Contiguous, Documents, cache, from_local, ring_attention, ring_plan
+from dtensor_ring import Contiguous, Documents, from_local, ring_attention, ring_plan
 
 CALLS = 30
-
-
-@contextmanager
-def short_caches(most: int) -> Iterator[None]:
-    """No cache of the package keeps more than `most` values, so that few calls fill them. Those of objects are there already."""
-    each_of = [listed._of.values() if isinstance(listed, cache.CacheOfEach) else [listed] for listed in cache._CACHES.values()]
-    limits = {each: each._most_entries for each in chain.from_iterable(each_of)}
-    for each, entries in limits.items():
-        each._most_entries = min(entries, most)
-    yield
-    for each, entries in limits.items():
-        each._most_entries = entries
 
 
 def packed_calls(changes: str, most: int) -> float:
