@@ -349,6 +349,10 @@ def test_messages_of_a_group_that_takes_them_in_one_are_issued_in_the_order_of_b
     assert [(name, *given[1:]) for name, *given in group.calls[1:-1]] == [("send", 2, 0), ("send", 1, 0), ("recv", 2, 0)]
     assert [given[0][0].data_ptr() for _, *given in group.calls[1:-1]] == [x.data_ptr() for x in (a, b, c)]
     assert [group.calls[0], group.calls[-1]] == [("_start_coalescing", device), ("_end_coalescing", device)]
+    group.calls.clear()
+    exchange_in_one(group, device, [(torch.zeros(2, dtype=torch.complex64), 1)], [(torch.zeros(3, dtype=torch.complex128), 1)])
+    numbers = [given[0][0] for _, *given in group.calls[1:-1]]
+    assert [(x.dtype, x.numel()) for x in numbers] == [(torch.float32, 4), (torch.float64, 6)]  # no backend has complex ones
 
 
 @pytest.mark.parametrize(("stages", "sums"), [(1, 0), (2, 2), (3, 3)])
@@ -371,3 +375,18 @@ def test_gradients_of_queries_do_not_pile_up_over_the_steps(stages, sums, monkey
         return flushed[get_ident()]
 
     assert LoopbackTransport.run(4, of_rank) == [sums] * 4
+
+
+def test_a_step_without_transfers_has_own_keys_alone_on_every_rank():
+    begin_alone = 0
+    for problem in sweep():
+        plans = [plan(problem, rank) for rank in range(problem.world)]
+        assert len({each.begins_alone for each in plans}) == 1
+        if plans[0].begins_alone:
+            begin_alone += 1
+            for each in plans:
+                assert not each.sends[0]
+                assert {keys.owner for keys in each.steps[0].keys} <= {each.rank}
+    assert begin_alone > 10
+    # Who makes a plan by hand has not promised that.
+    assert not Plan(problem, 0, plans[0].steps, plans[0].sends, 1).begins_alone

@@ -28,6 +28,15 @@ def test_plans_of_own_keys_and_one_transfer_have_two_parts(layout, world, strate
     assert {plan(problem, rank).is_on_two_streams("torch_flash") for rank in range(world)} == {expected}
 
 
+def test_a_plan_whose_first_call_is_not_of_all_queries_stays_on_one_stream():
+    """A piece of one token has another window, and comes first: what others are merged into would have to be filled."""
+    documents = Documents.from_lengths([8, 9, 4, 2, 5, 5, 1, 14, 11, 5])
+    problem = make_case(64, documents=documents).problem("zigzag", 4, "ring", 1)
+    firsts = {rank: plan(problem, rank).steps[0].calls[0].queries for rank in range(4)}
+    assert {rank: queries == (0, 16) for rank, queries in firsts.items()} == {0: True, 1: True, 2: False, 3: True}
+    assert [plan(problem, rank).is_on_two_streams("torch_flash") for rank in range(4)] == [True, True, False, True]
+
+
 def test_kernels_that_keep_every_multiprocessor_stay_on_one_stream():
     todo = plan(make_case(64).problem("zigzag", 2, "ring", 1), 0)
     assert {name for name in KERNELS if todo.is_on_two_streams(name)} == {"torch_flash", "flash_attn_2"}

@@ -222,8 +222,8 @@ class ProcessGroupTransport(Transport):
 
         def finish() -> None:
             for work, peer in zip(works, peers, strict=True):
-                if work is not None:
-                    self._waited(work.wait, activity, peer)
+                assert work is not None, "a message is waited for"
+                self._waited(work.wait, activity, peer)
             kept.clear()
 
         return Pending(finish)

@@ -60,7 +60,7 @@ def attention_bytes(problem: AttentionProblem, shape: AttentionShape, flash: boo
     summed = q * wide + q  # the running dq, and a block's
     if problem.collective:
         every = problem.world * shard
-        return AttentionBytes(kernel_forward + every + shard + merged, kernel + 2 * every + 2 * wide * (every + shard) + summed)
+        return AttentionBytes(kernel_forward + 2 * every + shard + merged, kernel + 2 * every + 2 * wide * (every + shard) + summed)
     part = _fetched_part(problem, keys)
     if problem.is_halo or problem.strategy == "gather":
         fetched = round(part * (problem.world - 1) * shard)

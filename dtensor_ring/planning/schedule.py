@@ -61,6 +61,7 @@ class Plan:
         sends: what each step sends to whom.
         q_parts: the most contributions that any query's output is summed from.
         relays: whether some rank passes keys on that are not its own; the same on every rank.
+        begins_alone: whether step 0 has this rank's own keys alone, on every rank, so that no rank takes part in a transfer for it.
     """
 
     problem: AttentionProblem
@@ -69,11 +70,7 @@ class Plan:
     sends: tuple[tuple[KeySend, ...], ...]
     q_parts: int
     relays: bool = False
-
-    @property
-    def begins_alone(self) -> bool:
-        """Whether step 0 has this rank's own keys alone, so that nothing travels in it; the same on every rank."""
-        return len(self.steps) > 1  # those of "ring" do; in one step the keys of all ranks come together
+    begins_alone: bool = False
 
     @property
     def cells(self) -> int:
@@ -129,9 +126,7 @@ class Plan:
             return False
         if self.calls > CALLS_OF_TWO_STREAMS or self.relays or not self.steps[0].calls:
             return False
-        first = self.steps[0].calls[0]
-        # A call of several segments gives an out to all queries, also those in no segment.
-        return len(first.segments) > 1 or first.segments[0].q1 - first.segments[0].q0 == self.problem.q_local(self.rank)
+        return self.steps[0].calls[0].queries == (0, self.problem.q_local(self.rank))
 
     @property
     def messages(self) -> int:
@@ -215,7 +210,7 @@ def _plan(book: _Book, rank: int) -> Plan:
     # A query's outputs are merged once for each call it is in. Segments of other batch rows have other queries.
     rows = {segment.row for segment in segments}
     q_parts = max((deepest([(s.q0, s.q1) for s in segments if s.row == row]) for row in rows), default=0)
-    return Plan(problem, rank, steps, sends, q_parts)
+    return Plan(problem, rank, steps, sends, q_parts, begins_alone=of_all.begins_alone)
 
 
 def ends_together(problem: AttentionProblem) -> bool:

@@ -3,7 +3,7 @@
 zigzag, causal, 4 ranks, 16 tokens; rank 1 holds 2 3 | 12 13
 ring      step s has the keys of rank 1 - s, in position order              2 3 12 13, then 0 1, then 6 7 8 9, then 4 5 10 11
   stages  own keys, then those of several ranks at once, in position order  2 3 12 13, then 0 1 4 .. 11 (1 stage)
-gather    one step has all keys in position order                           0 .. 15
+gather    one step has the keys of all ranks that it needs, in that order   0 .. 13
 halo      one step has the keys that a window sees, run by run              window (1, 0): 1 2 3 | 11 12 13
 """
 
@@ -34,6 +34,11 @@ class Steps:
         self._distances = (range(0), *problem.distances) if in_stages else (range(1, problem.world),)
 
     @property
+    def begins_alone(self) -> bool:
+        """Whether step 0 has a rank's own keys alone, whatever the rank."""
+        return not self._distances[0]
+
+    @property
     def count(self) -> int:
         """How many steps a plan has."""
         return len(self._distances)
@@ -54,7 +59,8 @@ class Steps:
             nearest_first = list(owners) if problem.strategy == "gather" else list(owners)[::-1]
             keys = [TokenRange.of_owner(owner, 0, problem.k_local(owner)) for owner in nearest_first]
             return _step_on(problem, rank, keys, *(problem.k_runs(owner) for owner in nearest_first))
-        # An all-gather brings every key. In position order all keys under a causal mask are one kernel call.
+        # An all-gather brings every key; those that are needed are kept. In position order all of them under a causal mask are one
+        # kernel call.
         every = [keys for owner in owners for keys in _stored(owner, problem.k_runs(owner))]
         return _step_on(problem, rank, [keys for _, keys in sorted(every)], (Run(0, problem.k_length),))
 

@@ -2,7 +2,8 @@
 
     per rank    k_BSHD (B, Sk/W, Hk, D) | v_BSHD (B, Sk/W, Hk, Dv)       one row of numbers a token: key, then value
     gathered    the rows of rank 0, those of rank 1, ...                 padded to the longest share
-    keys        the rows that the plan needs, in its order               where they lie one after the other, no copy of them
+    keys        the rows that the plan needs, in its order               where they lie one after the other, no copy of them:
+                                                                         of several ranks in one batch row alone
 
 Gradients take the same way back, in float32, in which they are summed.
 """
@@ -32,8 +33,9 @@ def gather(todo: Plan, transport: Transport, kv: Pair) -> Pending[Pair]:
     gathered = transport.all_gather(rows)
 
     def finish() -> Pair:
-        parts = [part for _, part in _parts(todo.steps[0], gathered.wait())]
-        return _apart(parts[0] if len(parts) == 1 else torch.cat(parts or [rows[:, :0]], 1), kv)
+        every = gathered.wait()
+        parts = [part for _, part in _parts(todo.steps[0], every)] or [every[0, :, :0]]
+        return _apart(parts[0] if len(parts) == 1 else torch.cat(parts, 1), kv)
 
     return Pending(finish)
 

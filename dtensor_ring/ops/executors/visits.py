@@ -37,7 +37,8 @@ class Visits:
         """Start the first step's transfer, unless it is `coming`; `own` are this rank's keys and values."""
         self._own = own
         # Every rank walks the same steps in the same order, also those in which it sends and needs nothing: messages between two
-        # ranks meet by their order, so a step left out on one of them would mix up all that follow.
+        # ranks meet by their order, so a step left out on one of them would mix up all that follow. One in which nothing travels on
+        # any rank takes part in no transfer.
         self._pending = self._fetch(0) if self._order and coming is None else coming
 
     def keys(self, index: int) -> Pair:
