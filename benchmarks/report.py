@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import argparse
 import re
-import statistics
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+from benchmarks import report_costs
 from benchmarks.against_ring_flash_attn import NAMES, OURS, THEIRS
-from benchmarks.estimate_cases import GIB, Compared, beside
 from benchmarks.links import Link
+from benchmarks.markdown import NOTHING, Run, headline, number, pair, per_run, table
 from benchmarks.record import RESULTS, load
-from benchmarks.targets import PLANNING, TARGETS, Target, family_of
+from benchmarks.targets import TARGETS, Target, family_of
 
-Run = dict[str, Any]  # as `record.save` writes it
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = (ROOT / "docs" / "performance.md", ROOT / "docs" / "estimate.md", ROOT / "README.md")
 DROP_IN, BOTH = "against_ring_flash_attn", (THEIRS, OURS)
@@ -81,24 +79,6 @@ def judged(run: Run) -> Iterator[tuple[Target, tuple[float, float] | None]]:
         yield target, (best(fwd for fwd, _ in of_kernels), best(both for _, both in of_kernels)) if of_kernels else None
 
 
-def headline(run: Run) -> str:
-    """Device, versions and date of a run."""
-    devices = f"{run['devices']} x " if run.get("devices", 1) > 1 else ""
-    packages = "".join(f", {name} {version}" for name, version in run.get("packages", {}).items() if name in _NAMED)
-    kind = f"**Emulated** on one {run['device']}" if run.get("emulated") else f"{devices}{run['device']}"
-    note = f" {run['note']}" if run.get("note") else ""
-    return f"{kind}, PyTorch {run['torch']}{packages}, {run['date']}.{note}"
-
-
-_NAMED = ("flash-attn", "flash-attn-3", "flash-attn-4", "ring-flash-attn", "axolotl-ringmaster", "yunchang")
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def _targets(runs: Sequence[Run]) -> str:
     parts = []
     everywhere = {target for run in runs for target, pair in judged(run) if pair}
@@ -108,7 +88,7 @@ def _targets(runs: Sequence[Run]) -> str:
         if not any(pair for _, pair in found):
             continue
         parts += [headline(run), table(("target", "kernel", "forward", "", "forward + backward", ""), map(_verdict, found))]
-    return "\n\n".join(parts) or _NOTHING
+    return "\n\n".join(parts) or NOTHING
 
 
 def _verdict(judgement: tuple[Target, tuple[float, float] | None]) -> Sequence[str]:
@@ -127,7 +107,7 @@ def _verdict(judgement: tuple[Target, tuple[float, float] | None]) -> Sequence[s
 def _emulated(runs: Sequence[Run]) -> str:
     header = ("case", "layout", "strategy", "W", "tokens a rank", "heads", "kernel", "link", "ratio forward; both", "ms", "TFLOP/s")
     header += ("kernels alone", "host ms", "peak MiB", "ranks")
-    return _per_run("emulate", runs, header, _emulated_row)
+    return per_run("emulate", runs, header, _emulated_row)
 
 
 def _emulated_row(row: Run) -> Sequence[str]:
@@ -135,15 +115,15 @@ def _emulated_row(row: Run) -> Sequence[str]:
     start = name, row["layout"], row["strategy"], str(row["world"]), str(row["tokens"]), row["heads"], row["kernel"], row["link"]
     if row["wrong"]:
         return *start, f"wrong: {row['wrong']}", *[""] * 6
-    kernels = _pair(row["kernels"], 3) if row.get("kernels") else ""
-    pairs = _pair(row["ratio"], row["digits"]), _pair(row["ms"], 2), _pair(row["tflops"], 0), kernels, _pair(row["host"], 2)
+    kernels = pair(row["kernels"], 3) if row.get("kernels") else ""
+    pairs = pair(row["ratio"], row["digits"]), pair(row["ms"], 2), pair(row["tflops"], 0), kernels, pair(row["host"], 2)
     return *start, *pairs, f"{row['peak']:.0f}", f"{row['fully']} of {len(row['shortly'])}"
 
 
 def _ranks(runs: Sequence[Run]) -> str:
     header = ("who", "case", "layout", "strategy", "tokens a rank", "heads", "kernel", "ratio forward; both", "ms", "TFLOP/s")
     header += ("peak MiB", "sent MiB")
-    return _per_run("attention", runs, header, _ranks_row)
+    return per_run("attention", runs, header, _ranks_row)
 
 
 def _ranks_row(row: Run) -> Sequence[str]:
@@ -151,20 +131,20 @@ def _ranks_row(row: Run) -> Sequence[str]:
     start = row["who"], row["case"], row["layout"], row["strategy"], str(row["tokens"]), row["heads"], kernel
     if row["wrong"]:
         return *start, f"wrong: {row['wrong']}", *[""] * 4
-    pairs = _pair(row["ratio"], row["digits"]), _pair(row["ms"], 2), _pair(row["tflops"], 0)
-    return *start, *pairs, _number(row["peak"]), _number(row["sent"])
+    pairs = pair(row["ratio"], row["digits"]), pair(row["ms"], 2), pair(row["tflops"], 0)
+    return *start, *pairs, number(row["peak"]), number(row["sent"])
 
 
 def _drop_in(runs: Sequence[Run]) -> str:
     header = ("function", "key heads at a time", "tokens a rank", "heads", *(f"{who}: ms forward; both" for who in BOTH))
     timed = [{**run, "rows": [row for row in run["rows"] if "ms" in row]} for run in runs if run["benchmark"] == DROP_IN]
-    return _per_run(DROP_IN, timed, (*header, "their time over ours"), _drop_in_row)
+    return per_run(DROP_IN, timed, (*header, "their time over ours"), _drop_in_row)
 
 
 def _drop_in_row(row: Run) -> Sequence[str]:
     key_heads = "" if row["key_heads"] is None else str(row["key_heads"])
-    times = (f"wrong: {row['wrong'][who]}" if who in row["wrong"] else _pair(row["ms"].get(who), 2) for who in BOTH)
-    return f"`{row['function']}`", key_heads, str(row["tokens"]), row["heads"], *times, _pair(row["ratio"], row["digits"])
+    times = (f"wrong: {row['wrong'][who]}" if who in row["wrong"] else pair(row["ms"].get(who), 2) for who in BOTH)
+    return f"`{row['function']}`", key_heads, str(row["tokens"]), row["heads"], *times, pair(row["ratio"], row["digits"])
 
 
 def _drop_in_errors(runs: Sequence[Run]) -> str:
@@ -173,7 +153,7 @@ def _drop_in_errors(runs: Sequence[Run]) -> str:
         for run in runs
         if run["benchmark"] == DROP_IN
     ]
-    return _per_run(DROP_IN, lines, ("function", "dtype", "heads", "", *NAMES), lambda each: _errors_row(each["row"], each["who"]))
+    return per_run(DROP_IN, lines, ("function", "dtype", "heads", "", *NAMES), lambda each: _errors_row(each["row"], each["who"]))
 
 
 def _errors_row(row: Run, who: str) -> Sequence[str]:
@@ -200,150 +180,15 @@ def _beside(runs: Sequence[Run]) -> str:
             for twin in emulated.get(_measured_alike(run, row), ()):
                 parts = (f"{real / alone - 1:+.1%}" for real, alone in zip(row["ratio"], twin["ratio"], strict=True))
                 start = f"{row['case']}, {row['layout']}, {row['strategy']}", str(row["world"]), twin["link"]
-                lines.append((*start, _pair(row["ratio"], 3), _pair(twin["ratio"], 3), "; ".join(parts)))
+                lines.append((*start, pair(row["ratio"], 3), pair(twin["ratio"], 3), "; ".join(parts)))
     header = ("", "ranks", "emulated link", "real ratio forward; both", "emulated", "real over emulated")
-    return table(header, lines) if lines else _NOTHING
+    return table(header, lines) if lines else NOTHING
 
 
 def _measured_alike(run: Run, row: Run) -> tuple[object, ...]:
     """What a real and an emulated row must share to be set beside each other."""
     note = run.get("note", "") if "Before" in run.get("note", "") else ""
     return run["device"], note, *(row[key] for key in ("case", "layout", "strategy", "world", "tokens", "heads", "kernel"))
-
-
-def _layouts(runs: Sequence[Run]) -> str:
-    parts = []
-    for run in runs:
-        if run["benchmark"] == "layouts":
-            kernels = dict.fromkeys(row["kernel"] for row in run["rows"])
-            lines = [line for kernel in kernels for line in _layouts_lines([row for row in run["rows"] if row["kernel"] == kernel])]
-            parts += [headline(run), table(("", "kernel", "forward", "forward + backward"), lines)]
-    return "\n\n".join(parts) or _NOTHING
-
-
-def _layouts_lines(rows: Sequence[Run]) -> Iterator[Sequence[str]]:
-    """The worst and the middle packing of one kernel, and what a stage costs the host."""
-    packings = [row for row in rows if row.get("ratio") and not row["wrong"]]
-    for title, choose in (("worst", min), ("median", statistics.median)):
-        figures = [choose(row["ratio"][direction] for row in packings) for direction in (0, 1)]
-        yield (
-            f"plain zigzag's time over per document's, {title} of {len(packings)}",
-            rows[0]["kernel"],
-            *(f"{x:.3f}" for x in figures),
-        )
-    for row in rows:
-        if row.get("wrong"):
-            yield row["case"], row["kernel"], f"wrong: {row['wrong']}", ""
-        elif row.get("over_ms"):
-            name = f"host's time of a stage, ms, documents: {row['documents']}"
-            yield name, row["kernel"], *(f"{x:.3f}" for x in row["over_ms"])
-
-
-def _planning(runs: Sequence[Run]) -> str:
-    parts = []
-    for run in runs:
-        if run["benchmark"] == "planning":
-            header = ("", "case", "documents", *(f"W={world}" for world in run["worlds"]))
-            lines = [
-                (row["part"], row["case"], str(row["documents"]), *(_planned(row, str(world)) for world in run["worlds"]))
-                for row in run["rows"]
-            ]
-            parts += [headline(run), table(header, lines)]
-    return "\n\n".join(parts) or _NOTHING
-
-
-def _planned(row: Run, world: str) -> str:
-    """Milliseconds; bold where a plan takes longer than `PLANNING` allows for as many documents."""
-    if row["wrong"]:
-        return f"wrong: {row['wrong']}"
-    if world not in row["ms"]:
-        return ""
-    took = row["ms"][world]
-    if took is None:
-        return "**given up**"
-    most = next((most for documents, most in PLANNING if row["documents"] <= documents), None)
-    missed = row["part"] == "plan" and most is not None and took > most
-    return f"**{took:.1f}**" if missed else f"{took:.1f}"
-
-
-def _train(runs: Sequence[Run]) -> str:
-    header = ("model", "attention", "layers", "W", "tokens a rank", "ms forward; step", "tokens/s a GPU", "MFU", "peak GiB")
-    parts = []
-    for run in runs:
-        if run["benchmark"] == "train_step":
-            # Others share the sequence on real ranks, as ring_plan does; on one GPU plain attention does the same work.
-            is_shared = run.get("devices", 1) > 1
-            compared = "its time over ring_plan's: forward; step" if is_shared else "plain SDPA's time over it: forward; step"
-            parts.append(_per_run("train_step", [run], (*header, compared), _train_row))
-    return "\n\n".join(parts) or _NOTHING
-
-
-def _train_row(row: Run) -> Sequence[str]:
-    emulated = " (emulated)" if row["emulated"] else ""
-    layers = f"{row['layers']}{', FSDP2' if row.get('sharded') else ''}{', recomputed' if row['recomputed'] else ''}"
-    start = row["model"], f"{row['attention']}{emulated}", layers, str(row["world"]), str(row["tokens"])
-    if row.get("wrong"):
-        return *start, row["wrong"], *[""] * 4
-    mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
-    figures = (
-        _pair(row["ms"], 1),
-        f"{row['tokens_per_second']:.0f}",
-        mfu,
-        f"{row['peak_gib']:.1f}",
-        _pair(row["ratio"], row["digits"]),
-    )
-    return *start, *figures
-
-
-def _estimates(runs: Sequence[Run]) -> str:
-    header = ("model", "tokens", "recomputed", "loss", "precision", "peak, GiB", "estimated", "step, ms", "estimated", "held out")
-    compared = [{**run, "rows": [{"row": each} for each in beside(run)]} for run in runs if run["benchmark"] == "estimate"]
-    return _per_run("estimate", compared, header, lambda row: _estimates_row(row["row"]))
-
-
-def _estimates_row(row: Compared) -> Sequence[str]:
-    case = row.case
-    start = case.name, str(case.rows * case.tokens), case.checkpoint, case.loss, case.precision
-    memory = f"{row.measured / GIB:.2f}", f"{row.estimated / GIB:.2f} ({row.estimated / row.measured - 1:+.1%})"
-    times = f"{row.ms:.0f}", f"{row.estimated_ms:.0f} ({row.estimated_ms / row.ms - 1:+.1%})"
-    return *start, *memory, *times, "yes" if case.held_out else ""
-
-
-def _host(runs: Sequence[Run]) -> str:
-    return _host_table(runs, lambda row: "us" in row)
-
-
-def _attention_host(runs: Sequence[Run]) -> str:
-    usual = [run for run in runs if not run.get("note")]
-    return _host_table(usual, lambda row: row.get("table", "").startswith("attention"))
-
-
-def _host_table(runs: Sequence[Run], wanted: Callable[[Run], bool]) -> str:
-    timed = [{**run, "rows": [row for row in run["rows"] if wanted(row)]} for run in runs]
-    return _per_run("host_cost", timed, ("", "ms", "over the row above"), _host_row)
-
-
-def _host_row(row: Run) -> Sequence[str]:
-    return f"{row['table']}: {row['name']}", f"{row['us'] / 1e3:.2f}", f"{row['over_above_us'] / 1e3:+.2f}"
-
-
-def _per_run(benchmark: str, runs: Sequence[Run], header: Sequence[str], line: Callable[[Run], Sequence[str]]) -> str:
-    """One table for each run of a benchmark."""
-    parts = []
-    for run in runs:
-        if run["benchmark"] == benchmark:
-            rows = [{"digits": run.get("digits", 3), **row} for row in run["rows"]]  # of ratios; old runs kept fewer
-            parts += [headline(run), table(header, map(line, rows))]
-    return "\n\n".join(parts) or _NOTHING
-
-
-def _pair(values: Sequence[float] | None, digits: int) -> str:
-    """Forward and both; nothing where a run kept no figures."""
-    return "" if values is None else "; ".join(f"{value:.{digits}f}" for value in values)
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.0f}"
 
 
 def _short(runs: Sequence[Run]) -> str:
@@ -361,7 +206,7 @@ def _short(runs: Sequence[Run]) -> str:
             lines = [(*line, *other) for line, other in zip(lines, others, strict=True)]
         if lines:
             parts += [headline(run), table(header, lines)]
-    return "\n\n".join(parts) or _NOTHING
+    return "\n\n".join(parts) or NOTHING
 
 
 def _is_plain(row: Run) -> bool:
@@ -382,7 +227,6 @@ def _short_row(row: Run) -> Sequence[str]:
     return name, str(row["world"]), row["kernel"], row["link"], *(f"{ratio:.2f}" for ratio in row["ratio"])
 
 
-_NOTHING = "No file in `benchmarks/results` has this yet."
 TABLES: dict[str, Callable[[Sequence[Run]], str]] = {
     "targets": _targets,
     "emulated": _emulated,
@@ -390,13 +234,13 @@ TABLES: dict[str, Callable[[Sequence[Run]], str]] = {
     "drop_in": _drop_in,
     "drop_in_errors": _drop_in_errors,
     "beside": _beside,
-    "planning": _planning,
-    "layouts": _layouts,
-    "train": _train,
-    "estimates": _estimates,
-    "host": _host,
+    "planning": report_costs.planning,
+    "layouts": report_costs.layouts,
+    "train": report_costs.train,
+    "estimates": report_costs.estimates,
+    "host": report_costs.host,
     "short": _short,
-    "host_short": _attention_host,
+    "host_short": report_costs.attention_host,
 }
 
 
