@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from benchmarks import plot, record, report, targets
+from benchmarks import markdown, plot, record, targets
 from benchmarks.record import RESULTS, load, save
 from benchmarks.report import DOCUMENTS, TABLES, all_runs, judged, rendered
 
@@ -175,7 +175,7 @@ def test_facts_name_device_and_versions():
     assert known["torch"] == torch.__version__
     assert known["preset"] == "quick"
     assert set(known) >= {"date", "python", "dtensor_ring", "packages"}
-    assert set(report._NAMED) <= set(record._PACKAGES), "a headline names what no run records"
+    assert set(markdown._NAMED) <= set(record._PACKAGES), "a headline names what no run records"
 
 
 def test_a_picture_has_a_bar_for_every_row_and_a_mark_for_every_target(tmp_path):
