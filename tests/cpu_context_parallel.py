@@ -27,6 +27,7 @@ def cpu_ring(calls: list[int]) -> AbstractContextManager[object]:
         heads = query.shape[1]
         return _FORWARD(query, _repeated(key, heads), _repeated(value, heads), dropout_p, is_causal, scale=scale)
 
+    # The arguments are those of PyTorch's operator.
     def backward(grad_out, query, key, value, out, logsumexp, dropout_p, is_causal, scale=None):
         heads, groups = query.shape[1], key.shape[1]
         whole = query, _repeated(key, heads), _repeated(value, heads), out, logsumexp
