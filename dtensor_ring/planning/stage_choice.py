@@ -114,11 +114,10 @@ def _share_of_lengths(problem: AttentionProblem) -> Share:
     world, layout = problem.world, problem.layout
     queries, keys = -(-problem.q_length // world), -(-problem.k_length // world)
     scores, inside, reach = _documents(problem)
-    is_causal = problem.band.hi is None and problem.band.lo is not None
     own, other, fetched = inside / world, (scores - inside) / (world * (world - 1)), float(keys)
     if problem.documents is None and problem.band.lo is None and problem.band.hi is None:
         return _even(world, Share(queries, queries * keys, (queries * keys,), (keys,), (keys,), 1, queries, 1, queries))
-    if problem.documents is None and is_causal:
+    if problem.documents is None and _is_causal(problem):
         # The last rank of contiguous shards sees all keys; elsewhere every rank has the same.
         own = queries * keys / 2
         other = 2 * own if layout.chunks == 1 else own
@@ -191,15 +190,14 @@ def _share_of_pieces(
         held[mine.document] += mine.count
         if len(holders[mine.document]) == 1:  # whole, as most documents are
             continue
-        needed = [each for each in holders[mine.document] if each[0] != rank and not (is_causal and each[1].first > mine.first)]
+        others = [each for each in holders[mine.document] if each[0] != rank]
+        needed = [each for each in others if not (is_causal and each[1].first > mine.first)]
         for owner, piece in needed:
             distance = (rank - owner) % world - 1
             other[distance] += mine.count * piece.count
             keys[distance] += 0 if (owner, piece) in counted else piece.count
         counted.update(needed)
-        for taker in {
-            other for other, piece in holders[mine.document] if other != rank and not (is_causal and piece.first < mine.first)
-        }:
+        for taker in {taker for taker, piece in others if not (is_causal and piece.first < mine.first)}:
             sent[(taker - rank) % world - 1] += mine.count
         queries += mine.count if needed else 0
     return Share(held.total(), own, tuple(other), tuple(keys), tuple(sent), 2, queries, 2, queries, spread=False)
@@ -230,8 +228,7 @@ def _documents(problem: AttentionProblem) -> tuple[float, float, float]:
 
 def staged_times(problem: AttentionProblem, share: Share, predictor: Predictor, stages: int) -> Seconds:
     """What a rank takes in so many stages."""
-    sizes = stage_sizes(problem.world - 1, stages)
-    edges = list(accumulate(sizes, initial=1))
+    edges = list(accumulate(stage_sizes(problem.world - 1, stages), initial=1))
     speed = predictor.speed
     fetches = [_seconds(problem, share, predictor, range(a, b)) for a, b in pairwise(edges)]
     is_masked = problem.band.lo is not None or problem.band.hi is not None
