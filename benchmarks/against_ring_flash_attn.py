@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import statistics
 import sys
 from collections.abc import Callable
@@ -30,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.record import device_name, facts, save
-from benchmarks.timing import Call, Effort, Stopwatch, ratio
+from benchmarks.timing import Call, Effort, Stopwatch, join_ranks, ratio
 from dtensor_ring import functional, ring_attention
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout
@@ -308,13 +307,7 @@ def main() -> int:
     packages = {THEIRS: importlib.import_module("ring_flash_attn"), OURS: functional}
     if options.device == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # the default of our dense functions: theirs have FlashAttention-2 alone
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        device = torch.device("cuda", torch.cuda.current_device())
-        dist.init_process_group("nccl", device_id=device)
-    else:
-        torch.set_num_threads(1)
-        device = torch.device("cpu")
-        dist.init_process_group("gloo")
+    device = join_ranks(options.device)
     rows = run(options, packages, device)
     if options.json and dist.get_rank() == 0:
         known = facts("against_ring_flash_attn", device, devices=dist.get_world_size(), rounds=options.rounds)

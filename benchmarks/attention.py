@@ -14,7 +14,6 @@ some of them, should one end the program.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +33,7 @@ from benchmarks.peers import PEERS, Attend, Peer
 from benchmarks.problems import calls_of, flops_of, problem_of, strategy_of
 from benchmarks.record import device_name, facts, save
 from benchmarks.targets import available, real_ranks
-from benchmarks.timing import Call, Effort, Stopwatch, ratio
+from benchmarks.timing import Call, Effort, Stopwatch, join_ranks, ratio
 from dtensor_ring import Contiguous, Documents, Stripe, Zigzag, from_local, ring_attention
 from dtensor_ring.comm import AloneTransport
 from dtensor_ring.debug import traffic
@@ -323,14 +322,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Measure what is asked for; exit status 1 if a result of ours is wrong."""
     options = parser().parse_args()
-    if options.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        device = torch.device("cuda", torch.cuda.current_device())
-        dist.init_process_group("nccl", device_id=device)
-    else:
-        torch.set_num_threads(1)
-        device = torch.device("cpu")
-        dist.init_process_group("gloo")
+    device = join_ranks(options.device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("cp",))
     rows = run(options, mesh, device)
     if options.json and dist.get_rank() == 0:

@@ -7,6 +7,7 @@ On real ranks blocks begin together, and the time of the slowest rank is that of
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,18 @@ import torch
 import torch.distributed as dist
 
 Call = Callable[[], object]
+
+
+def join_ranks(device: str) -> torch.device:
+    """The device of this rank, "cuda" or "cpu", once the ranks that torchrun started have met over NCCL or gloo."""
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        mine = torch.device("cuda", torch.cuda.current_device())
+        dist.init_process_group("nccl", device_id=mine)
+        return mine
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    return torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
