@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,7 @@ def coalesces(group: dist.ProcessGroup, device: torch.device) -> bool:
 
 
 def exchange_in_one(
-    group: dist.ProcessGroup, device: torch.device, sends: Iterable[tuple[Tensor, int]], receives: Iterable[tuple[Tensor, int]]
+    group: dist.ProcessGroup, device: torch.device, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]
 ) -> dist.Work | None:
     """Start messages to and from ranks of a group that `coalesces`, all in one call of its backend; tensors are on the device.
 
@@ -38,11 +38,42 @@ def exchange_in_one(
     message and checks and looks up its group twice. Gone once that is fast.
     """
     group._start_coalescing(device)
-    for tensor, peer in sends:
-        group.send([_real(tensor)], peer, 0)
-    for tensor, peer in receives:
-        group.recv([_real(tensor)], peer, 0)
+    if len(sends) + len(receives) > _FEW:
+        for out, into in _rounds(group, device, sends, receives):
+            group.alltoall(into, out)
+    else:
+        for tensor, peer in sends:
+            group.send([_real(tensor)], peer, 0)
+        for tensor, peer in receives:
+            group.recv([_real(tensor)], peer, 0)
     return group._end_coalescing(device)
+
+
+_FEW = 4  # messages up to which each by itself takes the host no longer than an all-to-all for the first ones, and the next ones
+
+
+def _rounds(
+    group: dist.ProcessGroup, device: torch.device, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]
+) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """The n-th messages to and from all ranks, for n = 0, 1, ...: for each rank one to send and one to receive, empty for none.
+
+    Between two ranks the n-th message sent meets the n-th received, so both have it in the same round. An all-to-all is of one
+    dtype, so rounds have parts; messages of one round between the same two ranks are in one part, whose order does not matter.
+    """
+    world = group.size()
+    found: dict[tuple[int, str], tuple[list[Tensor], list[Tensor]]] = {}
+    for direction, messages in enumerate((sends, receives)):
+        counts = [0] * world
+        for tensor, peer in messages:
+            tensor = _real(tensor)
+            key = counts[peer], str(tensor.dtype)
+            counts[peer] += 1
+            part = found.get(key)
+            if part is None:
+                nothing = torch.empty(0, dtype=tensor.dtype, device=device)
+                part = found[key] = [nothing] * world, [nothing] * world
+            part[direction][peer] = tensor
+    return [found[key] for key in sorted(found)]
 
 
 def _real(x: Tensor) -> Tensor:

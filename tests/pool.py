@@ -96,6 +96,7 @@ def _work(rank: int, world: int, port: int, device: str, paths: list[str], line:
     warnings.filterwarnings(
         "ignore", category=DeprecationWarning, module="torch|flash_attn|cutlass|quack|nvidia_cutlass_dsl|tvm_ffi"
     )
+    warnings.filterwarnings("ignore", message="Argument aux_data", category=UserWarning)  # of flash-attn-4's compiler
     warnings.filterwarnings("ignore", message="attention on this packed batch")  # small packings are not balanced
     if device:  # two ranks may make PyTorch's directory of compiled kernels at once, and one of them warns that it could not
         warnings.filterwarnings("ignore", message="Specified kernel cache directory could not be created")

@@ -13,7 +13,6 @@ import torch
 from helpers import LAYOUTS, SEED, make_case, share
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dtensor_ring._torch_groups import exchange_in_one
 from dtensor_ring.comm import LoopbackTransport, Pending
 from dtensor_ring.ops.executors.collective import gather, scatter
 from dtensor_ring.ops.executors.exchange import Exchange
@@ -334,25 +333,6 @@ def test_ranks_start_a_transfer_in_steps_in_which_something_travels_alone(layout
         LoopbackTransport.run(world, of_rank)
         # Keys in both passes, and gradients.
         assert sorted(started) == [rank for rank in range(world) for _ in range(3 * stages)]
-
-
-def test_messages_of_a_group_that_takes_them_in_one_are_issued_in_the_order_of_both_sides():
-    class Group:
-        def __init__(self) -> None:
-            self.calls: list[tuple] = []
-
-        def __getattr__(self, name: str):
-            return lambda *given: self.calls.append((name, *given)) or name
-
-    group, (a, b, c), device = Group(), torch.zeros(3, 1), torch.device("cpu")
-    assert exchange_in_one(group, device, [(a, 2), (b, 1)], iter([(c, 2)])) == "_end_coalescing"
-    assert [(name, *given[1:]) for name, *given in group.calls[1:-1]] == [("send", 2, 0), ("send", 1, 0), ("recv", 2, 0)]
-    assert [given[0][0].data_ptr() for _, *given in group.calls[1:-1]] == [x.data_ptr() for x in (a, b, c)]
-    assert [group.calls[0], group.calls[-1]] == [("_start_coalescing", device), ("_end_coalescing", device)]
-    group.calls.clear()
-    exchange_in_one(group, device, [(torch.zeros(2, dtype=torch.complex64), 1)], [(torch.zeros(3, dtype=torch.complex128), 1)])
-    numbers = [given[0][0] for _, *given in group.calls[1:-1]]
-    assert [(x.dtype, x.numel()) for x in numbers] == [(torch.float32, 4), (torch.float64, 6)]  # no backend has complex ones
 
 
 @pytest.mark.parametrize(("stages", "sums"), [(1, 0), (2, 2), (3, 3)])

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from dtensor_ring.ops.executors.parts import OutputPart, Rests
+from dtensor_ring.ops.executors.launcher import Launcher
+from dtensor_ring.ops.executors.parts import MOST_OUTPUTS, OutputPart, Rests
 
 
 def fused_merge_(
@@ -31,38 +32,23 @@ def fused_merge_(
     if not rows:
         return rest if rests.needed else None
     # Where there is no such tensor the kernel is compiled without it, and any tensor will do.
-    first, second = (part for part in (*parts, (0, out_BSHD, lse_BHS), (0, out_BSHD, lse_BHS))[:2])
-    _merge[(triton.cdiv(rows, _TILE),)](
-        out_BSHD,
-        out_BSHD if rest is None else rest,
-        lse_BHS,
-        lse_BHS if sinks_H is None else sinks_H,
-        *_argued(*first),
-        *_argued(*second),
-        rows,
-        low,
-        high - low,
-        length,
-        *lse_BHS.stride()[:2],
-        HEADS=heads,
-        DIM=dim,
-        WIDTH=triton.next_power_of_2(dim),
-        TILE=_TILE,
-        PARTS=len(parts),
-        READ_REST=rests.kept is not None,
-        WRITE_REST=rests.needed,
-        NEW_REST=is_new,
-        SINKS=sinks_H is not None,
-    )
+    tensors = [out_BSHD, out_BSHD if rest is None else rest, lse_BHS, lse_BHS if sinks_H is None else sinks_H]
+    numbers: list[int] = []
+    for start, out, lse in parts:  # out is contiguous, and the queries of a head lie together in lse
+        lse = lse if lse.stride(2) == 1 else lse.contiguous()
+        tensors += [out.contiguous(), lse]
+        numbers += [start, out.shape[1], *lse.stride()[:2]]
+    for _ in range(MOST_OUTPUTS - len(parts)):
+        tensors += [out_BSHD, lse_BHS]
+        numbers += [0, 0, 0, 0]
+    numbers += [rows, low, high - low, length, *lse_BHS.stride()[:2]]
+    flags = rests.kept is not None, rests.needed, is_new, sinks_H is not None
+    constants = heads, dim, 1 << (dim - 1).bit_length(), _TILE, len(parts), *flags
+    _launch((-(-rows // _TILE), 1, 1), tensors, numbers, constants)
     return rest if rests.needed else None
 
 
 _TILE = 16  # rows of one program
-
-
-def _argued(start: int, out: Tensor, lse: Tensor) -> tuple[Tensor | int, ...]:
-    """A part as the kernel takes it: out is contiguous, and the queries of a head lie together in lse."""
-    return out.contiguous(), lse if lse.stride(2) == 1 else lse.contiguous(), start, out.shape[1], *lse.stride()[:2]
 
 
 # Not specialized: whether a number is a multiple of 16 would be another compiled kernel for each kind of documents.
@@ -78,12 +64,12 @@ def _merge(
     sinks,
     a,
     a_lse,
+    b,
+    b_lse,
     a_start,
     a_count,
     a_lse_b,
     a_lse_h,
-    b,
-    b_lse,
     b_start,
     b_count,
     b_lse_b,
@@ -178,3 +164,6 @@ def _merge(
         # A new rest is written for all rows: 0 where nothing was rounded.
         tl.store(rest + at, (x - rounded.to(tl.float32)).to(out.dtype.element_ty), (valid[:, None] & inside) if NEW_REST else mask)
     tl.store(lse_at, top + libdevice.log1p(others), changes)
+
+
+_launch = Launcher(_merge)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dtensor_ring.ops.executors.launcher import Launcher
 from dtensor_ring.ops.executors.parts import MOST_GRADIENTS, GradPart, Indexed, Tensors
 
 
@@ -21,7 +22,7 @@ def fused_add_up(
     low, high = tokens
     batch, length = sums[0].shape[:2]
     widths = [x.shape[2] * x.shape[3] for x in sums]  # elements of a token
-    columns = min(triton.next_power_of_2(max(widths)), _COLUMNS)
+    columns = min(1 << (max(widths) - 1).bit_length(), _COLUMNS)
     if not batch * (high - low) * max(widths):
         return
     ranges: list[int] = []
@@ -35,26 +36,12 @@ def fused_add_up(
         offsets = index if indexed.offsets is None else indexed.offsets
         reach = len(indexed.wide[0]), len(indexed.wide[0]) + narrow
     of_tensors = [_argued(i, sums, total, parts, indexed) for i in range(len(sums))]
-    _add_up[(batch * (high - low), triton.cdiv(max(widths), columns), len(sums))](
-        *of_tensors[0],
-        *of_tensors[-1],
-        index,
-        offsets,
-        low,
-        high - low,
-        length,
-        *ranges,
-        *bounds,
-        *reach,
-        FIRST=widths[0],
-        SECOND=widths[-1],
-        COLUMNS=columns,
-        TOTAL=total is not None,
-        PARTS=len(parts),
-        INDEXED=0 if indexed is None else 1 if indexed.offsets is None else 2,
-        NARROW=indexed is not None and indexed.narrow is not None,
-        TENSORS=len(sums),
-    )
+    tensors = *of_tensors[0], *of_tensors[-1], index, offsets
+    numbers = low, high - low, length, *ranges, *bounds, *reach
+    how_indexed = 0 if indexed is None else 1 if indexed.offsets is None else 2
+    has_narrow = indexed is not None and indexed.narrow is not None
+    constants = widths[0], widths[-1], columns, total is not None, len(parts), how_indexed, has_narrow, len(sums)
+    _launch((batch * (high - low), -(-max(widths) // columns), len(sums)), tensors, numbers, constants)
 
 
 _COLUMNS = 4096  # elements of one program
@@ -194,3 +181,6 @@ def _contribution(wide, narrow, place, split, end, column, WIDTH: tl.constexpr, 
         reach = tl.where((place >= split) & (place < end), WIDTH, 0)
         x += tl.load(narrow + (place - split) * WIDTH + column, column < reach, 0.0).to(tl.float32)
     return x
+
+
+_launch = Launcher(_add_up)

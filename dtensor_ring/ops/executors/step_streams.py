@@ -27,6 +27,23 @@ from dtensor_ring.ops.executors.parts import MOST_GRADIENTS, MOST_OUTPUTS
 from dtensor_ring.planning.schedule import CALLS_OF_TWO_STREAMS, Plan
 
 
+class _Current(AbstractContextManager[None]):
+    """Makes a stream the current one, and then the one before: `torch.cuda.stream`, which asks for both and takes twice as long."""
+
+    __slots__ = ("_after", "_stream")
+
+    def __init__(self, stream: torch.cuda.Stream, after: torch.cuda.Stream) -> None:
+        self._stream, self._after = stream, after
+
+    @override
+    def __enter__(self) -> None:
+        torch.cuda.set_stream(self._stream)
+
+    @override
+    def __exit__(self, kind: type[BaseException] | None, failure: BaseException | None, trace: TracebackType | None) -> None:
+        torch.cuda.set_stream(self._after)
+
+
 class _OfThread(threading.local):
     """The second streams of one thread, by first ones.
 
@@ -38,6 +55,7 @@ class _OfThread(threading.local):
 
 
 _OF_THREAD = _OfThread()
+_UNCHANGED = nullcontext()
 # Tokens of a rank below which a second stream costs the host more than the GPU gains.
 _FEWEST = 2048
 assert min(MOST_OUTPUTS + 1, MOST_GRADIENTS) >= CALLS_OF_TWO_STREAMS, "what two streams compute is merged, and added up, at once"
@@ -53,16 +71,21 @@ class StepStreams(AbstractContextManager["StepStreams"]):
         begun: whether its keys are coming already, which were then asked for on the first stream and stay there.
     """
 
-    __slots__ = ("_first", "_second")
+    __slots__ = ("_first", "_is_joined", "_of_others", "_second")
 
     def __init__(self, todo: Plan, like: Tensor, kernel: str, *, begun: bool) -> None:
         self._second: torch.cuda.Stream | None = None
         if begun or not like.is_cuda or like.shape[0] * like.shape[1] < _FEWEST or not todo.is_on_two_streams(kernel):
             return
-        self._first = torch.cuda.current_stream(like.get_device())  # by its number: the lookup of a device takes longer
+        device = like.get_device()
+        if device != torch.cuda.current_device():  # to make a stream the current one is to make its device so
+            return
+        self._first = torch.cuda.current_stream(device)  # by its number: the lookup of a device takes longer
         # A second stream of each first one: two passes on streams of their own must not wait for each other.
         self._second = _second_stream(self._first)
         self._second.wait_stream(self._first)
+        self._of_others = _Current(self._second, self._first)
+        self._is_joined = False
 
     @property
     def are_two(self) -> bool:
@@ -71,12 +94,16 @@ class StepStreams(AbstractContextManager["StepStreams"]):
 
     def of_step(self, index: int) -> AbstractContextManager[object]:
         """What makes the stream of a step the current one."""
-        return nullcontext() if self._second is None or not index else torch.cuda.stream(self._second)
+        if self._second is None or not index:
+            return _UNCHANGED
+        self._is_joined = False
+        return self._of_others
 
     def join(self) -> None:
-        """Make the first stream wait for the second."""
-        if self._second is not None:
+        """Make the first stream wait for what the second was given so far."""
+        if self._second is not None and not self._is_joined:
             self._first.wait_stream(self._second)
+            self._is_joined = True
 
     @override
     def __exit__(self, kind: type[BaseException] | None, failure: BaseException | None, trace: TracebackType | None) -> None:
@@ -85,8 +112,8 @@ class StepStreams(AbstractContextManager["StepStreams"]):
 
 
 def _second_stream(first: torch.cuda.Stream) -> torch.cuda.Stream:
-    known = _OF_THREAD.second
-    if first not in known:
+    second = _OF_THREAD.second.get(first)
+    if second is None:
         # The lower the number, the earlier a stream's blocks start. PyTorch gives streams of a pool of 32, in turns.
-        known[first] = torch.cuda.Stream(first.device, priority=-1)
-    return known[first]
+        second = _OF_THREAD.second[first] = torch.cuda.Stream(first.device, priority=-1)
+    return second
