@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import torch
 import torch.distributed as dist
 from helpers import Case, make_case, together
 
 from dtensor_ring import functional
-from dtensor_ring.functional import llama3_flash_attn_prepare_cu_seqlens, zigzag_llama3_flash_attn_prepare_cu_seqlens
+from dtensor_ring.functional import llama3, llama3_flash_attn_prepare_cu_seqlens, zigzag_llama3_flash_attn_prepare_cu_seqlens
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout
 
@@ -50,15 +52,16 @@ def call(family: str, variant: str, q, k, v, bounds, world: int, rank: int, caus
     return (out[None], lse[None]) if packed else (out, lse)
 
 
-def on_ranks(family: str, variant: str, case: Case, **options) -> tuple[torch.Tensor, ...]:
-    """out, lse, dq, dk, dv, put together on every rank."""
+def on_ranks(family: str, variant: str, case: Case, *, at_once: int = 0, **options) -> tuple[torch.Tensor, ...]:
+    """out, lse, dq, dk, dv, put together on every rank; heads are gathered together up to `at_once` bytes beyond the stride."""
     world, rank = dist.get_world_size(), dist.get_rank()
     bounds = None if case.documents is None else case.documents.bounds[0]
     layout = Layout.parse(FAMILIES[family])
     tokens = [layout.tokens(case.q.shape[1], world, r, bounds) for r in range(world)]
     mine = torch.tensor(tokens[rank], dtype=torch.int64, device=case.q.device)
     leaves = [x[:, mine].clone().requires_grad_() for x in case.inputs]
-    out, lse = call(family, variant, *leaves, bounds, world, rank, case.is_causal, window_size=case.window, **options)
+    with patch.object(llama3, "AT_ONCE", at_once):
+        out, lse = call(family, variant, *leaves, bounds, world, rank, case.is_causal, window_size=case.window, **options)
     assert out.dtype == case.q.dtype
     assert lse.dtype == (torch.float64 if case.q.dtype == torch.float64 else torch.float32)
     grads = torch.autograd.grad(out, leaves, case.dout[:, mine].contiguous())

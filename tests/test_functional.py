@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
 import torch.distributed as dist
 from dropin import BATCH, FAMILIES, GATHERED, VARLEN, family_case, on_ranks, reference_case
-from helpers import assert_like_kernel, make_case, once, refused, single_device, slow, some_or_every
+from helpers import Case, assert_like_kernel, make_case, once, refused, single_device, slow, some_or_every
+from hypothesis import given
+from hypothesis import strategies as st
 from sweeps import swept
 
 from dtensor_ring import functional
 from dtensor_ring._torch import TensorCache
-from dtensor_ring.functional import llama3_flash_attn_prepare_cu_seqlens, zigzag_llama3_flash_attn_prepare_cu_seqlens
+from dtensor_ring.comm import transport_of
+from dtensor_ring.functional import llama3, llama3_flash_attn_prepare_cu_seqlens, zigzag_llama3_flash_attn_prepare_cu_seqlens
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout
 
@@ -150,14 +154,33 @@ def strides():
     world = dist.get_world_size()
     for family in GATHERED:
         case = family_case(family, world, heads=(8, 4))
-        results = [on_ranks(family, "", case, stride=stride) for stride in (1, 2, 4)]
-        for other in results[1:]:
+        results, messages = zip(*(counted(family, case, stride=stride) for stride in (1, 2, 4)), strict=True)
+        assert messages == (4 * messages[2], 2 * messages[2], messages[2])
+        short, few = counted(family, case, stride=1, at_once=llama3.AT_ONCE)
+        assert few == messages[2]  # heads of a few bytes are gathered at once
+        for other in (*results[1:], short):
             for a, b in zip(results[0], other, strict=True):
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+def counted(family: str, case: Case, **options) -> tuple[Sequence[torch.Tensor], int]:
+    """What a function returns, and how many messages this rank has sent for it."""
+    before = transport_of(dist.group.WORLD).traffic.copy()
+    found = on_ranks(family, "", case, **options)
+    return found, transport_of(dist.group.WORLD).traffic.since(before).messages
+
+
 def test_heads_k_stride_changes_memory_not_results(pools):
     pools.run(2, strides)
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 4 * llama3.AT_ONCE))
+def test_as_many_heads_are_gathered_at_a_time_as_take_little_memory(stride, groups, head_bytes):
+    heads = stride * groups
+    found = llama3._at_a_time(stride, heads, head_bytes)
+    assert heads % found == found % stride == 0
+    fitting = [n for n in range(1, heads + 1) if heads % n == n % stride == 0 and n * head_bytes <= llama3.AT_ONCE]
+    assert found == max([stride, *fitting])
 
 
 def empty_documents_and_ranks_without_some():

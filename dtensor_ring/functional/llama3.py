@@ -5,7 +5,8 @@
                                         rank 1: b b b b b b    rank 1: a a b | b b b
 
 Keys are gathered, not passed around ("The Llama 3 Herd of Models", 2024, section 3.3.2): every rank attends with one call, or two
-for zigzag, and nothing is merged. `heads_k_stride` key heads are gathered at a time, which bounds memory.
+for zigzag, and nothing is merged. `heads_k_stride` key heads are gathered at a time, which bounds memory; or as many as 64 MiB
+hold, where these are more, since a collective for each head costs the host more than short sequences take the GPU.
 
     per rank    q (T/W, H, D), k and v (T/W, Hk, D)  ->  out (T/W, H, D), lse (H, T/W) float32
 """
@@ -91,8 +92,9 @@ def llama3_flash_attn_varlen_func(
     """Attention of packed documents; this rank holds tokens [rT/W, (r+1)T/W) of the packed row, wherever documents end.
 
     q is (T/W, H, D), k and v are (T/W, Hk, D). The arguments from `cu_seqlens_q` to `local_k_slice` are what
-    `llama3_flash_attn_prepare_cu_seqlens` returns, with `heads_k_stride`, the number of key heads that are gathered at a time.
-    Returns out (T/W, H, D), or with `return_attn_probs` (out, lse (H, T/W) float32, None). Other arguments as
+    `llama3_flash_attn_prepare_cu_seqlens` returns, with `heads_k_stride`, the number of key heads that are gathered at a time (more
+    of them where their keys and values over all ranks take no more than 64 MiB; their number is a multiple). Returns out
+    (T/W, H, D), or with `return_attn_probs` (out, lse (H, T/W) float32, None). Other arguments as
     `flash_attn.flash_attn_varlen_func`.
 
     Each rank sends its keys and values to all others, and in backward receives their gradients, summed in float32.
@@ -199,16 +201,33 @@ zigzag_llama3_flash_attn_varlen_kvpacked_func, zigzag_llama3_flash_attn_varlen_q
 def attend_by_heads(
     q: Tensor, k: Tensor, v: Tensor, settings: Settings, layout: Layout, documents: Documents | Slices, stride: int
 ) -> tuple[Tensor, Tensor]:
-    """Attention of `stride` key heads and their queries at a time: out (T/W, H, Dv), lse (H, T/W).
+    """Attention of `stride` key heads and their queries at a time, or more where that takes little memory.
+
+    Returns out (T/W, H, Dv) and lse (H, T/W).
 
     Raises:
         ValueError: `stride` does not divide the key heads.
     """
     if stride < 1 or k.shape[1] % stride:
         raise ValueError(f"heads_k_stride must divide the {k.shape[1]} key heads, found {stride}")
+    if not torch.compiler.is_compiling():  # where lengths are symbols
+        tokens = documents.length if isinstance(documents, Documents) else settings.world * k.shape[0]
+        stride = _at_a_time(stride, k.shape[1], tokens * (k.shape[2] + v.shape[2]) * k.dtype.itemsize)
     # A packed row is one batch row.
     out, lse = attend(q[None], k[None], v[None], settings, layout, "gather", documents, kv_head_group_size=stride)
     return out[0], lse[0]
+
+
+AT_ONCE = 64 << 20  # bytes of gathered keys and values: no more than what a layer keeps of 8k tokens of queries
+
+
+def _at_a_time(stride: int, heads: int, head_bytes: int) -> int:
+    """The largest multiple of `stride` that divides `heads` and whose heads stay within `AT_ONCE`; `stride` where none does.
+
+    The same on every rank, since `head_bytes` are those of one head over all ranks.
+    """
+    multiples = [count for count in range(stride, heads + 1, stride) if not heads % count and count * head_bytes <= AT_ONCE]
+    return max(multiples, default=stride)
 
 
 def _held(slices: Slices, *_bounds: object) -> int:
