@@ -48,8 +48,7 @@ class Row:
     """One line of the table; times in milliseconds, memory in MiB.
 
     Times, ratios and the host's are those of the slowest rank; memory is the most of all ranks measured. `kernels` is the ratio
-    that the kernel calls alone of the rank that was slowest shortly would have, of strict rows: without exchanging, waiting,
-    merging and adding up.
+    that the kernel calls alone of the rank that was slowest shortly would have: without exchanging, waiting, merging and adding up.
     """
 
     case: str
@@ -155,14 +154,13 @@ class Emulation:
         for direction, flops in enumerate(flops_of(case)):
             ranks = sorted(ours, key=lambda rank: -row.shortly[rank][direction])[: self.slowest]
             with self.spending("full times"):
-                alone = self.kernels(case, ranks[0], row.kernel)[direction : direction + 1] if case.strict else ()
-                every = ideal_calls[direction], *(ours[rank][direction] for rank in ranks), *alone
-                best, *times = self.watch.in_turns(every)
-            best, times, kernels = [share * x for x in best], times[: len(ranks)], times[len(ranks) :]
+                alone = self.kernels(case, ranks[0], row.kernel)[direction]
+                every = ideal_calls[direction], *(ours[rank][direction] for rank in ranks), alone
+                best, *times, kernels = self.watch.in_turns(every)
+            best = [share * x for x in best]
             ms = max(statistics.median(each) for each in times)
-            found.append((ms, ratio(best, times), flops / ms / 1e9, ratio(best, kernels) if kernels else 0.0))
-        (row.ms, row.ratio, row.tflops, of_kernels), row.fully = zip(*found, strict=True), len(ranks)
-        row.kernels = of_kernels if case.strict else None
+            found.append((ms, ratio(best, times), flops / ms / 1e9, ratio(best, [kernels])))
+        (row.ms, row.ratio, row.tflops, row.kernels), row.fully = zip(*found, strict=True), len(ranks)
         return ranks[0]
 
     @contextmanager

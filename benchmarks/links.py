@@ -192,14 +192,17 @@ def carrier(device: torch.device, model: Model, multiprocessors: int) -> Carrier
     side = torch.cuda.Stream(device, priority=-1)  # NCCL's streams, too, go first where a multiprocessor becomes free
     busy = _copying(device) if model == "copy_engine" else _holding(device, multiprocessors)
 
+    index = side.device_index  # a look-up by number takes the host a third of one by device
+
     def carry(seconds: float) -> Callable[[], None]:
-        done = torch.cuda.Event()
-        side.wait_stream(torch.cuda.current_stream(device))  # what is sent must have been computed
-        with torch.cuda.stream(side):
-            if seconds:
-                busy(seconds)
-            done.record()
-        return lambda: torch.cuda.current_stream(device).wait_event(done)
+        done, here = torch.cuda.Event(), torch.cuda.current_stream(index)
+        side.wait_stream(here)  # what is sent must have been computed
+        if seconds:
+            torch.cuda.set_stream(side)
+            busy(seconds)
+            torch.cuda.set_stream(here)
+        done.record(side)
+        return lambda: torch.cuda.current_stream(index).wait_event(done)
 
     return carry
 
