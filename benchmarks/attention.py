@@ -35,7 +35,7 @@ from benchmarks.record import device_name, facts, save
 from benchmarks.targets import available, real_ranks
 from benchmarks.timing import Call, Effort, Stopwatch, join_ranks, ratio
 from dtensor_ring import Contiguous, Documents, Stripe, Zigzag, from_local, ring_attention
-from dtensor_ring.comm import AloneTransport
+from dtensor_ring.comm import TRANSPORTS, AloneTransport, TransportName, use_transport
 from dtensor_ring.debug import traffic
 from dtensor_ring.ops.kernels import KERNELS, Kernel, KernelRequirements, SoftmaxParams, choose_kernel
 from dtensor_ring.placements import SequencePlacement
@@ -72,6 +72,7 @@ class Row:
     def line(self) -> str:
         """As the table prints it."""
         start = f"{self.who:<23}{self.case:<14}{self.layout:<18}{self.strategy:<8}{self.tokens:>7} {self.heads:<6}{self.kernel:<13}"
+        start += f"{self.link:<17}"
         if self.wrong:
             return f"{start} WRONG: {self.wrong}"
         pairs = f"{self.ratio[0]:>7.3f}{self.ratio[1]:>7.3f}{self.ms[0]:>9.3f}{self.ms[1]:>9.3f}"
@@ -81,8 +82,8 @@ class Row:
 
 
 HEADER = (
-    f"{'who':<23}{'case':<14}{'layout':<18}{'strategy':<8}{'tokens':>7} {'heads':<6}{'kernel':<13}{'fwd':>7}{'f+b':>7}{'fwd ms':>9}"
-    f"{'f+b ms':>9}{'TFLOP/s':>10}{'errors':>12}{'peak':>7}{'sent':>8}"
+    f"{'who':<23}{'case':<14}{'layout':<18}{'strategy':<8}{'tokens':>7} {'heads':<6}{'kernel':<13}{'link':<17}{'fwd':>7}{'f+b':>7}"
+    f"{'fwd ms':>9}{'f+b ms':>9}{'TFLOP/s':>10}{'errors':>12}{'peak':>7}{'sent':>8}"
 )
 
 
@@ -99,6 +100,12 @@ class Bench:
     def __init__(self, mesh: DeviceMesh, watch: Stopwatch, dtype: torch.dtype, check_tokens: int = 256) -> None:
         self.mesh, self.watch, self.dtype, self.check_tokens = mesh, watch, dtype, check_tokens
         self.rank, self.device = mesh.get_local_rank(), watch.device
+        self.link = self.backend = dist.get_backend(mesh.get_group())
+
+    def over(self, transport: TransportName | None) -> None:
+        """Let what is ours travel over a transport from now on; None is the library's choice."""
+        use_transport(self.mesh, transport)
+        self.link = transport if transport not in (None, "process_group") else self.backend
 
     def ours(self, case: Case, kernel: Kernel) -> Row:
         """Measure ring_attention on DTensors made from this rank's shares."""
@@ -114,7 +121,7 @@ class Bench:
 
     def measure(self, case: Case, kernel: Kernel, who: str, session: Session) -> Row:
         """Check, then time, in turns with the kernel alone."""
-        heads, link = f"{case.heads}:{case.kv_heads}", dist.get_backend(self.mesh.get_group())
+        heads, link = f"{case.heads}:{case.kv_heads}", self.link if who == OURS else self.backend
         start = (
             who,
             case.name,
@@ -249,8 +256,10 @@ def run(options: argparse.Namespace, mesh: DeviceMesh, device: torch.device) -> 
     peers_seen = set()
     for case in cases_of(options, mesh.size(), need):
         kernel = choose_kernel(case.kernel, need)
-        rows.append(bench.ours(case, kernel))
-        report(rows[-1].line())
+        for transport in options.transports:
+            bench.over(transport)
+            rows.append(bench.ours(case, kernel))
+            report(rows[-1].line())
         alike = replace(case, layout="", strategy=None, stages=None, target="")
         for peer in () if alike in peers_seen else usable:
             for row in bench.peer(case, kernel, peer):
@@ -312,6 +321,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--strategies", nargs="+", choices=("ring", "gather", "ulysses"), help="left out: the library's choice")
     parser.add_argument("--stages", type=int, nargs="+", help="of ring; left out: the library's choice")
     parser.add_argument("--kernels", nargs="+", help="left out: the library's choice")
+    parser.add_argument("--transports", nargs="+", default=[None], choices=tuple(TRANSPORTS), help="left out: the library's choice")
     parser.add_argument("--check-tokens", type=int, default=256, help="tokens a rank in the comparison with float64")
     parser.add_argument("--rounds", type=int, default=5, help="blocks of each call, in turns")
     parser.add_argument("--block", type=float, default=40.0, help="milliseconds of a block of calls")

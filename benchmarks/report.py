@@ -121,14 +121,26 @@ def _emulated_row(row: Run) -> Sequence[str]:
 
 
 def _ranks(runs: Sequence[Run]) -> str:
-    header = ("who", "case", "layout", "strategy", "tokens a rank", "heads", "kernel", "ratio forward; both", "ms", "TFLOP/s")
+    header = (
+        "who",
+        "case",
+        "layout",
+        "strategy",
+        "tokens a rank",
+        "heads",
+        "kernel",
+        "link",
+        "ratio forward; both",
+        "ms",
+        "TFLOP/s",
+    )
     header += ("peak MiB", "sent MiB")
     return per_run("attention", runs, header, _ranks_row)
 
 
 def _ranks_row(row: Run) -> Sequence[str]:
     kernel = row["kernel"] if row["who"] == OURS else "its own"  # what a row of others names is that of the ideal
-    start = row["who"], row["case"], row["layout"], row["strategy"], str(row["tokens"]), row["heads"], kernel
+    start = row["who"], row["case"], row["layout"], row["strategy"], str(row["tokens"]), row["heads"], kernel, row["link"]
     if row["wrong"]:
         return *start, f"wrong: {row['wrong']}", *[""] * 4
     pairs = pair(row["ratio"], row["digits"]), pair(row["ms"], 2), pair(row["tflops"], 0)
@@ -179,9 +191,9 @@ def _beside(runs: Sequence[Run]) -> str:
         for row in run["rows"] if run["benchmark"] == "attention" else ():
             for twin in emulated.get(_measured_alike(run, row), ()):
                 parts = (f"{real / alone - 1:+.1%}" for real, alone in zip(row["ratio"], twin["ratio"], strict=True))
-                start = f"{row['case']}, {row['layout']}, {row['strategy']}", str(row["world"]), twin["link"]
+                start = f"{row['case']}, {row['layout']}, {row['strategy']}", str(row["world"]), row["link"], twin["link"]
                 lines.append((*start, pair(row["ratio"], 3), pair(twin["ratio"], 3), "; ".join(parts)))
-    header = ("", "ranks", "emulated link", "real ratio forward; both", "emulated", "real over emulated")
+    header = ("", "ranks", "link", "emulated link", "real ratio forward; both", "emulated", "real over emulated")
     return table(header, lines) if lines else NOTHING
 
 
