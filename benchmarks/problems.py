@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import Tensor
 
@@ -12,7 +10,7 @@ from benchmarks.timing import Call
 from dtensor_ring.comm import Transport
 from dtensor_ring.ops.executors.plan_executor import Executor
 from dtensor_ring.ops.executors.step_streams import StepStreams
-from dtensor_ring.ops.kernels import Block, Kernel, Saved, SoftmaxParams
+from dtensor_ring.ops.kernels import Kernel, Saved, SoftmaxParams
 from dtensor_ring.planning.costs import AttentionShape
 from dtensor_ring.planning.devices import KNOWN
 from dtensor_ring.planning.documents import Documents
@@ -69,20 +67,23 @@ def kernels_of(case: Case, transport: Transport, kernel: Kernel, device: torch.d
     out, lse = executor.forward(q, *pair(own, case.kv_heads))
     keys, block_of = [pair(step.key_count, case.kv_heads) for step in todo.steps], executor._blocks(q, 0)
 
-    def walk(order: Sequence[int], act: Callable[[int, KernelCall, Block], object]) -> None:
-        with StepStreams(todo, q, kernel.name, begun=False) as streams:
-            for index in order:
-                with streams.of_step(index):
-                    for number, call in enumerate(todo.steps[index].calls):
-                        act(index, call, block_of(index, number))
-
     def forward() -> None:
-        walk(executor.forward_order, lambda index, call, block: executor._forward_call(q, *keys[index], call, block))
+        with StepStreams(todo, q, kernel.name, begun=False) as streams:
+            for index in executor.forward_order:
+                calls = todo.steps[index].calls
+                with streams.of_step(index):
+                    streams.divide(index, len(calls))
+                    for number, call in enumerate(calls):
+                        with streams.of_call(index, number):
+                            executor._forward_call(q, *keys[index], call, block_of(index, number))
 
     def both() -> None:
         forward()
-        saved = [Saved(q, *each, out, lse) for each in keys]
-        walk(executor.backward_order, lambda index, call, block: executor._backward_call(saved[index], dout, call, block))
+        with StepStreams(todo, q, kernel.name, begun=False) as streams:
+            for index in executor.backward_order:
+                with streams.of_step(index):
+                    for number, call in enumerate(todo.steps[index].calls):
+                        executor._backward_call(Saved(q, *keys[index], out, lse), dout, call, block_of(index, number))
 
     return forward, both
 

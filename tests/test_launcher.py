@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dtensor_ring.ops.executors.launcher import Launcher
+from dtensor_ring.ops.launcher import Launcher
 
 
 class Kernel:

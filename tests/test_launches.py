@@ -24,7 +24,7 @@ from dtensor_ring.planning.schedule import Plan, plan
 
 LOCAL, HEADS, DIM = 64, 4, 8
 LAUNCHES_NOTHING = {"aten::view", "aten::slice.Tensor", "aten::transpose.int", "aten::split_with_sizes", "aten::split.Tensor"}
-LAUNCHES_NOTHING |= {"aten::detach", "aten::alias", "aten::empty.memory_format"}
+LAUNCHES_NOTHING |= {"aten::select.int", "aten::unsqueeze", "aten::detach", "aten::alias", "aten::empty.memory_format"}
 
 
 class Launches(TorchDispatchMode):

@@ -17,7 +17,7 @@ from dtensor_ring.planning.problem import AttentionProblem
 from dtensor_ring.planning.schedule import plan
 
 LENGTH, HEADS, DIM = 12, 4, 8
-VIEWS = {"aten::view", "aten::transpose.int", "aten::slice.Tensor"}
+VIEWS = {"aten::view", "aten::transpose.int", "aten::slice.Tensor", "aten::select.int", "aten::unsqueeze"}
 
 
 class PreparedKernel(Kernel):

@@ -48,7 +48,7 @@ def test_a_pass_on_a_cpu_stays_where_it_is():
         assert not streams.are_two
 
 
-CASES = {
+CASES: dict[str, dict] = {
     "zigzag": {},
     "contiguous": {},
     "zigzag/documents": {"documents": Documents.from_lengths([5000, 70, 3000, 1001, 145])},
@@ -65,8 +65,11 @@ def test_two_streams_give_the_bits_of_one(layout, world, monkeypatch):
         made = []
         streams = torch.cuda.Stream
         monkeypatch.setattr(torch.cuda, "Stream", lambda *options, **named: made.append(named) or streams(*options, **named))
+        divided, divide = [], StepStreams.divide
+        monkeypatch.setattr(StepStreams, "divide", lambda self, *step: divide(self, *step) or divided.append(self._is_divided))
         two = [run_loopback(case, layout, world, "ring", "torch_flash", 1)[0] for _ in range(3)]
         assert {"priority": -1} in made, "no second stream was made"
+        assert any(divided) == (world == 4 and layout != "contiguous"), "ranks between others have two calls on their keys"
         monkeypatch.setattr(step_streams, "_FEWEST", 1 << 40)
         one = run_loopback(case, layout, world, "ring", "torch_flash", 1)[0]
     finally:
@@ -77,18 +80,20 @@ def test_two_streams_give_the_bits_of_one(layout, world, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_memory_that_is_used_again_at_once_changes_no_result():
-    case = make_case(8192, dim=64, batch=1, dtype=torch.bfloat16, device="cuda")
+@pytest.mark.parametrize(("layout", "world"), [("zigzag", 2), ("zigzag/documents", 4)])
+def test_memory_that_is_used_again_at_once_changes_no_result(layout, world):
+    case = make_case(4096 * world, dim=64, batch=1, dtype=torch.bfloat16, device="cuda")
+    case.documents = Documents.from_lengths([9000, 7384]) if world == 4 else None
     torch.use_deterministic_algorithms(True)
     try:
-        first = run_loopback(case, "zigzag", 2, "ring", "torch_flash", 1)[0]
+        first = run_loopback(case, layout, world, "ring", "torch_flash", 1)[0]
         for turn in range(40):
             # What the passes gave back is taken and overwritten while the GPU is far behind the host.
             torch.cuda._sleep(2_000_000 * (turn % 3))
             taken = [
                 torch.full((1, 4096 >> turn % 4, 4, 64), float("nan"), dtype=torch.bfloat16, device="cuda") for _ in range(turn % 7)
             ]
-            found = run_loopback(case, "zigzag", 2, "ring", "torch_flash", 1)[0]
+            found = run_loopback(case, layout, world, "ring", "torch_flash", 1)[0]
             del taken
             for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), found, first, strict=True):
                 assert torch.equal(a, b), f"{name} of turn {turn}"

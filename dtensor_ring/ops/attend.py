@@ -20,11 +20,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
-from dtensor_ring._torch import Version, below_autograd, dtensor_with, has_tangent, local_of, replicated, spec_of
+from dtensor_ring._torch import Version, dtensor_with, has_tangent, local_of, replicated, spec_of
 from dtensor_ring.ops.operator import (
     NO_GRADIENT_OF_LSE,
     attention,
-    attention_backward,
+    attention_backward_here,
+    attention_here,
     placed_as,
     refuse_second_gradient,
     without_gradient_of_lse,
@@ -62,8 +63,7 @@ def _local(inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 def _run(local: Sequence[Tensor | None], prepared: Prepared) -> tuple[Tensor, Tensor, Tensor]:
     """Out, lse and replay, from this rank's q, k, v and sinks."""
-    with below_autograd():
-        return attention(*local, *prepared[1:])
+    return attention_here(*local, *prepared[1:])
 
 
 def _placed(q: Tensor, v: Tensor, out: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -124,8 +124,7 @@ def _gradients(
     if isinstance(dout, DTensor):
         assert isinstance(q, DTensor), "out is placed as q"
         dout = local_of(placed_as(dout, q.placements, saved[-1]))
-    with below_autograd():
-        dq, dk, dv, dsinks = attention_backward(dout, *_local(inputs), *saved, *rest)
+    dq, dk, dv, dsinks = attention_backward_here(dout, *_local(inputs), *saved, *rest)
     if isinstance(q, DTensor) and isinstance(k, DTensor) and isinstance(v, DTensor):
         dq, dk, dv = _wrapped_as(q, dq), _wrapped_as(k, dk), _wrapped_as(v, dv)
         if isinstance(sinks, DTensor):  # each rank has the part of its own queries

@@ -26,7 +26,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor
 
-from dtensor_ring._torch import OUTSIDE_OF_GRAPHS, is_capturing, lasting, local_of, named_in_profiles
+from dtensor_ring._torch import OUTSIDE_OF_GRAPHS, below_autograd, is_capturing, lasting, local_of, named_in_profiles
+from dtensor_ring._torch_dispatch import is_unobserved
 from dtensor_ring._torch_groups import resolve_group
 from dtensor_ring.cache import cached
 from dtensor_ring.captures import check_not_capturing
@@ -69,6 +70,18 @@ def attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
 def attention_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: ANN401
     """The operator of the gradients: dq, dk, dv and dsinks."""
     return torch.ops.dtensor_ring.attention_backward.default(*arguments)
+
+
+def attention_here(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
+    """As `attention`, inside autograd functions: past the dispatcher where nobody would see the operator there."""
+    with below_autograd():
+        return (_attention if is_unobserved(arguments[:5]) else attention)(*arguments)
+
+
+def attention_backward_here(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: ANN401
+    """As `attention_backward`, inside autograd functions: past the dispatcher where nobody would see the operator there."""
+    with below_autograd():
+        return (_attention_backward if is_unobserved(arguments[:9]) else attention_backward)(*arguments)
 
 
 def without_gradient_of_lse(dout: Tensor, dlse: Tensor) -> Tensor:

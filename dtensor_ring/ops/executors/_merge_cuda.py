@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from dtensor_ring.ops.executors.launcher import Launcher
 from dtensor_ring.ops.executors.parts import MOST_OUTPUTS, OutputPart, Rests
+from dtensor_ring.ops.launcher import Launcher
 
 
 def fused_merge_(

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dtensor_ring.ops.executors.launcher import Launcher
 from dtensor_ring.ops.executors.parts import MOST_GRADIENTS, GradPart, Indexed, Tensors
+from dtensor_ring.ops.launcher import Launcher
 
 
 def fused_add_up(

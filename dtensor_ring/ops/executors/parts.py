@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from dtensor_ring.ops.launcher import has_triton
 
 Tensors = tuple[Tensor, ...]
 MOST_OUTPUTS = 2  # blocks that one merge takes in
@@ -75,10 +75,4 @@ class Indexed(NamedTuple):
 
 def is_fused(x: Tensor) -> bool:
     """Whether sums of such tensors are computed by one Triton kernel each, and not by PyTorch's operators."""
-    return x.is_cuda and x.dtype != torch.float64 and _has_triton()
-
-
-# Asked in every sum, and each time the import system would search the whole path.
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    return x.is_cuda and x.dtype != torch.float64 and has_triton()

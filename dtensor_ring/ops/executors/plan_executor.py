@@ -116,10 +116,12 @@ class Executor(AttentionExecutor):
                 calls = self.plan.steps[index].calls
                 with streams.of_step(index):
                     keys = visits.keys(index)
+                    streams.divide(index, len(calls))
                     with visits.computing(index):
-                        for number, call in enumerate(calls, 1):
-                            part = self._forward_call(q_BSHD, *keys, call, block_of(index, number - 1))
-                            total.add(part, more=streams.are_two or number < len(calls))
+                        for number, call in enumerate(calls):
+                            with streams.of_call(index, number):
+                                part = self._forward_call(q_BSHD, *keys, call, block_of(index, number))
+                            total.add(part, more=streams.are_two or number + 1 < len(calls))
         return total.result()
 
     def backward(

@@ -1,16 +1,19 @@
 """Two streams for the calls of a plan of two steps: one for this rank's own keys, one for those of other ranks.
 
-    one stream     [own keys  ########..][keys of others  ##########...]     . multiprocessors that have nothing left to do
-    two streams    [own keys  ########[keys of others  ##########..]
+    one stream     [own keys  ########..][keys of others  ##########...][more calls on them  ######...]
+    two streams    [own keys  ########[more calls on them  ######...]           . multiprocessors that have nothing left to do
+                               [keys of others  ##########..]
 
 A kernel ends when its longest block of queries ends. Until then most multiprocessors of the GPU idle: up to a fifth of the time of
 a call on packed documents, whose lengths differ most. Calls on two streams fill each other's ends. The stream of other ranks' keys
 goes first where both have work: its blocks are the longer ones, and short ones fill gaps best; and in the backward pass its
-gradients travel while the own keys' are still computed.
+gradients travel while the own keys' are still computed. In the forward pass, which begins with the own keys, their stream has
+nothing to do once these are computed: of several calls on other ranks' keys it takes all but the first.
 
-Memory is safe by three rules. The second stream, which passes of one thread alone use, waits at its beginning for all that the
+Memory is safe by four rules. The second stream, which passes of one thread alone use, waits at its beginning for all that the
 first was given so far, so that what it allocates is free. All that belongs to the step of other ranks' keys is allocated there,
-from its fetch on. And the first stream waits for the second before it reads what was computed there, and before the pass ends.
+from its fetch on. The first stream waits for the second before it reads what was computed there, and before the pass ends. And
+where the first has read other ranks' keys, the second waits for it before the pass ends, after which their memory is free.
 """
 
 from __future__ import annotations
@@ -71,7 +74,7 @@ class StepStreams(AbstractContextManager["StepStreams"]):
         begun: whether its keys are coming already, which were then asked for on the first stream and stay there.
     """
 
-    __slots__ = ("_first", "_is_joined", "_of_others", "_second")
+    __slots__ = ("_first", "_is_divided", "_is_joined", "_of_others", "_of_own", "_second")
 
     def __init__(self, todo: Plan, like: Tensor, kernel: str, *, begun: bool) -> None:
         self._second: torch.cuda.Stream | None = None
@@ -84,8 +87,8 @@ class StepStreams(AbstractContextManager["StepStreams"]):
         # A second stream of each first one: two passes on streams of their own must not wait for each other.
         self._second = _second_stream(self._first)
         self._second.wait_stream(self._first)
-        self._of_others = _Current(self._second, self._first)
-        self._is_joined = False
+        self._of_others, self._of_own = _Current(self._second, self._first), _Current(self._first, self._second)
+        self._is_joined = self._is_divided = False
 
     @property
     def are_two(self) -> bool:
@@ -99,6 +102,16 @@ class StepStreams(AbstractContextManager["StepStreams"]):
         self._is_joined = False
         return self._of_others
 
+    def divide(self, index: int, calls: int) -> None:
+        """Let both streams take calls on a step's keys, which have come on its own stream, where there are several."""
+        if self._second is not None and index and calls > 1:
+            self._first.wait_event(self._second.record_event())
+            self._is_divided = True
+
+    def of_call(self, index: int, number: int) -> AbstractContextManager[object]:
+        """What makes the stream of a call the current one, inside of `of_step` and after `divide`."""
+        return self._of_own if self._second is not None and index and number else _UNCHANGED
+
     def join(self) -> None:
         """Make the first stream wait for what the second was given so far."""
         if self._second is not None and not self._is_joined:
@@ -109,6 +122,8 @@ class StepStreams(AbstractContextManager["StepStreams"]):
     def __exit__(self, kind: type[BaseException] | None, failure: BaseException | None, trace: TracebackType | None) -> None:
         # In an error too: the caller may free what the second stream still reads.
         self.join()
+        if self._second is not None and self._is_divided:
+            self._second.wait_stream(self._first)
 
 
 def _second_stream(first: torch.cuda.Stream) -> torch.cuda.Stream:

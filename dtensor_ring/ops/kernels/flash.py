@@ -21,6 +21,7 @@ from typing_extensions import override
 from dtensor_ring._torch import constant_when_compiled
 from dtensor_ring.ops.kernels.base import Kernel, KernelRequirements, has_no
 from dtensor_ring.ops.kernels.block import Block, Gradients, Result, Saved
+from dtensor_ring.ops.launcher import has_triton
 
 
 def is_causal(window: tuple[int, int]) -> bool:
@@ -146,6 +147,19 @@ def drawn(device: torch.device, block: Block) -> Tensor | None:
     return state
 
 
+def without_keys(out_THD: Tensor, lse_HT: Tensor) -> Tensor:
+    """The lse with -inf for tokens without keys, for which a kernel gave +inf; it may be the same tensor, changed.
+
+    A merge would give a block whose lse is +inf all the weight, and its zeros would replace what other blocks computed. The out of
+    such tokens is 0. That of sums that are NaN, which have that lse too, is NaN, and so is their lse then.
+    """
+    if lse_HT.is_cuda and has_triton():
+        from dtensor_ring.ops.kernels._without_keys_cuda import fused_without_keys_
+
+        return fused_without_keys_(out_THD, lse_HT)
+    return torch.where(lse_HT == math.inf, out_THD[..., 0].transpose(0, 1) - math.inf, lse_HT)
+
+
 class FlashKernel(Kernel):
     """A kernel whose package takes dense and varlen blocks; out and gradients come back in the input dtype, lse in float32."""
 
@@ -167,9 +181,7 @@ class FlashKernel(Kernel):
         # Only a varlen block has tokens without keys: those in no segment. Where each is in one, looking would cost four launches.
         if block.varlen is None or not block.varlen.has_idle_queries:
             return Result(out, lse)
-        # A merge would give a block whose lse is +inf all the weight, and its zeros would replace what other blocks computed. The
-        # out of such tokens is 0. That of sums that are NaN is NaN, and so is their lse then.
-        return Result(out, torch.where(lse == math.inf, out[..., 0].transpose(0, 1) - math.inf, lse))
+        return Result(out, without_keys(out, lse))
 
     @override
     def backward(self, saved: Saved, dout: Tensor, block: Block) -> Gradients:

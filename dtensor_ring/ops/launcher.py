@@ -8,12 +8,21 @@ short, or the launch goes Triton's way; then dtypes and constants alone say whic
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor
 
 _GRAIN = 16  # bytes; allocations, and parts of whole heads in 16 bits, begin at multiples
 _MOST = (1 << 31) - 1  # what Triton passes in 32 bits
+
+
+# Asked in every sum, and each time the import system would search the whole path.
+@cache
+def has_triton() -> bool:
+    """Whether there is a Triton, which modules of kernels need when they are imported."""
+    return find_spec("triton") is not None
 
 
 class Launcher:
