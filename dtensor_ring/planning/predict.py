@@ -87,6 +87,14 @@ def beside(own: Leg, others: Leg) -> float:
     return max(gpu, computed + others.give_back) + others.add
 
 
+def won_beside(calls: Sequence[float], longest: float) -> float:
+    """What is won where the calls of a step run beside each other: each but one fills half of a longest row, if it has as much.
+
+    Forward, two streams share the calls on other ranks' keys.
+    """
+    return sum(min(longest, seconds) / 2 for seconds in sorted(calls)[:-1])
+
+
 @dataclass(frozen=True, slots=True)
 class Predictor:
     """Times of plans on one kind of machine.
@@ -147,12 +155,17 @@ class Predictor:
 
     def _forward(self, each: Plan, index: int, *, at_once: bool) -> Leg:
         step, many = each.steps[index], each.calls > 1
-        seconds = self.model.step * 1e-9 + self._arrival(each, index)
+        longest, of_calls = (
+            self._longest(step, self.speed.forward),
+            [self.call(call, self.speed.forward, each) for call in step.calls],
+        )
+        seconds = self.model.step * 1e-9 + self._arrival(each, index) + sum(of_calls)
+        if at_once and index:
+            seconds -= won_beside(of_calls, longest)
         for number, call in enumerate(step.calls):
-            seconds += self.call(call, self.speed.forward, each)
             if many and (index or number):
                 seconds += self.merging(_queries(call, each, self.shape.batch), each.q_parts > 2 and not at_once)
-        return Leg(self._transfer(each, index, self.shape.itemsize), seconds, longest=self._longest(step, self.speed.forward))
+        return Leg(self._transfer(each, index, self.shape.itemsize), seconds, longest=longest)
 
     def _backward(self, each: Plan, index: int) -> Leg:
         step, shape = each.steps[index], self.shape

@@ -16,7 +16,7 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from dtensor_ring.planning.cost_model import BLOCK, Link, Work
-from dtensor_ring.planning.predict import Leg, Predictor, Seconds
+from dtensor_ring.planning.predict import Leg, Predictor, Seconds, won_beside
 from dtensor_ring.planning.problem import AttentionProblem
 from dtensor_ring.planning.runs import cut
 from dtensor_ring.planning.schedule import CALLS_OF_TWO_STREAMS, KERNELS_OF_TWO_STREAMS
@@ -273,11 +273,12 @@ def _computed(share: Share, predictor: Predictor, brought: tuple[int, float, flo
     work, batch, speed = Work(rows, 0, columns, blocks, columns), predictor.shape.batch, predictor.speed
     key_bytes = keys * _key_bytes(predictor)
     moved = start + (predictor.copying(4 * key_bytes) if size > 1 else 0.0)  # put in order, and taken out for others
-    is_wide = (stages > 1 or share.calls > 1) and not _is_on_two_streams(share, predictor, stages)
-    merged = predictor.merging(int(touched), is_wide)
+    is_two = _is_on_two_streams(share, predictor, stages)
+    merged = predictor.merging(int(touched), (stages > 1 or share.calls > 1) and not is_two)
     summed = predictor.copying(3 * touched * _query_bytes(predictor))
-    once, again = (calls * predictor.timed(work, batch, each) + moved for each in (speed.forward, speed.backward))
-    return once + merged, again + summed, predictor.copying(4 * key_bytes)
+    once, again = (predictor.timed(work, batch, each) for each in (speed.forward, speed.backward))
+    won = won_beside([once] * calls, predictor.row(columns, speed.forward)) if is_two else 0.0
+    return calls * once - won + moved + merged, calls * again + moved + summed, predictor.copying(4 * key_bytes)
 
 
 def _query_bytes(predictor: Predictor) -> int:
