@@ -246,7 +246,7 @@ def test_modules_keep_nothing_that_grows_in_a_cache_without_a_limit_in_bytes():
         "_register.py",
         "ops/kernels/flash.py",
         "ops/kernels/flash_attn_3.py",
-        "ops/executors/parts.py",
+        "ops/launcher.py",
         "ops/operator.py",
         "comm/process_group.py",
     }
