@@ -141,13 +141,15 @@ class Echo(Transport):
     def connect(cls, need):
         raise AssertionError("made by tests")
 
-    def _beside(self, copy_all: Callable[[], Tensor | None]) -> Pending:
+    def _beside(self, copy_all: Callable[[], Tensor | None], *sent: Tensor) -> Pending:
+        kept = list(sent)  # until they have been read: memory given back before would be another tensor's while the copy runs
         self.side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.side):
             result = copy_all()
 
         def finish():
             torch.cuda.current_stream().wait_stream(self.side)
+            kept.clear()
             return result
 
         return Pending(finish)
@@ -161,13 +163,13 @@ class Echo(Transport):
                     sent = sends[number % len(sends)].tensor.reshape(-1)[: len(whole)]
                     whole[: len(sent)].copy_(sent)
 
-        return self._beside(echo)
+        return self._beside(echo, *(message.tensor for message in sends))
 
     def _all_gather(self, tensor):
-        return self._beside(lambda: torch.stack([tensor, tensor / 2]))
+        return self._beside(lambda: torch.stack([tensor, tensor / 2]), tensor)
 
     def _reduce_scatter(self, tensor):
-        return self._beside(lambda: tensor[0] + tensor[1])
+        return self._beside(lambda: tensor[0] + tensor[1], tensor)
 
     def _all_reduce(self, tensor, op):
         return tensor * 2

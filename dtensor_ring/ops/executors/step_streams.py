@@ -78,6 +78,7 @@ class StepStreams(AbstractContextManager["StepStreams"]):
 
     def __init__(self, todo: Plan, like: Tensor, kernel: str, *, begun: bool) -> None:
         self._second: torch.cuda.Stream | None = None
+        self._is_joined = self._is_divided = False
         if begun or not like.is_cuda or like.shape[0] * like.shape[1] < _FEWEST or not todo.is_on_two_streams(kernel):
             return
         device = like.get_device()
@@ -88,7 +89,6 @@ class StepStreams(AbstractContextManager["StepStreams"]):
         self._second = _second_stream(self._first)
         self._second.wait_stream(self._first)
         self._of_others, self._of_own = _Current(self._second, self._first), _Current(self._first, self._second)
-        self._is_joined = self._is_divided = False
 
     @property
     def are_two(self) -> bool:
