@@ -125,12 +125,12 @@ def test_replays_read_what_left_the_caches(mesh):
 
 
 class Echo(Transport):
-    """Rank 0 of two whose peer sends what it is sent, on a stream of its own, as NCCL does."""
+    """A rank, 0 of two by default, whose peers send what they are sent, on a stream of its own, as NCCL does."""
 
     name = "echo"
 
-    def __init__(self) -> None:
-        super().__init__(0, 2)
+    def __init__(self, rank: int = 0, world: int = 2) -> None:
+        super().__init__(rank, world)
         self.side = torch.cuda.Stream()
 
     @classmethod
@@ -189,6 +189,23 @@ def test_replays_of_a_plan_with_transfers_read_what_left_the_caches(layout, stra
         return [out, lse, *executor.backward(Saved(q, k, v, out, lse), dout)]
 
     check_replays(act, make_inputs, forget_everything)
+
+
+@pytest.mark.parametrize("documents", [None, (5000, 3192)])
+def test_replays_of_calls_on_other_ranks_keys_that_two_streams_share(documents):
+    """A rank between others has two calls on their keys: the capture ends with both streams joined."""
+    tokens, bounds = 2048, documents and Documents.from_lengths(documents)
+    layout = Layout.parse("zigzag/documents" if documents else "zigzag")
+    todo = plan(AttentionProblem(layout, Band(0), 4 * tokens, 4 * tokens, 4, "ring", bounds, 1), 1)
+    assert todo.is_on_two_streams("torch_flash")
+    assert len(todo.steps[1].calls) == 2
+    executor = Executor(todo, Echo(1, 4), KERNELS["torch_flash"], SoftmaxParams(0.125))
+
+    def act(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
+        out, lse = executor.forward(q, k, v)
+        return [out, lse, *executor.backward(Saved(q, k, v, out, lse), dout)[:3]]
+
+    check_replays(act, lambda: make_inputs(tokens=tokens))
 
 
 def test_what_cannot_be_captured_is_refused_by_name_and_can_be_captured_after_a_call(mesh):
