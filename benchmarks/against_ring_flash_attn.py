@@ -7,7 +7,8 @@
 
 Errors are rms (and largest) differences to attention in float64 of out, lse, dq, dk, dv over all ranks; "kernel" is flash-attn on
 one device. The shapes are those that ring-flash-attn tests itself on, and its benchmark's. Both are timed in turns, forward, and
-forward with backward; what is prepared once a batch is not timed. llama3 runs with one key head at a time and with all. cuDNN,
+forward with backward; what is prepared once a batch is not timed. llama3 runs with heads_k_stride=1 and
+with that of all key heads, and with 1 once more where ours too gathers no more at a time, as it does for longer sequences. cuDNN,
 which is the default of our dense functions on Hopper, is left out, so that both compute by FlashAttention-2. Exit status 1 if an
 error of ours is larger in rms than theirs, or if a function of ours raises.
 """
@@ -19,10 +20,12 @@ import importlib
 import statistics
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -31,6 +34,7 @@ from torch import Tensor
 from benchmarks.record import device_name, facts, save
 from benchmarks.timing import Call, Effort, Stopwatch, join_ranks, ratio
 from dtensor_ring import functional, ring_attention
+from dtensor_ring.functional import llama3
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout
 
@@ -98,7 +102,8 @@ class Timed:
 
     Attributes:
         function: its family.
-        key_heads: that llama3 gathers at a time; None for others.
+        key_heads: `heads_k_stride` of llama3; None for others.
+        no_more: whether ours gathers no more heads at a time than that.
         tokens: a rank.
         heads: of queries and keys.
         ms: of each package that ran, milliseconds of forward, and of forward and backward, of the slowest rank.
@@ -113,10 +118,12 @@ class Timed:
     ms: dict[str, tuple[float, float]] = field(default_factory=dict)
     ratio: tuple[float, float] | None = None
     wrong: dict[str, str] = field(default_factory=dict)
+    no_more: bool = False
 
     def lines(self) -> str:
         """As the table prints it."""
         name = self.function if self.key_heads is None else f"{self.function}, key heads: {self.key_heads}"
+        name += ", no more" * self.no_more
         parts = [f"{who} {fwd:.3f}; {both:.3f} ms" for who, (fwd, both) in self.ms.items()]
         parts += [f"{who} WRONG: {why}" for who, why in self.wrong.items()]
         return f"{name:<48}" + "  ".join([*parts, *([f"{self.ratio[0]:.3f}; {self.ratio[1]:.3f}"] if self.ratio else [])])
@@ -160,12 +167,16 @@ class Comparison:
                 self.put(row, who, wanted, found)
         return row
 
-    def race(self, family: str, key_heads: int | None, tokens: int) -> Timed:
+    def race(self, family: str, key_heads: int | None, tokens: int, *, no_more: bool = False) -> Timed:
         """Forward, and forward with backward, of both in turns."""
+        with patch.object(llama3, "AT_ONCE", 0) if no_more else nullcontext():
+            return self._race(Timed(family, key_heads, tokens, f"{RACED[0]}:{RACED[1]}", no_more=no_more))
+
+    def _race(self, row: Timed) -> Timed:
+        family, key_heads, tokens = row.function, row.key_heads, row.tokens
         bounds = None if "varlen" not in family else tuple(tokens * self.world * i // 8 for i in range(9))
         *leaves, dout = self.inputs(RACED, tokens, torch.bfloat16)
         leaves = [x.requires_grad_() for x in leaves]
-        row = Timed(family, key_heads, tokens, f"{RACED[0]}:{RACED[1]}")
         calls: dict[str, tuple[Call, Call]] = {}
         for who, package in self.having(family).items():
             try:
@@ -276,8 +287,8 @@ def run(options: argparse.Namespace, packages: dict[str, Package], device: torch
             for heads in COMPARED:
                 add(bench.compare(family, dtype, heads))
     for family in options.functions if options.tokens else ():
-        for key_heads in (1, RACED[1]) if "llama3" in family else (None,):
-            add(bench.race(family, key_heads, options.tokens))
+        for key_heads, no_more in ((1, False), (1, True), (RACED[1], False)) if "llama3" in family else ((None, False),):
+            add(bench.race(family, key_heads, options.tokens, no_more=no_more))
     return rows
 
 

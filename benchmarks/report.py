@@ -148,13 +148,13 @@ def _ranks_row(row: Run) -> Sequence[str]:
 
 
 def _drop_in(runs: Sequence[Run]) -> str:
-    header = ("function", "key heads at a time", "tokens a rank", "heads", *(f"{who}: ms forward; both" for who in BOTH))
+    header = ("function", "heads_k_stride", "tokens a rank", "heads", *(f"{who}: ms forward; both" for who in BOTH))
     timed = [{**run, "rows": [row for row in run["rows"] if "ms" in row]} for run in runs if run["benchmark"] == DROP_IN]
     return per_run(DROP_IN, timed, (*header, "their time over ours"), _drop_in_row)
 
 
 def _drop_in_row(row: Run) -> Sequence[str]:
-    key_heads = "" if row["key_heads"] is None else str(row["key_heads"])
+    key_heads = "" if row["key_heads"] is None else f"{row['key_heads']}{', no more' * row.get('no_more', False)}"
     times = (f"wrong: {row['wrong'][who]}" if who in row["wrong"] else pair(row["ms"].get(who), 2) for who in BOTH)
     return f"`{row['function']}`", key_heads, str(row["tokens"]), row["heads"], *times, pair(row["ratio"], row["digits"])
 

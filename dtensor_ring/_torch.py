@@ -1,7 +1,7 @@
 """Every private PyTorch name this package uses, each with the reason, and what would let us drop it.
 
-Nothing else imports one, but for `_torch_groups` and `_torch_symmetric`. Ran on torch 2.11 and 2.13. Features are asked for by
-name, once, here; versions are not compared.
+Nothing else imports one, but for `_torch_dispatch`, `_torch_groups` and `_torch_symmetric`. Ran on torch 2.11 and 2.13. Features
+are asked for by name, once, here; versions are not compared.
 """
 
 from __future__ import annotations

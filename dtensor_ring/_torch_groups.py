@@ -38,7 +38,7 @@ def exchange_in_one(
     message and checks and looks up its group twice. Gone once that is fast.
     """
     group._start_coalescing(device)
-    if len(sends) + len(receives) > _FEW:
+    if len(sends) + len(receives) > _FEW and _sends_pairwise(group, device):
         for out, into in _rounds(group, device, sends, receives):
             group.alltoall(into, out)
     else:
@@ -47,6 +47,14 @@ def exchange_in_one(
         for tensor, peer in receives:
             group.recv([_real(tensor)], peer, 0)
     return group._end_coalescing(device)
+
+
+def _sends_pairwise(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether an all-to-all over a group is nothing but messages between pairs, so that each rank issues the ones that it has.
+
+    Elsewhere it is a collective in which every rank must take part: under TORCH_DISTRIBUTED_DEBUG=DETAIL all ranks are compared.
+    """
+    return type(group._get_backend(device)) is getattr(dist, "ProcessGroupNCCL", None)
 
 
 _FEW = 4  # messages up to which each by itself takes the host no longer than an all-to-all for the first ones, and the next ones

@@ -20,9 +20,7 @@ if __name__ == "__main__":
         out, lse = made(*case)
         wanted = without_keys(out, lse)
         assert wanted is not lse, "the portable code leaves what it is given"
-        kept = lse.clone()
         found = fused_without_keys_(out, lse)
         assert torch.equal(found, wanted) or torch.equal(found.nan_to_num(7.0), wanted.nan_to_num(7.0)), case
         assert torch.equal(found.isnan(), wanted.isnan()), case
-        assert torch.equal(out.isnan(), made(*case)[0].isnan()), "out is read only"
-        assert kept.shape == found.shape
+        assert torch.equal(out.nan_to_num(7.0), made(*case)[0].nan_to_num(7.0)), "out is read only"

@@ -37,7 +37,7 @@ def every_function():
         # Tokens of another layout would be off by the size of the tensors.
         assert all(ours <= 3 * max(kernel, 1e-7) for ours, kernel in zip(row.rms[OURS], row.rms["kernel"], strict=True)), row
         assert all(0 < rms <= most for rms, most in zip(row.rms[OURS], row.most[OURS], strict=True))
-    llama3 = [(name, heads) for name in list(FAMILIES)[-2:] for heads in (1, 8)]
+    llama3 = [(name, heads) for name in list(FAMILIES)[-2:] for heads in (1, 1, 8)]
     assert [(row.function, row.key_heads) for row in timed] == [*((name, None) for name in list(FAMILIES)[:-2]), *llama3]
     for row in timed:
         assert not row.wrong
@@ -59,9 +59,14 @@ def key_heads_that_are_asked_for():
     for theirs, ours in ((both, SimpleNamespace()), (SimpleNamespace(), both)):
         asked.clear()
         compared, timed, _ = rows_of(theirs, ours, only)
-        assert [row.key_heads for row in timed] == [1, 8, 1, 8]
+        assert [(row.key_heads, row.no_more) for row in timed] == 2 * [(1, False), (1, True), (8, False)]
         assert asked == {1, 8}
-        assert [list(row.ms) for row in timed] == [*2 * [[THEIRS if theirs is both else OURS]], [], []]  # the last is in neither
+        assert [list(row.ms) for row in timed] == [
+            *3 * [[THEIRS if theirs is both else OURS]],
+            [],
+            [],
+            [],
+        ]  # the last is in neither
         assert all(row.ratio is None for row in timed)
         assert [row.worse for row in compared] == [ours is not both] * 2 + [True] * 2
 
@@ -124,14 +129,16 @@ def test_tables_have_times_of_both_and_errors_of_all():
             "ratio": None,
             "wrong": {THEIRS: "ValueError: no"},
         },
+        {"function": "llama3", **timed, "key_heads": 1, "no_more": True, "ms": {OURS: [3.0, 5.0]}, "ratio": None},
         {"function": "zigzag_llama3", **timed, "key_heads": 8, "ms": {OURS: [2.0, 4.0]}, "ratio": None},
         {"function": "a", "dtype": "bfloat16", "heads": "8:2", "tokens": 4, "rms": {OURS: [1e-4] * 5}, "most": {OURS: [2e-3] * 5}},
     ]
     rows[-1]["wrong"] = {THEIRS: "ValueError: no"}
     run = {**RUN, "rows": rows}
-    assert TABLES["drop_in"]([run]).splitlines()[-3:] == [
+    assert TABLES["drop_in"]([run]).splitlines()[-4:] == [
         "| `ring_flash_attn` |  | 8192 | 32:8 | 6.10; 18.84 | 5.83; 18.00 | 1.046; 0.980 |",
         "| `llama3` | 1 | 8192 | 32:8 | wrong: ValueError: no | 2.00; 4.00 |  |",
+        "| `llama3` | 1, no more | 8192 | 32:8 |  | 3.00; 5.00 |  |",
         "| `zigzag_llama3` | 8 | 8192 | 32:8 |  | 2.00; 4.00 |  |",
     ]
     assert TABLES["drop_in_errors"]([run]).splitlines()[-2:] == [

@@ -244,6 +244,7 @@ def test_modules_keep_nothing_that_grows_in_a_cache_without_a_limit_in_bytes():
     }
     assert {name for name, text in lines if text == "@cache"} == {
         "_register.py",
+        "_torch_dispatch.py",
         "ops/kernels/flash.py",
         "ops/kernels/flash_attn_3.py",
         "ops/launcher.py",

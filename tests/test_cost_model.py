@@ -18,7 +18,7 @@ from dtensor_ring.planning.devices import KNOWN, LINKS, device_named, link_of_ho
 from dtensor_ring.planning.documents import Documents
 from dtensor_ring.planning.layout import Layout
 from dtensor_ring.planning.mask import Band
-from dtensor_ring.planning.predict import Leg, Predictor, beside, walked, work_of
+from dtensor_ring.planning.predict import Leg, Predictor, beside, walked, won_beside, work_of
 from dtensor_ring.planning.problem import AttentionProblem
 from dtensor_ring.planning.schedule import plan
 
@@ -162,6 +162,30 @@ def test_own_keys_fill_the_wait_for_others_and_the_way_of_their_gradients():
     assert beside(Leg(0, 3), Leg(2, 1)) == 4
     assert beside(Leg(0, 3), Leg(2, 1, longest=1)) == 3.5  # half of the longest row, in which others had idled
     assert beside(Leg(0, 3), Leg(2, 1, 2, 0.5)) == 5.5  # 2 coming, 1 computing, 2 returning
+
+
+@given(s.lists(s.floats(0, 9), min_size=1, max_size=4), s.floats(0, 5))
+def test_calls_beside_each_other_win_half_of_a_longest_row_but_for_one_and_never_more_than_half_of_themselves(calls, longest):
+    won = won_beside(calls, longest)
+    assert 0 <= won <= (len(calls) - 1) * longest / 2 + 1e-9
+    assert won <= (sum(calls) - max(calls)) / 2 + 1e-9
+    if min(calls) >= longest:
+        assert won == pytest.approx((len(calls) - 1) * longest / 2)
+    assert won_beside(calls[:1], longest) == 0
+
+
+def test_a_rank_between_others_wins_by_sharing_its_calls_forward_alone():
+    """Rank 1 of four has two calls on other ranks' keys, on two streams with this kernel, one after the other with another."""
+    todo = plan(AttentionProblem(Layout.parse("zigzag"), Band(0), 32768, 32768, 4, "ring", None, 1), 1)
+    shape = AttentionShape(32, 8, 128, 128)
+    predictor = Predictor(KNOWN["h100"], "torch_flash", shape)
+    calls = [predictor.call(call, predictor.speed.forward, todo) for call in todo.steps[1].calls]
+    one, two = (predictor._forward(todo, 1, at_once=at_once) for at_once in (False, True))
+    assert len(calls) == 2
+    wide = todo.q_parts > 2
+    saved = sum(predictor.merging(call.queries[1] - call.queries[0], wide) for call in todo.steps[1].calls)
+    saved -= sum(predictor.merging(call.queries[1] - call.queries[0], False) for call in todo.steps[1].calls)
+    assert one.compute - two.compute == pytest.approx(saved + min(min(calls), one.longest) / 2)
 
 
 @pytest.mark.parametrize("strategy", ["ring", "gather", "ulysses"])

@@ -5,8 +5,9 @@
                                         rank 1: b b b b b b    rank 1: a a b | b b b
 
 Keys are gathered, not passed around ("The Llama 3 Herd of Models", 2024, section 3.3.2): every rank attends with one call, or two
-for zigzag, and nothing is merged. `heads_k_stride` key heads are gathered at a time, which bounds memory; or as many as 64 MiB
-hold, where these are more, since a collective for each head costs the host more than short sequences take the GPU.
+for zigzag, and nothing is merged. `heads_k_stride` key heads are gathered at a time, which bounds memory: those of one group while
+those of the next travel. In eager mode a group is larger where its keys and values over all ranks take no more than 64 MiB: a
+collective for each head costs the host more than short sequences take the GPU.
 
     per rank    q (T/W, H, D), k and v (T/W, Hk, D)  ->  out (T/W, H, D), lse (H, T/W) float32
 """
@@ -92,9 +93,9 @@ def llama3_flash_attn_varlen_func(
     """Attention of packed documents; this rank holds tokens [rT/W, (r+1)T/W) of the packed row, wherever documents end.
 
     q is (T/W, H, D), k and v are (T/W, Hk, D). The arguments from `cu_seqlens_q` to `local_k_slice` are what
-    `llama3_flash_attn_prepare_cu_seqlens` returns, with `heads_k_stride`, the number of key heads that are gathered at a time (more
-    of them where their keys and values over all ranks take no more than 64 MiB; their number is a multiple). Returns out
-    (T/W, H, D), or with `return_attn_probs` (out, lse (H, T/W) float32, None). Other arguments as
+    `llama3_flash_attn_prepare_cu_seqlens` returns, with `heads_k_stride`, the number of key heads that are gathered at a time (a
+    multiple of it, but for compiled code, where the keys and values of so many over all ranks take no more than 64 MiB). Returns
+    out (T/W, H, D), or with `return_attn_probs` (out, lse (H, T/W) float32, None). Other arguments as
     `flash_attn.flash_attn_varlen_func`.
 
     Each rank sends its keys and values to all others, and in backward receives their gradients, summed in float32.

@@ -3,9 +3,9 @@
     q, k, v DTensors     local tensors to the operator, out and lse wrapped as q is placed; gradients come back placed as q, k, v
     q, k, v plain        as they are
 
-In eager mode an autograd function calls the operator on local tensors, below DTensor's dispatch, which keeps about a hundred
-objects for every new length and costs the host more than the operator. Compilers cannot look below that dispatch: they trace the
-operator on DTensors, and its sharding rule says how the results are placed. Both take placements from the functions of
+In eager mode an autograd function calls the operator on local tensors (past the dispatcher where nobody would see it), below
+DTensor's dispatch, which keeps about a hundred objects for every new length and costs the host more than the operator. Compilers
+cannot look below that dispatch: they trace the operator on DTensors, and its sharding rule says how the results are placed. Both take placements from the functions of
 `dtensor_ring.ops.sharding`, so that a program gets the same DTensors compiled or not.
 """
 

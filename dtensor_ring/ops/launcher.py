@@ -12,6 +12,7 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _GRAIN = 16  # bytes; allocations, and parts of whole heads in 16 bits, begin at multiples
@@ -39,14 +40,28 @@ class Launcher:
     def __call__(
         self, grid: tuple[int, int, int], tensors: Sequence[Tensor], numbers: Sequence[int], constants: tuple[int, ...]
     ) -> None:
-        """Launch the kernel on the current device, where the tensors lie, and on its current stream."""
-        is_plain = max(numbers) <= _MOST and not any(x.data_ptr() % _GRAIN for x in tensors)
-        # A kernel is compiled and loaded for one device.
-        key = (tensors[0].get_device(), constants, *[x.dtype for x in tensors]) if is_plain else None
+        """Launch the kernel on the device of the tensors, and on its current stream."""
+        device = tensors[0].get_device()
+        if device >= 0 and device != torch.cuda.current_device():  # Triton compiles, loads and launches on the current one
+            with torch.cuda.device(device):
+                self(grid, tensors, numbers, constants)
+            return
+        # On AMD's GPUs Triton asks for the size of tensors too.
+        is_plain = torch.version.hip is None and max(numbers) <= _MOST and not any(x.data_ptr() % _GRAIN for x in tensors)
+        key = (device, constants, *[x.dtype for x in tensors]) if is_plain else None
         compiled = None if key is None else self._compiled.get(key)
         if compiled is not None:
             compiled[grid](*tensors, *numbers, *constants)
             return
+        self._check_parameters(len(tensors), len(numbers))
         compiled = self._kernel[grid](*tensors, *numbers, *constants)
         if key is not None and compiled is not None:  # Triton's interpreter compiles nothing
             self._compiled[key] = compiled
+
+    def _check_parameters(self, tensors: int, numbers: int) -> None:
+        """A number that Triton specializes by its value would be launched wrongly the next time."""
+        parameters = getattr(self._kernel, "params", None)  # the interpreter's functions have none
+        if parameters is not None:
+            assert not any(each.is_constexpr for each in parameters[: tensors + numbers]), "constants come last"
+            assert all(each.do_not_specialize for each in parameters[tensors : tensors + numbers]), "numbers are not specialized"
+            assert all(each.is_constexpr for each in parameters[tensors + numbers :]), "numbers come before constants"

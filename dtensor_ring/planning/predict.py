@@ -12,8 +12,9 @@ Where launching takes the host longer than computing takes the GPU, the host's t
     link     |  7 ranks' keys  |
     GPU      | own keys | own keys beside 7 ranks' keys, which go first | own keys: what is left |
 
-Both streams start at once. Alone, a call leaves multiprocessors idle while its longest rows of blocks end, for half the time of one
-on average; beside another call it does not.
+Both streams start at once, and forward that of the own keys takes all but the first of several calls on the others'. Alone, a
+call leaves multiprocessors idle while its longest rows of blocks end, for half the time of one on average; beside another call it
+does not.
 """
 
 from __future__ import annotations

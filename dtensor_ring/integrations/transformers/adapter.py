@@ -105,7 +105,8 @@ def substitute_hf_flash_attn(process_group: dist.ProcessGroup, heads_k_stride: i
 
     Args:
         process_group: the ranks that share the packed row.
-        heads_k_stride: key heads gathered at a time; must divide the model's key heads.
+        heads_k_stride: key heads gathered at a time, or a multiple where that takes little memory, as in the llama3 functions;
+            must divide the model's key heads.
 
     Returns:
         A handle with `update(cu_seqlens)` and `undo()`.

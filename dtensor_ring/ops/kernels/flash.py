@@ -178,7 +178,7 @@ class FlashKernel(Kernel):
         """Make one call of the package. Tokens without keys, whose lse kernels give as +inf or -inf, get -inf."""
         with _drawing(q.device, block):
             out, lse = self.call_forward(q, k, v, block)
-        # Only a varlen block has tokens without keys: those in no segment. Where each is in one, looking would cost four launches.
+        # Only a varlen block has tokens without keys: those in no segment. Where each is in one, looking would cost a launch.
         if block.varlen is None or not block.varlen.has_idle_queries:
             return Result(out, lse)
         return Result(out, without_keys(out, lse))
