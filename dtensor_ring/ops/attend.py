@@ -5,8 +5,8 @@
 
 In eager mode an autograd function calls the operator on local tensors (past the dispatcher where nobody would see it), below
 DTensor's dispatch, which keeps about a hundred objects for every new length and costs the host more than the operator. Compilers
-cannot look below that dispatch: they trace the operator on DTensors, and its sharding rule says how the results are placed. Both take placements from the functions of
-`dtensor_ring.ops.sharding`, so that a program gets the same DTensors compiled or not.
+cannot look below that dispatch: they trace the operator on DTensors, and its sharding rule says how the results are placed. Both
+take placements from the functions of `dtensor_ring.ops.sharding`, so that a program gets the same DTensors compiled or not.
 """
 
 from __future__ import annotations
