@@ -226,8 +226,13 @@ def _is_plain(row: Run) -> bool:
 
 
 def _fastest_other(row: Run, every: Sequence[Run]) -> Sequence[str]:
-    """Of the other packages in a run the one that takes least for both passes, and its ratios; nothing where there is none."""
-    alike = [other for other in every if other.get("who", OURS) != OURS and other["case"] == row["case"]]
+    """Of the other packages in a run the one that takes least for both passes, and its ratios; nothing where there is none.
+
+    What a row of others names as its kernel is that of the ideal, which ratios of one line must share.
+    """
+    alike = [
+        each for each in every if each.get("who", OURS) != OURS and (each["case"], each["kernel"]) == (row["case"], row["kernel"])
+    ]
     if not alike:
         return ()
     best = min(alike, key=lambda other: other["ms"][1])

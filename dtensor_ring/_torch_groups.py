@@ -38,7 +38,7 @@ def exchange_in_one(
     message and checks and looks up its group twice. Gone once that is fast.
     """
     group._start_coalescing(device)
-    if len(sends) + len(receives) > _FEW and _sends_pairwise(group, device):
+    if group.size() > _PAIR and _sends_pairwise(group, device):
         for out, into in _rounds(group, device, sends, receives):
             group.alltoall(into, out)
     else:
@@ -57,7 +57,7 @@ def _sends_pairwise(group: dist.ProcessGroup, device: torch.device) -> bool:
     return type(group._get_backend(device)) is getattr(dist, "ProcessGroupNCCL", None)
 
 
-_FEW = 4  # messages up to which each by itself takes the host no longer than an all-to-all for the first ones, and the next ones
+_PAIR = 2  # between two ranks an all-to-all of keys and one of values take the host no less than four messages
 
 
 def _rounds(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from functools import cache
 from importlib.util import find_spec
+from threading import RLock
 from typing import Any
 
 import torch
@@ -24,6 +25,10 @@ _MOST = (1 << 31) - 1  # what Triton passes in 32 bits
 def has_triton() -> bool:
     """Whether there is a Triton, which modules of kernels need when they are imported."""
     return find_spec("triton") is not None
+
+
+# Ranks that are threads, and autograd's, may all come to a kernel that is not compiled yet.
+_COMPILING = RLock()
 
 
 class Launcher:
@@ -54,7 +59,8 @@ class Launcher:
             compiled[grid](*tensors, *numbers, *constants)
             return
         self._check_parameters(len(tensors), len(numbers))
-        compiled = self._kernel[grid](*tensors, *numbers, *constants)
+        with _COMPILING:
+            compiled = self._kernel[grid](*tensors, *numbers, *constants)
         if key is not None and compiled is not None:  # Triton's interpreter compiles nothing
             self._compiled[key] = compiled
 
