@@ -272,7 +272,7 @@ def difference(found: Tensor, wanted: Tensor) -> tuple[float, float]:
 
 
 def run(options: argparse.Namespace, packages: dict[str, Package], device: torch.device) -> list[Compared | Timed]:
-    """Compare and time what is asked for; rank 0 prints."""
+    """Compare and time what is asked for; rank 0 prints, and writes the file."""
     watch = Stopwatch(device, Effort(options.rounds, options.block), together=True)
     bench, rows = Comparison(packages, watch, options.head_dim, options.shrink), []
 
@@ -280,6 +280,9 @@ def run(options: argparse.Namespace, packages: dict[str, Package], device: torch
         rows.append(row)
         if bench.rank == 0:
             print(row.lines(), flush=True)
+        if options.json and bench.rank == 0:  # after each, so that a run that is ended keeps what it has
+            known = facts("against_ring_flash_attn", device, devices=bench.world, rounds=options.rounds)
+            save(options.json, known, rows)
 
     if bench.rank == 0:
         print(f"{bench.world} x {device_name(device)}, torch {torch.__version__}, head dim {options.head_dim}")
@@ -323,9 +326,6 @@ def main() -> int:
             KERNELS.pop(faster, None)
     device = join_ranks(options.device)
     rows = run(options, packages, device)
-    if options.json and dist.get_rank() == 0:
-        known = facts("against_ring_flash_attn", device, devices=dist.get_world_size(), rounds=options.rounds)
-        save(options.json, known, rows)
     dist.barrier()
     dist.destroy_process_group()
     return int(any(row.worse if isinstance(row, Compared) else OURS not in row.ms for row in rows))

@@ -234,7 +234,7 @@ def ratio_of(found: list[Measured]) -> float:
 
 
 def run(options: argparse.Namespace, mesh: DeviceMesh, device: torch.device) -> list[Row]:
-    """Measure everything asked for on the ranks of the mesh; rank 0 prints."""
+    """Measure everything asked for on the ranks of the mesh; rank 0 prints, and writes the file."""
     dtype = getattr(torch, options.dtype)
     watch = Stopwatch(device, Effort(options.rounds, options.block), together=True)
     bench, rows = Bench(mesh, watch, dtype, options.check_tokens), []
@@ -247,6 +247,13 @@ def run(options: argparse.Namespace, mesh: DeviceMesh, device: torch.device) -> 
     report(
         f"{mesh.size()} x {device_name(device)}, torch {torch.__version__}, {options.dtype}, head dim {options.head_dim}\n{HEADER}"
     )
+
+    def add(row: Row) -> None:
+        rows.append(row)
+        report(row.line())
+        if options.json and mesh.get_local_rank() == 0:  # after each, so that a run that is ended keeps what it has
+            save(options.json, facts("attention", device, devices=mesh.size(), rounds=options.rounds), rows)
+
     usable = []
     for peer in peers_asked_for(options.peers):
         reason = peer.missing(device)
@@ -258,13 +265,11 @@ def run(options: argparse.Namespace, mesh: DeviceMesh, device: torch.device) -> 
         kernel = choose_kernel(case.kernel, need)
         for transport in options.transports:
             bench.over(transport)
-            rows.append(bench.ours(case, kernel))
-            report(rows[-1].line())
+            add(bench.ours(case, kernel))
         alike = replace(case, layout="", strategy=None, stages=None, target="")
         for peer in () if alike in peers_seen else usable:
             for row in bench.peer(case, kernel, peer):
-                rows.append(row)
-                report(row.line())
+                add(row)
         peers_seen.add(alike)
     return rows
 
@@ -335,8 +340,6 @@ def main() -> int:
     device = join_ranks(options.device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("cp",))
     rows = run(options, mesh, device)
-    if options.json and dist.get_rank() == 0:
-        save(options.json, facts("attention", device, devices=mesh.size(), rounds=options.rounds), rows)
     dist.barrier()
     dist.destroy_process_group()
     return int(any(row.wrong for row in rows if row.who == OURS))

@@ -212,16 +212,16 @@ def main() -> int:
     print(f"emulated: one rank at a time on one {device_name(device)}, torch {torch.__version__}, {DTYPE}, head dim 128")
     print(f"ranks: how many of those timed shortly, the slowest, were timed at full effort\n{HEADER}")
     begin, rows, cases = time.monotonic(), [], cases_of(options, need)
+    waits = sorted({case.link.latency * 1e6 for case in cases})
+    note = f"A transfer takes {' or '.join(f'{wait:g}' for wait in waits)} us beside the time of its bytes."
+    known = facts("emulate", device, emulated=True, preset=options.preset, rounds=options.rounds, note=note)
     for case in cases:
         rows.append(emulation.measure(case, choose_kernel(case.kernel, need)))
         print(rows[-1].line(), flush=True)
+        if options.json:  # after each, so that a run that is ended keeps what it has
+            save(options.json, known, rows)
     parts = ", ".join(f"{part} {seconds:.0f}" for part, seconds in emulation.spent.most_common())
     print(f"{time.monotonic() - begin:.0f} s: {parts}")
-    if options.json:
-        waits = sorted({case.link.latency * 1e6 for case in cases})
-        note = f"A transfer takes {' or '.join(f'{wait:g}' for wait in waits)} us beside the time of its bytes."
-        known = facts("emulate", device, emulated=True, preset=options.preset, rounds=options.rounds, note=note)
-        save(options.json, known, rows)
     return int(any(row.wrong for row in rows))
 
 

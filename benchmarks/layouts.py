@@ -155,14 +155,14 @@ def main() -> int:
     def add(row: Row | StageRow) -> None:
         rows.append(row)
         print(row.line(), flush=True)
+        if options.json:  # after each, so that a run that is ended keeps what it has
+            save(options.json, facts("layouts", device, emulated=True, world=options.world, tokens=options.tokens), rows)
 
     for kernel in (choose_kernel(name, need) for name in names):
         for seed in seeds:
             add(comparison.measure(packing(seed, options.world, options.tokens), kernel))
         for case in packings_for_stages(options.world, min(1024, options.tokens)):
             add(comparison.stages(case, kernel))
-    if options.json:
-        save(options.json, facts("layouts", device, emulated=True, world=options.world, tokens=options.tokens), rows)
     return int(any(getattr(row, "wrong", "") for row in rows))
 
 
