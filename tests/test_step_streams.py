@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import make_case, run_loopback
@@ -46,6 +48,88 @@ def test_a_pass_on_a_cpu_stays_where_it_is():
     todo = plan(make_case(64).problem("zigzag", 2, "ring", 1), 0)
     with StepStreams(todo, torch.empty(1, 1 << 20, 1, 1, device="meta"), "torch_flash", begun=False) as streams:
         assert not streams.are_two
+
+
+class FakeStream:
+    """Takes note of what it is asked to wait for, in one log of all streams."""
+
+    def __init__(self, log: list, name: str) -> None:
+        self.log, self.name, self.device = log, name, "a device"
+
+    def wait_stream(self, other) -> None:
+        self.log.append((self.name, "waits for all of", other.name))
+
+    def wait_event(self, event) -> None:
+        self.log.append((self.name, "waits for", event))
+
+    def record_event(self) -> str:
+        return f"what {self.name} has so far"
+
+
+@pytest.fixture
+def faked(monkeypatch):
+    """A log of what streams are asked for, and what makes the streams of a rank that has keys of two others."""
+    log: list[tuple] = []
+    first, second = FakeStream(log, "first"), FakeStream(log, "second")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: first)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: log.append(("current is", stream.name)))
+    monkeypatch.setattr(step_streams, "_second_stream", lambda stream: second)
+    todo = plan(make_case(64).problem("zigzag", 4, "ring", 1), 1)
+    like = SimpleNamespace(is_cuda=True, shape=(1, 4096), get_device=lambda: 0)
+    return log, lambda: StepStreams(todo, like, "torch_flash", begun=False)
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_streams_wait_for_each_other_where_one_reads_what_the_other_made(calls, faked):
+    """The memory rules: also at the end, where the first stream has read keys that the second allocated."""
+    log, make = faked
+    with make() as streams:
+        with streams.of_step(0), streams.of_call(0, 0):
+            streams.divide(0, 3)  # calls on own keys stay where they are
+        with streams.of_step(1):
+            streams.divide(1, calls)
+            for number in range(calls):
+                with streams.of_call(1, number):
+                    log.append(("call", number))
+    shared = [("first", "waits for", "what second has so far")] * (calls > 1)
+    moved = [("current is", "first"), ("call", 1), ("current is", "second")] * (calls > 1)
+    ends = [("second", "waits for all of", "first")] * (calls > 1)
+    assert log == [
+        ("second", "waits for all of", "first"),
+        ("current is", "second"),
+        *shared,
+        ("call", 0),
+        *moved,
+        ("current is", "first"),
+        ("first", "waits for all of", "second"),
+        *ends,
+    ]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_after_a_join_a_pass_ends_without_another_unless_the_second_stream_was_used_again(again, faked):
+    log, make = faked
+    with make() as streams:
+        for _ in range(1 + again):
+            with streams.of_step(1):
+                pass
+            if not log.count(("first", "waits for all of", "second")):
+                streams.join()
+    assert log.count(("first", "waits for all of", "second")) == 1 + again
+
+
+def test_streams_are_joined_in_an_error_too(faked):
+    log, make = faked
+
+    def fails():
+        with make() as streams, streams.of_step(1):
+            streams.divide(1, 2)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    assert log[-3:] == [("current is", "first"), ("first", "waits for all of", "second"), ("second", "waits for all of", "first")]
 
 
 CASES: dict[str, dict] = {
