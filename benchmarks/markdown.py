@@ -26,10 +26,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def per_run(benchmark: str, runs: Sequence[Run], header: Sequence[str], line: Callable[[Run], Sequence[str]]) -> str:
-    """One table for each run of a benchmark."""
+    """One table for each run of a benchmark that has rows."""
     parts = []
     for run in runs:
-        if run["benchmark"] == benchmark:
+        if run["benchmark"] == benchmark and run["rows"]:
             rows = [{"digits": run.get("digits", 3), **row} for row in run["rows"]]  # of ratios; old runs kept fewer
             parts += [headline(run), table(header, map(line, rows))]
     return "\n\n".join(parts) or NOTHING
