@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from importlib.util import find_spec
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from dtensor_ring.ops.launcher import Launcher
+from dtensor_ring.ops.launcher import Launcher, has_triton
 
 
 class Kernel:
@@ -78,3 +82,58 @@ def test_what_triton_compiled_for_other_addresses_or_numbers_is_not_kept(unlike)
     assert len(kernel.looked) == 3
     launch((1, 1, 1), tensors(), [1], (1,))
     assert len(kernel.launched) == 1
+
+
+@pytest.mark.parametrize("device", [0, 1, 2])
+def test_a_launch_is_made_on_the_device_of_its_tensors(device, monkeypatch):
+    """Triton compiles, loads and launches on the current one."""
+    current = [1]
+
+    @contextmanager
+    def on(number: int):
+        before, current[0] = current[0], number
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", on)
+    placed = SimpleNamespace(get_device=lambda: device, data_ptr=lambda: 16, dtype=torch.float32)
+    kernel, seen = Kernel(), []
+    kernel_getitem = Kernel.__getitem__
+    monkeypatch.setattr(Kernel, "__getitem__", lambda self, grid: seen.append(current[0]) or kernel_getitem(self, grid))
+    Launcher(kernel)((1, 1, 1), [placed], [1], (1,))
+    assert seen == [device]
+    assert len(kernel.looked) == 1
+    assert current == [1]
+
+
+def parameter(is_constexpr: bool = False, do_not_specialize: bool = False) -> SimpleNamespace:
+    return SimpleNamespace(is_constexpr=is_constexpr, do_not_specialize=do_not_specialize)
+
+
+TENSOR, NUMBER, CONSTANT, SPECIALIZED = parameter(), parameter(False, True), parameter(True), parameter()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "fails"),
+    [
+        ([TENSOR, TENSOR, NUMBER, CONSTANT], None),
+        ([TENSOR, TENSOR, SPECIALIZED, CONSTANT], "numbers are not specialized"),
+        ([TENSOR, CONSTANT, NUMBER, CONSTANT], "constants come last"),
+        ([TENSOR, TENSOR, NUMBER, NUMBER], "numbers come before constants"),
+    ],
+)
+def test_a_kernel_that_triton_would_specialize_by_a_number_is_not_launched(parameters, fails):
+    kernel = Kernel()
+    kernel.params = parameters
+    launch = Launcher(kernel)
+    if fails is None:
+        launch((1, 1, 1), tensors(), [1], (1,))
+        return
+    with pytest.raises(AssertionError, match=fails):
+        launch((1, 1, 1), tensors(), [1], (1,))
+    assert kernel.looked == []
+
+
+def test_triton_is_there_where_it_can_be_imported():
+    assert has_triton() == (find_spec("triton") is not None)
