@@ -61,8 +61,8 @@ class Launcher:
         self._check_parameters(len(tensors), len(numbers))
         with _COMPILING:
             compiled = self._kernel[grid](*tensors, *numbers, *constants)
-        if key is not None and compiled is not None:  # Triton's interpreter compiles nothing
-            self._compiled[key] = compiled
+        if key is not None:
+            self._compiled[key] = compiled  # None of Triton's interpreter, which is asked each time
 
     def _check_parameters(self, tensors: int, numbers: int) -> None:
         """A number that Triton specializes by its value would be launched wrongly the next time."""
