@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from helpers import line
 from torch.profiler import ProfilerActivity, profile
 
 from dtensor_ring import Zigzag, from_local, ring_attention
 from dtensor_ring._torch import named_in_profiles
+from dtensor_ring.comm import AloneTransport
 
 LENGTH, ITEM, HEADS, DIM = 32, 4, 2, 8
 
@@ -62,3 +64,19 @@ def test_a_name_is_made_only_where_a_profile_is_taken():
         pass
     assert len(made) == 1
     assert [event.name for event in taken.events()].count("a name") == 1
+
+
+def test_an_activity_ends_where_it_fails_and_does_not_begin_where_it_cannot_be_named():
+    class Nameless:
+        def __str__(self) -> str:
+            raise ValueError("no name")
+
+    transport = AloneTransport()
+    with pytest.raises(KeyError), transport.during("an activity"):
+        assert transport.activity == "an activity"
+        raise KeyError
+    before = transport.activity
+    assert before != "an activity"
+    with profile(activities=[ProfilerActivity.CPU]), pytest.raises(ValueError, match="no name"), transport.during(Nameless()):
+        pass
+    assert transport.activity is before

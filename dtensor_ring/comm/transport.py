@@ -159,10 +159,11 @@ class _During(AbstractContextManager[None]):
     @override
     def __enter__(self) -> None:
         transport, activity = self._transport, self._activity
-        # Activities nest: a collective inside of one compares sizes under a name of its own.
-        self._before, transport.activity = transport.activity, activity
         self._named = named_in_profiles(lambda: f"{transport._of_ranks}, {activity}")
         self._named.__enter__()
+        # Activities nest: a collective inside of one compares sizes under a name of its own. Set last: should the above raise,
+        # nobody would set it back.
+        self._before, transport.activity = transport.activity, activity
 
     @override
     def __exit__(self, kind: type[BaseException] | None, failure: BaseException | None, trace: TracebackType | None) -> None:
