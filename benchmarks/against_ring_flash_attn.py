@@ -7,10 +7,10 @@
 
 Errors are rms (and largest) differences to attention in float64 of out, lse, dq, dk, dv over all ranks; "kernel" is flash-attn on
 one device. The shapes are those that ring-flash-attn tests itself on, and its benchmark's. Both are timed in turns, forward, and
-forward with backward; what is prepared once a batch is not timed. llama3 runs with heads_k_stride=1 and
-with that of all key heads, and with 1 once more where ours too gathers no more at a time, as it does for longer sequences. Faster
-kernels, which are our default where they are there, are left out, so that both compute by FlashAttention-2. Exit status 1 if an
-error of ours is larger in rms than theirs, or if a function of ours raises.
+forward with backward; what is prepared once a batch is not timed. llama3 runs with heads_k_stride=1 and with that
+of all key heads, and with 1 once more where ours too gathers no more at a time, as it does for longer sequences. Faster kernels,
+which are our default where they are there, are left out, so that both compute by FlashAttention-2. Exit status 1 if an error of
+ours is larger in rms than theirs, or if a function of ours raises.
 """
 
 from __future__ import annotations

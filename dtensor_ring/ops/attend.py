@@ -53,17 +53,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared, *, return_lse: b
         return _Attention.apply(q, k, v, prepared.sinks, prepared, return_lse)
     if has_tangent((q, k, v, prepared.sinks)):  # with gradients on, the autograd function refuses it
         raise NotImplementedError("ring_attention has no forward-mode derivative: use torch.autograd.grad, which goes backward")
-    out, lse, _ = _run(_local((q, k, v, prepared.sinks)), prepared)
+    out, lse, _ = attention_here(*_local((q, k, v, prepared.sinks)), *prepared[1:])
     return _placed(q, v, out, lse if return_lse else None)
 
 
 def _local(inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [None if x is None else local_of(x) for x in inputs]
-
-
-def _run(local: Sequence[Tensor | None], prepared: Prepared) -> tuple[Tensor, Tensor, Tensor]:
-    """Out, lse and replay, from this rank's q, k, v and sinks."""
-    return attention_here(*local, *prepared[1:])
 
 
 def _placed(q: Tensor, v: Tensor, out: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -84,7 +79,7 @@ class _Attention(torch.autograd.Function):
     def forward(  # pyrefly: ignore[bad-override]
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, prepared: Prepared, return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
-        out, lse, replay = _run(_local((q, k, v, sinks)), prepared)
+        out, lse, replay = attention_here(*_local((q, k, v, sinks)), *prepared[1:])
         _, alibi, documents, *ctx.rest = prepared
         ctx.set_materialize_grads(False)  # a missing gradient of lse must stay None: zeros would look like one that is refused
         # The inputs as they were given: an in-place change of a DTensor counts in its own version, not in that of its local tensor.

@@ -156,10 +156,8 @@ class Predictor:
 
     def _forward(self, each: Plan, index: int, *, at_once: bool) -> Leg:
         step, many = each.steps[index], each.calls > 1
-        longest, of_calls = (
-            self._longest(step, self.speed.forward),
-            [self.call(call, self.speed.forward, each) for call in step.calls],
-        )
+        longest = self._longest(step, self.speed.forward)
+        of_calls = [self.call(call, self.speed.forward, each) for call in step.calls]
         seconds = self.model.step * 1e-9 + self._arrival(each, index) + sum(of_calls)
         if at_once and index:
             seconds -= won_beside(of_calls, longest)
