@@ -71,12 +71,14 @@ def test_an_activity_ends_where_it_fails_and_does_not_begin_where_it_cannot_be_n
         def __str__(self) -> str:
             raise ValueError("no name")
 
+    def fail(wanted: str) -> None:
+        raise KeyError(transport.activity == wanted)
+
     transport = AloneTransport()
-    with pytest.raises(KeyError), transport.during("an activity"):
-        assert transport.activity == "an activity"
-        raise KeyError
     before = transport.activity
-    assert before != "an activity"
+    with pytest.raises(KeyError, match="True"), transport.during("an activity"):
+        fail("an activity")
+    assert transport.activity is before
     with profile(activities=[ProfilerActivity.CPU]), pytest.raises(ValueError, match="no name"), transport.during(Nameless()):
         pass
     assert transport.activity is before
